@@ -1,0 +1,53 @@
+# Nothing needs running first: every target sets up .venv if it is missing or out of date.
+# `make setup EXTRAS=dev,cuda` on a GPU machine; `make setup PYTHON=/path/to/python3.12` to choose.
+
+EXTRAS ?= dev
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(EXTRAS)
+
+.PHONY: setup demo test test-all lint bench bars clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@ok() { "$$1" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; }; \
+	if ! ok $(BIN)/python; then \
+	  for python in $(PYTHON) python3 python3.12 python3.13 \
+	      "$$(uv python find '>=3.12' 2>/dev/null)" none; do \
+	    if ok "$$python"; then break; fi; \
+	  done; \
+	  if [ "$$python" = none ]; then \
+	    echo "jaxinfer needs Python 3.12 or later. python3 here is $$(python3 --version 2>&1)." >&2; \
+	    echo "Install one (pyenv install 3.12, or uv python install 3.12), or name it:" >&2; \
+	    echo "  make setup PYTHON=/path/to/python3.12" >&2; \
+	    exit 1; \
+	  fi; \
+	  "$$python" -m venv --clear $(VENV); \
+	fi
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+demo: setup
+	$(BIN)/jaxinfer generate "def read_config(" --max-tokens 96
+
+test: setup
+	$(BIN)/python -m pytest -n 2
+
+test-all: setup
+	$(BIN)/python -m pytest -n 2 --slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: setup
+	$(BIN)/python -m bench.all
+
+bars: setup
+	$(BIN)/python -m bench.bars
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build dist *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +

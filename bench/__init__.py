@@ -1,0 +1,1 @@
+"""Measurements: one script per claim, results as JSON, and the bars they are held against."""

@@ -1,0 +1,197 @@
+"""Runs the parts of a benchmark, each in a process of its own, and keeps what each one found.
+
+A part is `python -m MODULE ARGS --records FILE`: it appends every figure to FILE as soon as it has
+it (`emit`). A part that fails or runs out of time keeps the figures it wrote and adds one failed
+record; the next part runs all the same. The result file is rewritten after every part.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from bench import record
+from bench.record import ROOT, Record, Run
+
+STARTED = "BENCH_PART_STARTED"  # environment: time.time() at which the part's process was made
+TORCH_PYTHON = "BENCH_TORCH_PYTHON"  # environment: the interpreter that has torch
+ERROR_CHARS = 2000
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process.
+
+    Attributes:
+        name: of the part; a failure is recorded as `NAME.failed`.
+        module: run with `python -m`.
+        args: its command line, without `--records`.
+        timeout_s: it is ended after this.
+        env: added to the environment.
+        torch: runs under `BENCH_TORCH_PYTHON`, where that names another interpreter.
+    """
+
+    name: str
+    module: str
+    args: tuple[str, ...] = ()
+    timeout_s: float = 120.0
+    env: dict[str, str] = field(default_factory=dict)
+    torch: bool = False
+
+
+def emit(path: Path | None, found: Record) -> None:
+    """Appends a figure to the file that a part was given, and prints it."""
+    line = json.dumps(asdict(found))
+    print(line, flush=True)
+    if path is not None:
+        with path.open("a") as file:
+            file.write(line + "\n")
+
+
+def check_platform(platform: str) -> None:
+    """Refuses to time a CPU where the run's device is a GPU.
+
+    Args:
+        platform: of the framework's device: `cpu`, `gpu` or `cuda`.
+
+    Raises:
+        RuntimeError: the machine has an NVIDIA GPU that the framework did not take.
+    """
+    if platform == "cpu" and record.device()["kind"] != "cpu":
+        raise RuntimeError("the machine has a GPU, but the framework runs on the CPU")
+
+
+def command_line(module: str) -> str:
+    """How `module` was called, for `Run.command`; where the results go is left out."""
+    words = sys.argv[1:]
+    if "--out" in words:
+        at = words.index("--out")
+        words = words[:at] + words[at + 2 :]
+    return shlex.join(["python", "-m", module, *words])
+
+
+def run_part(part: Part) -> list[Record]:
+    """Runs one part to its end. Never raises for what goes wrong inside it."""
+    began = time.time()
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        records, log = Path(folder) / "records", Path(folder) / "log"
+        python = (os.environ.get(TORCH_PYTHON) if part.torch else None) or sys.executable
+        command = [python, "-m", part.module, *part.args, "--records", str(records)]
+        env = {**os.environ, "PYTHONUNBUFFERED": "1", **part.env, STARTED: repr(began)}
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+            error = _wait(process, part.timeout_s)
+        lines = records.read_text().splitlines() if records.exists() else []
+        found = [Record(**json.loads(line)) for line in lines if line.endswith("}")]
+        if error is not None:
+            tail = _without_paths(log.read_text(errors="replace"))[-ERROR_CHARS:]
+            detail = {"command": shlex.join(command[1:-2]), "output_tail": tail}
+            found.append(Record(f"{part.name}.failed", None, detail=detail, error=error))
+    print(f"[{part.name}] {time.time() - began:.1f} s, {error or 'done'}", flush=True)
+    return found
+
+
+def _without_paths(text: str) -> str:
+    """Results are published: where this machine keeps things is nobody's business."""
+    text = text.replace(f"{ROOT}/", "")
+    for place in (sys.prefix, sys.base_prefix, str(Path.home())):
+        text = text.replace(place, "...")
+    return text
+
+
+def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> str | None:
+    try:
+        code = process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        code = None
+    finally:
+        if process.poll() is None:  # the whole session: compilers have workers of their own
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    if code is None:
+        return f"ended after {timeout_s:.0f} s"
+    return None if code == 0 else f"exit code {code}"
+
+
+def run_parts(parts: Sequence[Part], run: Run, path: Path, *, minutes: float | None = None) -> Run:
+    """Runs `parts` in order and writes the result file after each.
+
+    Args:
+        parts: what to run.
+        run: from `record.start`.
+        path: of the result file; where the environment names a folder `OUT`, a copy goes there.
+        minutes: parts that would start later than this are recorded as failed, and the one that
+            runs then is ended.
+    """
+    deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+    for part in parts:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            found = [Record(f"{part.name}.failed", None, error="not started: out of time")]
+        else:
+            found = run_part(replace(part, timeout_s=min(part.timeout_s, left)))
+        run = _add(run, found)
+        record.write(run, path)
+        if os.environ.get("OUT"):
+            shutil.copy(path, os.environ["OUT"])
+    return run
+
+
+def _add(run: Run, found: Sequence[Record]) -> Run:
+    """`run` with the records, the ceilings among them, and what follows from both."""
+    run = replace(run, ceilings=best_ceilings((*run.records, *found)))
+    shares = share_of_copy(found, run.ceilings.get("copy_bytes_per_s"))
+    return replace(run, records=(*run.records, *found, *shares))
+
+
+def best_ceilings(records: Sequence[Record]) -> dict[str, float]:
+    """The largest figure of every record whose `detail["ceiling"]` names a ceiling."""
+    best: dict[str, float] = {}
+    for r in records:
+        name = r.detail.get("ceiling")
+        if name is not None and r.value is not None:
+            best[name] = max(best.get(name, 0.0), r.value)
+    return best
+
+
+def share_of_copy(records: Sequence[Record], copy_bytes_per_s: float | None) -> list[Record]:
+    """`X.pct_copy` for every `X.ms_per_step`: bytes counted over time, over the copy bandwidth."""
+    shares = []
+    for r in records:
+        counted = r.detail.get("bytes_per_step")
+        if copy_bytes_per_s is None or counted is None or not r.value:
+            continue
+        reached = counted / (r.value / 1000)
+        shares.append(
+            Record(
+                r.name.removesuffix("ms_per_step") + "pct_copy",
+                round(100 * reached / copy_bytes_per_s, 2),
+                "%",
+                {"bytes_per_s": reached, "copy_bytes_per_s": copy_bytes_per_s},
+            )
+        )
+    return shares
+
+
+def print_table(run: Run) -> None:
+    """The run's figures, a line each: name, value, unit, or what failed."""
+    for name, value in run.ceilings.items():
+        print(f"{name:<44} {value:>12.4g}")
+    for r in run.records:
+        value = f"{r.value:>12.6g} {r.unit}" if r.value is not None else f"FAILED: {r.error}"
+        print(f"{r.name:<44} {value}")
+        if r.error:
+            print("    " + r.detail.get("output_tail", "")[-600:].replace("\n", "\n    "))

@@ -1,0 +1,277 @@
+"""The command line: `jaxinfer generate`, `chat`, `logprobs`, `info` and `verify`.
+
+Data goes to stdout, everything else to stderr. JAX and transformers are imported by the commands
+that need them, so that `jaxinfer --help` is quick.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Annotated, Literal
+
+import typer
+from typer.main import get_command
+
+from jaxinfer.cli.model import ModelOptions, describe, open_llm
+from jaxinfer.cli.options import (
+    SAMPLING,
+    DtypeOption,
+    File,
+    GpuMemory,
+    Json,
+    MaxModelLen,
+    MaxTokens,
+    MinP,
+    Model,
+    RepetitionPenalty,
+    Revision,
+    Seed,
+    Stop,
+    Temperature,
+    TokenIds,
+    TopK,
+    TopP,
+)
+from jaxinfer.cli.output import (
+    logprobs_record,
+    note,
+    print_info,
+    print_logprobs,
+    print_result,
+    record,
+    result_record,
+    show_prompt,
+    stream,
+    write_record,
+)
+from jaxinfer.cli.prompts import read_prompts, typed_lines
+from jaxinfer.errors import (
+    CapacityError,
+    CheckpointError,
+    InvalidRequest,
+    JaxinferError,
+    QueueFull,
+    UnsupportedModel,
+)
+from jaxinfer.types import SamplingParams
+
+EXIT_CODES: dict[type[JaxinferError], int] = {
+    InvalidRequest: 2,
+    UnsupportedModel: 3,
+    CheckpointError: 3,
+    CapacityError: 4,
+    QueueFull: 4,
+}
+EPILOG = (
+    "Exit codes: 0 done; 1 unexpected error, or nobody reads stdout any more; 2 wrong usage or "
+    "invalid request; 3 the model or its checkpoint cannot be used; 4 not enough memory; "
+    "130 interrupted."
+)
+
+
+app = typer.Typer(
+    name="jaxinfer",
+    help="LLM inference in JAX.",
+    epilog=EPILOG,
+    no_args_is_help=True,
+    add_completion=False,
+)
+
+
+@app.callback()
+def root(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks of errors.")] = False,
+) -> None:
+    context.obj["debug"] = debug
+
+
+@app.command(epilog=EPILOG)
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT...", help="Text; - reads stdin.")
+    ] = None,
+    file: File = None,
+    token_ids: TokenIds = None,
+    as_json: Json = False,
+    model: Model = "demo",
+    revision: Revision = None,
+    dtype: DtypeOption = "auto",
+    max_model_len: MaxModelLen = None,
+    gpu_memory_utilization: GpuMemory = 0.9,
+    n: Annotated[int, typer.Option(help="Samples a prompt.", rich_help_panel=SAMPLING)] = 1,
+    max_tokens: MaxTokens = 128,
+    min_tokens: Annotated[
+        int, typer.Option(help="No stop token before this many.", rich_help_panel=SAMPLING)
+    ] = 0,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after EOS.", rich_help_panel=SAMPLING)
+    ] = False,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(help="With --json: each token's, and those of this many of the likeliest."),
+    ] = None,
+) -> None:
+    """Completes prompts. One prompt is printed as it comes."""
+    if logprobs is not None and not as_json:
+        raise typer.BadParameter("--logprobs needs --json")
+    wanted = read_prompts(prompts, file, token_ids)
+    params = SamplingParams(
+        n=n, max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p,
+        top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
+        stop=tuple(stop or ()), ignore_eos=ignore_eos, logprobs=logprobs,
+    )  # fmt: skip
+    options = ModelOptions(model, revision, dtype, max_model_len, gpu_memory_utilization)
+    with open_llm(options) as llm:
+        if len(wanted) == 1 and n == 1 and not as_json:
+            show_prompt(wanted[0])
+            stream(llm, wanted[0], params)
+            return
+        results = llm.generate(wanted, params, on_error="return")
+        for index, result in enumerate(results):
+            if as_json:
+                write_record(result_record(index, result))
+            else:
+                print_result(index, result, llm.tokenizer)
+    failed = [r.error for r in results if r.error is not None]
+    if failed:
+        raise typer.Exit(_exit_code(failed[0]))
+
+
+@app.command(epilog=EPILOG)
+def chat(
+    message: Annotated[
+        list[str] | None,
+        typer.Option("--message", help="Say this instead of asking; repeat for several turns."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    as_json: Json = False,
+    model: Model = "demo",
+    revision: Revision = None,
+    dtype: DtypeOption = "auto",
+    max_model_len: MaxModelLen = None,
+    gpu_memory_utilization: GpuMemory = 0.9,
+    max_tokens: MaxTokens = 1024,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+) -> None:
+    """Talks with a model that has a chat template. Ctrl-D ends."""
+    params = SamplingParams(
+        max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
+        repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()),
+    )  # fmt: skip
+    options = ModelOptions(model, revision, dtype, max_model_len, gpu_memory_utilization)
+    with open_llm(options) as llm:
+        if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
+            raise InvalidRequest(
+                f"{model} has no chat template; use generate with a plain prompt", field="messages"
+            )
+        conversation = [{"role": "system", "content": system}] if system else []
+        for turn, text in enumerate(message or typed_lines()):
+            conversation.append({"role": "user", "content": text})
+            result = stream(llm, llm.chat_tokens(conversation), params, silent=as_json)
+            conversation.append({"role": "assistant", "content": result.outputs[0].text})
+            if as_json:
+                write_record(result_record(turn, result))
+
+
+@app.command(epilog=EPILOG)
+def logprobs(
+    texts: Annotated[
+        list[str] | None, typer.Argument(metavar="TEXT...", help="Text; - reads stdin.")
+    ] = None,
+    file: File = None,
+    token_ids: TokenIds = None,
+    top: Annotated[int, typer.Option(help="Show this many of the likeliest tokens too.")] = 0,
+    as_json: Json = False,
+    model: Model = "demo",
+    revision: Revision = None,
+    dtype: DtypeOption = "auto",
+    max_model_len: MaxModelLen = None,
+    gpu_memory_utilization: GpuMemory = 0.9,
+) -> None:
+    """Log-probability (natural) of each token of a text, given those before it."""
+    wanted = read_prompts(texts, file, token_ids)
+    options = ModelOptions(model, revision, dtype, max_model_len, gpu_memory_utilization)
+    with open_llm(options) as llm:
+        results = llm.logprobs(wanted, top=top)
+        for index, result in enumerate(results):
+            if as_json:
+                write_record(logprobs_record(index, result, llm.tokenizer))
+            else:
+                print_logprobs(result, llm.tokenizer)
+
+
+@app.command(epilog=EPILOG)
+def info(
+    as_json: Json = False,
+    model: Model = "demo",
+    revision: Revision = None,
+    dtype: DtypeOption = "auto",
+    max_model_len: MaxModelLen = None,
+    gpu_memory_utilization: GpuMemory = 0.9,
+) -> None:
+    """Says what a model is and what it needs here. Reads no weights."""
+    options = ModelOptions(model, revision, dtype, max_model_len, gpu_memory_utilization)
+    description = describe(options)
+    if as_json:
+        write_record(record("info", **description))
+    else:
+        print_info(description)
+
+
+@app.command(epilog=EPILOG)
+def verify(
+    model: Annotated[str, typer.Argument(help="Directory, Hub id, or demo (shipped).")] = "demo",
+    revision: Revision = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="Of both sides.")
+    ] = "float32",
+    as_json: Json = False,
+) -> None:
+    """Compares a model's computation with transformers on PyTorch, which must be installed."""
+    from rich.console import Console
+
+    from jaxinfer import verify as verification
+
+    report = verification.verify(model, revision=revision, dtype=dtype)
+    if as_json:
+        write_record(record("verify", **asdict(report)))
+    else:
+        Console().print(verification.render(report))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the process's exit code (see `EPILOG`)."""
+    settings = {"debug": False}
+    try:
+        get_command(app)(args=argv, prog_name="jaxinfer", obj=settings)
+    except SystemExit as done:  # how typer ends, well or not
+        return done.code if isinstance(done.code, int) else 0
+    except Exception as error:
+        if settings["debug"]:
+            traceback.print_exc()
+        if isinstance(error, JaxinferError):
+            note(f"error: {error}")
+        else:
+            note(f"unexpected {type(error).__name__}: {error} (jaxinfer --debug shows where)")
+        return _exit_code(error)
+    return 0
+
+
+def _exit_code(error: Exception) -> int:
+    return next((code for kind, code in EXIT_CODES.items() if isinstance(error, kind)), 1)

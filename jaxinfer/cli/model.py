@@ -1,0 +1,114 @@
+"""From the command line's options to a loaded model, or to a description of one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import typer
+
+from jaxinfer.cli.options import Dtype
+from jaxinfer.cli.output import note
+from jaxinfer.errors import CapacityError, JaxinferError
+from jaxinfer.hub import resolve_model
+
+if TYPE_CHECKING:
+    from jaxinfer.llm import LLM
+
+PACKAGES = ("jaxinfer", "jax", "jaxlib", "numpy", "transformers")  # that `info` tells of
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What the user said about the model; see the options of the same names."""
+
+    model: str
+    revision: str | None
+    dtype: Dtype
+    max_model_len: int | None
+    gpu_memory_utilization: float
+
+
+def open_llm(options: ModelOptions) -> LLM:
+    """Finds the model, starts JAX and loads it."""
+    directory = resolve_model(options.model, options.revision)
+    dtype = choose_dtype(options)
+    from jaxinfer.llm import LLM
+
+    try:
+        return LLM(
+            directory,
+            dtype=dtype,
+            max_model_len=options.max_model_len,
+            gpu_memory_utilization=options.gpu_memory_utilization,
+        )
+    except ValueError as error:
+        if isinstance(error, JaxinferError):
+            raise
+        raise typer.BadParameter(str(error)) from error
+
+
+def choose_dtype(options: ModelOptions) -> Literal["float32", "bfloat16", "float16"]:
+    """Starts JAX, and settles `auto` by the device that it found."""
+    # JAX reads this once, when it starts. This process is ours, so it may be set.
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(options.gpu_memory_utilization)
+    import jax
+
+    device = jax.devices()[0]
+    if options.dtype == "auto":
+        dtype = "bfloat16" if device.platform == "gpu" else "float32"
+    else:
+        dtype = options.dtype
+    note(f"{options.model}: {dtype} on {device.device_kind}")
+    return dtype
+
+
+def describe(options: ModelOptions) -> dict[str, Any]:
+    """The model, the memory it needs, and what it would run on."""
+    directory = resolve_model(options.model, options.revision)
+    dtype = choose_dtype(options)
+    import jax
+
+    from jaxinfer.cache import page_bytes
+    from jaxinfer.config import EngineOptions
+    from jaxinfer.models.families import read_config
+    from jaxinfer.models.weights import count_params
+    from jaxinfer.sizing import device_memory, plan_memory
+
+    config = read_config(directory)
+    defaults = EngineOptions(dtype=dtype, max_model_len=options.max_model_len)
+    limit, in_use = device_memory(jax.devices()[0])
+    try:
+        plan: dict[str, Any] = asdict(
+            plan_memory(
+                config,
+                dtype=jax.numpy.dtype(dtype),
+                page_size=defaults.page_size,
+                max_num_seqs=defaults.max_num_seqs,
+                max_model_len=defaults.max_model_len,
+                kv_cache_bytes=defaults.kv_cache_bytes,
+                limit=limit,
+                in_use=in_use,
+            )
+        )
+    except CapacityError as error:
+        plan = {"error": str(error)}
+    architecture = {key: value for key, value in asdict(config).items() if key != "layers"}
+    return {
+        "model": options.model,
+        "directory": str(directory),
+        "dtype": dtype,
+        "config": architecture
+        | {
+            "num_layers": config.num_layers,
+            "windows": sorted({layer.window for layer in config.layers if layer.window}),
+            "rope": sorted({layer.rope.kind for layer in config.layers if layer.rope}),
+        },
+        "parameters": count_params(config),
+        "kv_bytes_per_token": page_bytes(config, 1, dtype),
+        "memory": plan,
+        "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }

@@ -1,0 +1,161 @@
+"""Frozen descriptions of a model and of an engine. Data only: no jax, no behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: base frequencies and how they are stretched for long context.
+
+    Attributes:
+        theta: base of the geometric series of wavelengths.
+        kind: `default` (Su et al. 2021), `linear` (Chen et al. 2023), `llama3` (Llama 3.1),
+            `yarn` (Peng et al. 2023).
+        factor: how many times longer than `original_max_position` the context may be.
+        low_freq_factor, high_freq_factor: `llama3` only; bounds of the interpolated band.
+        beta_fast, beta_slow: `yarn` only; rotations over the original context beyond which a
+            dimension is extrapolated, and under which it is interpolated.
+        attention_factor: `yarn` only; what cos and sin are multiplied by.
+        truncate: `yarn` only; whether the band's bounds are rounded to whole dimensions.
+    """
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """What may differ from layer to layer.
+
+    Attributes:
+        window: a token attends to itself and the `window - 1` tokens before it; None: to all.
+        rope: None for a layer without position embedding.
+    """
+
+    window: int | None = None
+    rope: RopeConfig | None = RopeConfig()
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One decoder-only transformer. Families differ in these values alone (ADR 002).
+
+    Attributes:
+        family: the row of `models.families.FAMILIES` that the config came from.
+        layers: one entry a layer, in order.
+        qkv_bias, o_bias, mlp_bias: whether those projections add a bias.
+        qk_norm: RMSNorm over each head's queries and keys, before RoPE (Qwen3).
+        tie_embeddings: the output projection is the embedding matrix.
+        max_position: the longest sequence that the model was made for, in tokens.
+        eos_token_ids: generation stops at any of these.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    layers: tuple[LayerConfig, ...]
+    max_position: int
+    norm_eps: float = 1e-6
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+
+@dataclass(frozen=True)
+class BatcherConfig:
+    """Limits that the batcher keeps. Sizes in tokens, pages and rows.
+
+    Attributes:
+        num_pages: pages in the pool, page 0 (the trash page) included.
+        page_size: tokens a page.
+        max_num_seqs: sequences that may run at once.
+        max_model_len: longest sequence, prompt and output together.
+        max_chunk: most prompt tokens that one prefill step takes.
+        max_steps: most decode steps in one dispatch.
+        max_waiting: queue bound; a submission past it is refused.
+        policy: `continuous` admits whenever a row and the pages are free; `static` admits only
+            when nothing runs, a whole batch at a time.
+    """
+
+    num_pages: int
+    page_size: int
+    max_num_seqs: int
+    max_model_len: int
+    max_chunk: int = 2048
+    max_steps: int = 16
+    max_waiting: int = 1_000_000
+    policy: Literal["continuous", "static"] = "continuous"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a user may choose about an engine; see `jaxinfer.LLM` for each.
+
+    Raises:
+        ValueError: an option out of range; names it and what is accepted.
+    """
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    gpu_memory_utilization: float = 0.9
+    kv_cache_bytes: int | None = None
+    seed: int = 0
+    invariant: bool = True
+    tensor_parallel_size: int = 1
+    page_size: int = 64
+    max_chunk: int = 2048
+    max_steps: int = 8
+    max_waiting: int = 1_000_000
+    policy: Literal["continuous", "static"] = "continuous"
+    compilation_cache: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, accepted in {
+            "dtype": ("bfloat16", "float16", "float32"),
+            "policy": ("continuous", "static"),
+        }.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {accepted}")
+        at_least_one = ("max_num_seqs", "max_chunk", "max_steps", "max_waiting", "page_size")
+        for name in (*at_least_one, "max_model_len", "kv_cache_bytes"):
+            value = getattr(self, name)
+            if value is None and name not in at_least_one:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ValueError(
+                f"gpu_memory_utilization={self.gpu_memory_utilization!r}: expected above 0, at "
+                "most 1"
+            )
+        if self.page_size & (self.page_size - 1) or not 8 <= self.page_size <= 256:
+            raise ValueError(f"page_size={self.page_size}: expected 8, 16, 32, 64, 128 or 256")
+        if self.tensor_parallel_size != 1:
+            raise ValueError(
+                f"tensor_parallel_size={self.tensor_parallel_size!r}: only 1 is supported so far"
+            )

@@ -1,0 +1,104 @@
+"""The layers of a decoder as free functions on arrays.
+
+They run per shard: with `axis` naming a mesh axis, arrays are this shard's part and the functions
+add the collectives; head counts are read from the arrays' shapes.
+
+Letters: T tokens, E hidden size, F MLP width, V vocabulary, H query heads, K key/value heads,
+D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+    """x [..., in] · weight [out, in] (+ bias [out]) → [..., out] in x's dtype."""
+    y = lax.dot_general(
+        x,
+        weight,
+        (((x.ndim - 1,), (1,)), ((), ())),
+        # float32 means float32: without this a GPU would use TF32.
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=x.dtype,
+    )
+    return y if bias is None else y + bias
+
+
+def reduce_shards(x: jax.Array, axis: str | None) -> jax.Array:
+    """Sums a row-parallel projection's partial results over the shards, in rank order."""
+    if axis is None:
+        return x
+    parts = lax.all_gather(x, axis)  # [n, ...]: a sum in an order that no message size changes
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis (Zhang & Sennrich 2019), float32 inside."""
+    y = x.astype(jnp.float32)
+    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype) * weight
+
+
+def rope_tables(
+    positions: jax.Array, frequencies: np.ndarray, factor: float
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin, float32 [..., D/2], of positions [...] at frequencies [D/2], times `factor`."""
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates x [..., heads, D] (Su et al. 2021; dimension i is paired with i + D/2)."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def split_qkv(
+    qkv: jax.Array, num_heads: int, head_dim: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[..., (H + 2K) · D] → q [..., H, D], k and v [..., K, D]."""
+    heads = qkv.reshape(*qkv.shape[:-1], -1, head_dim)
+    kv = (heads.shape[-2] - num_heads) // 2
+    q, k, v = jnp.split(heads, [num_heads, num_heads + kv], axis=-2)
+    return q, k, v
+
+
+def gated_mlp(
+    x: jax.Array, layer: dict[str, Any], activation: str, axis: str | None = None
+) -> jax.Array:
+    """down(act(gate(x)) · up(x)) (Shazeer 2020), gate and up in one matrix."""
+    gate, up = jnp.split(linear(x, layer["gate_up"], layer.get("gate_up_bias")), 2, axis=-1)
+    hidden = ACTIVATIONS[activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    y = reduce_shards(linear(hidden.astype(x.dtype), layer["down"]), axis)
+    return y if "down_bias" not in layer else y + layer["down_bias"]
+
+
+def embed(table: jax.Array, tokens: jax.Array, axis: str | None = None) -> jax.Array:
+    """Rows of the embedding table [V, E] (this shard's rows of it under `axis`)."""
+    if axis is None:
+        return table[tokens]
+    local = tokens - lax.axis_index(axis) * table.shape[0]
+    mine = (local >= 0) & (local < table.shape[0])
+    return lax.psum(jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], 0), axis)
+
+
+def unembed(table: jax.Array, hidden: jax.Array, axis: str | None = None) -> jax.Array:
+    """hidden [..., E] → logits float32 [..., V], gathered over the shards under `axis`."""
+    logits = linear(hidden, table).astype(jnp.float32)
+    return logits if axis is None else lax.all_gather(logits, axis, axis=-1, tiled=True)

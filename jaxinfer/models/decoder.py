@@ -1,0 +1,187 @@
+"""The one decoder. `forward` runs the engine's ragged batches over the paged cache; `apply` runs
+plain [B, T] tokens without a cache and is differentiable. Both walk the same `_layer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.batch import Batch
+from jaxinfer.cache import PagedCache, write
+from jaxinfer.config import LayerConfig, ModelConfig, RopeConfig
+from jaxinfer.layers import (
+    apply_rope,
+    embed,
+    gated_mlp,
+    linear,
+    reduce_shards,
+    rms_norm,
+    rope_tables,
+    split_qkv,
+    unembed,
+)
+from jaxinfer.rope import rope_frequencies
+from pallas_kernels.paged_attention import Backend, paged_attention, whole_prompt_attention
+
+Params = dict[str, Any]
+# (q [..., H, D], k [..., K, D], v [..., K, D], layer index) -> [..., H, D]
+Attend = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
+RopeTables = dict[RopeConfig, tuple[jax.Array, jax.Array]]
+
+
+@dataclass(frozen=True)
+class AttentionOptions:
+    """Static choices of one compiled step.
+
+    Attributes:
+        max_query: most new tokens that a sequence has in the step.
+        backend: of `pallas_kernels.paged_attention`.
+        whole_prompt: the batch is one sequence from its first token on; cuDNN attends.
+    """
+
+    max_query: int
+    backend: Backend = "auto"
+    whole_prompt: bool = False
+
+
+class ForwardOutput(NamedTuple):
+    """`hidden` [R, E]: after the final norm, at `Batch.logit_rows`. `taps`: site → activations."""
+
+    hidden: jax.Array
+    taps: dict[str, jax.Array]
+
+
+def forward(
+    params: Params,
+    config: ModelConfig,
+    batch: Batch,
+    cache: PagedCache,
+    *,
+    attention: AttentionOptions,
+    axis: str | None = None,
+    taps: Sequence[str] = (),
+) -> tuple[ForwardOutput, PagedCache]:
+    """Runs a flat batch of T new tokens of S sequences; their K/V go into the cache.
+
+    Serves prefill, chunked prefill, decode and verification alike.
+
+    Args:
+        params: tree of `models.weights.declare(config)`, or one shard of it.
+        config: the model.
+        batch: tokens and where they belong; see `Batch`.
+        cache: donated by the compiled step; the returned one replaces it.
+        attention: static choices of the attention op.
+        axis: mesh axis of tensor parallelism when run under `shard_map`.
+        taps: names of activations to return; `resid` is the residual stream after each layer,
+            [L, T, E].
+    """
+    k_pages, v_pages = list(cache.k), list(cache.v)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, index: int) -> jax.Array:
+        k_pages[index] = write(k_pages[index], k, batch.kv_index)
+        v_pages[index] = write(v_pages[index], v, batch.kv_index)
+        if attention.whole_prompt:
+            return whole_prompt_attention(q, k, v, window=config.layers[index].window)
+        return paged_attention(
+            q, k_pages[index], v_pages[index],
+            batch.page_table[0], batch.query_starts, batch.kv_lengths,
+            max_query=attention.max_query, window=config.layers[index].window,
+            backend=attention.backend,
+        )  # fmt: skip
+
+    hidden, resid = _decode(params, config, batch.tokens, batch.positions, attend, axis)
+    hidden = rms_norm(hidden[batch.logit_rows], params["final_norm"], config.norm_eps)
+    found = {"resid": jnp.stack(resid)} if "resid" in taps else {}
+    return ForwardOutput(hidden, found), PagedCache(tuple(k_pages), tuple(v_pages))
+
+
+def logits(params: Params, hidden: jax.Array, *, axis: str | None = None) -> jax.Array:
+    """Output projection: hidden [..., E] → float32 [..., V]."""
+    return unembed(params.get("lm_head", params["embed"]), hidden, axis)
+
+
+def apply(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    *,
+    capture: Sequence[str] = (),
+    implementation: Literal["xla", "cudnn"] | None = None,
+) -> Any:
+    """Causal forward without a cache: works under `jit`, `grad` and `vmap`.
+
+    Args:
+        params: as for `forward`; the compute dtype is theirs.
+        config: the model.
+        tokens: int32 [B, T]. Padding on the right does not change what comes before it.
+        capture: `resid` adds the residual stream after every layer.
+        implementation: of `jax.nn.dot_product_attention`; `cudnn` needs a GPU and 16-bit params.
+
+    Returns:
+        logits float32 [B, T, V]; with `capture`, (logits, {"resid": [L, B, T, E]}).
+    """
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, index: int) -> jax.Array:
+        window = config.layers[index].window
+        with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else None):
+            return jax.nn.dot_product_attention(
+                q, k, v, is_causal=True, implementation=implementation,
+                local_window_size=None if window is None else (window - 1, 0),
+            )  # fmt: skip
+
+    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
+    hidden, resid = _decode(params, config, tokens, positions, attend, None)
+    out = logits(params, rms_norm(hidden, params["final_norm"], config.norm_eps))
+    return (out, {"resid": jnp.stack(resid)}) if "resid" in capture else out
+
+
+def _decode(
+    params: Params,
+    config: ModelConfig,
+    tokens: jax.Array,
+    positions: jax.Array,
+    attend: Attend,
+    axis: str | None,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Embedding and layers, unrolled. Returns the last residual and that after each layer."""
+    ropes: RopeTables = {
+        rope: rope_tables(positions, *rope_frequencies(rope, config.head_dim))
+        for rope in {layer.rope for layer in config.layers}
+        if rope is not None
+    }
+    x = embed(params["embed"], tokens, axis)
+    resid = []
+    for index, (weights, layer) in enumerate(zip(params["layers"], config.layers, strict=True)):
+        x = _layer(x, weights, config, layer, ropes, attend, index, axis)
+        resid.append(x)
+    return x, resid
+
+
+def _layer(
+    x: jax.Array,
+    w: Params,
+    config: ModelConfig,
+    layer: LayerConfig,
+    ropes: RopeTables,
+    attend: Attend,
+    index: int,
+    axis: str | None,
+) -> jax.Array:
+    D = config.head_dim
+    qkv = linear(rms_norm(x, w["attn_norm"], config.norm_eps), w["qkv"], w.get("qkv_bias"))
+    q, k, v = split_qkv(qkv, w["o"].shape[1] // D, D)
+    if config.qk_norm:
+        q = rms_norm(q, w["q_norm"], config.norm_eps)
+        k = rms_norm(k, w["k_norm"], config.norm_eps)
+    if layer.rope is not None:
+        q, k = apply_rope(q, *ropes[layer.rope]), apply_rope(k, *ropes[layer.rope])
+    out = attend(q, k, v, index)
+    out = reduce_shards(linear(out.reshape(*x.shape[:-1], -1), w["o"]), axis)
+    x = x + (out if "o_bias" not in w else out + w["o_bias"])
+    h = rms_norm(x, w["mlp_norm"], config.norm_eps)
+    return x + gated_mlp(h, w, config.activation, axis)

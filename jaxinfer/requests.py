@@ -1,0 +1,201 @@
+"""One request as the API sees it: from prompt to `RequestOutput`, its samples' text and stops.
+
+Host side only: the engine knows sequences, this module knows what a user asked for.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from jaxinfer import detokenizer
+from jaxinfer.types import (
+    CompletionOutput,
+    Delta,
+    Logprob,
+    RequestOutput,
+    SamplingParams,
+)
+
+if TYPE_CHECKING:
+    from jaxinfer.engine import Update
+    from jaxinfer.errors import JaxinferError
+    from jaxinfer.tokenizer import Tokenizer
+
+
+@dataclass
+class Sample:
+    """One of a request's `n` samples, as far as it has got."""
+
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative: float = 0.0
+    text: str = ""
+    detok: detokenizer.DetokState | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass
+class Request:
+    """A validated request. `stop_ids` are the model's own and the request's."""
+
+    id: str
+    prompt: str | None
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    limit: int
+    eos_ids: tuple[int, ...]
+    samples: list[Sample]
+    scores: list[Any] = field(default_factory=list)
+    deltas: deque[Delta] = field(default_factory=deque)
+    failed: JaxinferError | None = None
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        own = () if self.params.ignore_eos else self.eos_ids
+        return (*own, *(i for i in self.params.stop_token_ids if i not in own))
+
+    @property
+    def finished(self) -> bool:
+        return all(sample.finish_reason for sample in self.samples)
+
+
+def take(
+    request: Request, sample: Sample, update: Update, tokenizer: Tokenizer | None
+) -> Delta | None:
+    """Adds what a step brought to a sample.
+
+    Returns:
+        What to tell a reader, or None where there is nothing to tell. Once a stop string is found
+        the sample is finished, whatever the engine says: the caller then cancels its sequence.
+    """
+    if update.scores is not None:
+        request.scores.append(update.scores)
+    if not update.tokens and not update.finished:
+        return None
+    before, text = len(sample.tokens), ""
+    for position, token in enumerate(update.tokens):
+        sample.tokens.append(token)
+        _note_logprobs(request, sample, update, position, tokenizer)
+        last = update.finished and position == len(update.tokens) - 1
+        text += _detokenise(request, sample, token, last, tokenizer)
+        if sample.finish_reason:
+            break
+    if update.finished and sample.finish_reason is None:
+        sample.finish_reason = "length"
+    sample.text += text
+    return Delta(
+        index=sample.index,
+        text=text,
+        token_ids=tuple(sample.tokens[before:]),
+        finish_reason=sample.finish_reason,
+        result=finish(request, tokenizer) if request.finished else None,
+    )
+
+
+def finish(
+    request: Request, tokenizer: Tokenizer | None, *, error: JaxinferError | None = None
+) -> RequestOutput:
+    """The request's result so far."""
+    params = request.params
+    return RequestOutput(
+        request_id=request.id,
+        prompt=request.prompt,
+        prompt_token_ids=request.prompt_ids,
+        outputs=tuple(_completion(sample, params) for sample in request.samples),
+        finished=request.finished,
+        seed=request.seed,
+        prompt_logprobs=_prompt_logprobs(request, tokenizer),
+        error=error,
+    )
+
+
+def merged_scores(request: Request) -> Any:
+    """Prompt log-probabilities of all chunks, one after the other; None if there are none."""
+    if not request.scores:
+        return None
+    parts = zip(*request.scores, strict=True)
+    return type(request.scores[0])(*(np.concatenate(part) for part in parts))
+
+
+def _detokenise(
+    request: Request, sample: Sample, token: int, last: bool, tokenizer: Tokenizer | None
+) -> str:
+    """Text that `token` adds; sets the finish reason where it ends the sample."""
+    stops_here = token in request.stop_ids
+    if stops_here:
+        sample.finish_reason = "stop"
+        own = token in request.eos_ids and not request.params.ignore_eos
+        sample.stop_reason = None if own else token
+    if tokenizer is None:
+        return ""
+    if sample.detok is None:
+        sample.detok = detokenizer.start(tokenizer.decode, request.prompt_ids)
+    # The stop token itself is not text.
+    new = () if stops_here else (token,)
+    sample.detok, pushed = detokenizer.push(
+        sample.detok, tokenizer.decode, new, request.params.stop_strings, finished=last
+    )
+    if pushed.stop is not None:
+        sample.finish_reason, sample.stop_reason = "stop", pushed.stop
+    return pushed.text
+
+
+def _note_logprobs(
+    request: Request, sample: Sample, update: Update, position: int, tokenizer: Tokenizer | None
+) -> None:
+    if update.logprobs is None:
+        return
+    entry = _logprob_entry(update.logprobs, position, sample.tokens[-1], tokenizer)
+    sample.logprobs.append(entry)
+    sample.cumulative += entry[sample.tokens[-1]].logprob
+
+
+def _logprob_entry(
+    logprobs: Any, position: int, token: int, tokenizer: Tokenizer | None
+) -> dict[int, Logprob]:
+    """The likeliest tokens at a position, and the token that stands there."""
+
+    def decoded(i: int) -> str | None:
+        return None if tokenizer is None else tokenizer.decode([i])
+
+    top = {
+        int(i): Logprob(float(value), rank + 1, decoded(int(i)))
+        for rank, (i, value) in enumerate(
+            zip(logprobs.top_ids[position], logprobs.top_logprobs[position], strict=True)
+        )
+    }
+    chosen = Logprob(
+        float(logprobs.logprob[position]), int(logprobs.rank[position]), decoded(token)
+    )
+    return {token: chosen} | {i: entry for i, entry in top.items() if i != token}
+
+
+def _completion(sample: Sample, params: SamplingParams) -> CompletionOutput:
+    wanted = params.logprobs is not None
+    return CompletionOutput(
+        index=sample.index,
+        text=sample.text,
+        token_ids=tuple(sample.tokens),
+        cumulative_logprob=sample.cumulative if wanted else None,
+        logprobs=tuple(sample.logprobs) if wanted else None,
+        finish_reason=sample.finish_reason,
+        stop_reason=sample.stop_reason,
+    )
+
+
+def _prompt_logprobs(
+    request: Request, tokenizer: Tokenizer | None
+) -> tuple[dict[int, Logprob] | None, ...] | None:
+    if request.params.prompt_logprobs is None:
+        return None
+    scores = merged_scores(request)
+    rest = () if scores is None else range(len(scores.logprob))
+    ids = request.prompt_ids
+    return (None, *(_logprob_entry(scores, i, ids[i + 1], tokenizer) for i in rest))

@@ -1,0 +1,235 @@
+"""Logits to tokens, on the device. Pure functions.
+
+A row's token is a function of that row alone, to the bit: nothing here sums floats across a row
+in an order that a compiler chooses (maxima, counts and sorts are exact; the one sum of floats is a
+tree of elementwise additions fixed by the vocabulary's size), and the noise is a function of
+(seed, sample, position). Letters: S rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from jaxinfer.types import MAX_STOP_IDS, SamplingParams
+
+Field = Any  # on the device an Array; on the host NumPy, one row at a time, without the axis S
+
+LIKELIEST_UNIFORM = 1 - 2**-24  # the largest float32 below 1
+SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
+LARGEST_LOGIT = float(np.finfo(np.float32).max)
+
+
+class SamplingRows(NamedTuple):
+    """How each row is sampled. [S] unless said.
+
+    Attributes:
+        temperature: float32; 0 is greedy.
+        top_k: int32; 0 keeps all.
+        top_p, min_p: float32.
+        repetition, presence, frequency: float32 penalties.
+        seed: uint32 [S, 2]; the request's 64-bit seed: high half, low half.
+        sample: int32; the sample's index within its request.
+        stop_ids: int32 [S, MAX_STOP_IDS]; -1 pads.
+        min_length: int32; no stop token is sampled for a position below this.
+    """
+
+    temperature: Field
+    top_k: Field
+    top_p: Field
+    min_p: Field
+    repetition: Field
+    presence: Field
+    frequency: Field
+    seed: Field
+    sample: Field
+    stop_ids: Field
+    min_length: Field
+
+
+class PenaltyState(NamedTuple):
+    """What penalties need to know. `prompt` bool [S, V]: in the prompt. `counts` int32 [S, V]:
+    occurrences in the output."""
+
+    prompt: Array
+    counts: Array
+
+
+class Logprobs(NamedTuple):
+    """Log-probabilities of chosen tokens and of the likeliest ones, natural log.
+
+    Attributes:
+        logprob: float32 [S].
+        rank: int32 [S]; 1 is the likeliest.
+        top_ids: int32 [S, top], likeliest first.
+        top_logprobs: float32 [S, top].
+    """
+
+    logprob: Array
+    rank: Array
+    top_ids: Array
+    top_logprobs: Array
+
+
+def pack_row(
+    params: SamplingParams, *, seed: int, sample: int, stop_ids: Sequence[int], min_length: int
+) -> SamplingRows:
+    """One row on the host: NumPy scalars, `seed` [2] and `stop_ids` [MAX_STOP_IDS].
+
+    Args:
+        params: validated.
+        seed: below 2**64.
+        sample: index within the request.
+        stop_ids: at most MAX_STOP_IDS, the model's own included.
+        min_length: see `SamplingRows`.
+    """
+    padded = np.full(MAX_STOP_IDS, -1, np.int32)
+    padded[: len(stop_ids)] = stop_ids
+    return SamplingRows(
+        temperature=np.float32(params.temperature),
+        top_k=np.int32(min(max(params.top_k, 0), np.iinfo(np.int32).max)),
+        top_p=np.float32(params.top_p),
+        min_p=np.float32(params.min_p),
+        repetition=np.float32(params.repetition_penalty),
+        presence=np.float32(params.presence_penalty),
+        frequency=np.float32(params.frequency_penalty),
+        seed=np.array([seed >> 32, seed & 0xFFFFFFFF], np.uint32),
+        sample=np.int32(sample),
+        stop_ids=padded,
+        min_length=np.int32(min_length),
+    )
+
+
+def sample(
+    logits: Array,
+    rows: SamplingRows,
+    positions: Array,
+    penalties: PenaltyState | None,
+    *,
+    truncated: bool,
+    random: bool,
+) -> Array:
+    """Draws one token a row.
+
+    Penalties, then the minimum length; a greedy row takes the likeliest token (the lowest id of
+    equals); the others divide by the temperature, truncate by min-p, top-k and top-p in that order
+    (ties at a threshold are kept) and draw by the Gumbel-max trick. NaN counts as minus infinity.
+
+    Args:
+        logits: [S, V].
+        rows: how each is sampled.
+        positions: int32 [S]; where in its sequence each token will stand.
+        penalties: None where no row is penalised.
+        truncated: static; whether any row truncates. Rows that do not are the same either way.
+        random: static; whether any row has a temperature. Greedy rows are the same either way.
+
+    Returns:
+        int32 [S].
+    """
+    x = logits.astype(jnp.float32)
+    if penalties is not None:
+        x = _penalise(x, rows, penalties)
+    x = _hold_back_stops(x, rows, positions)
+    x = jnp.nan_to_num(x, nan=-jnp.inf, posinf=LARGEST_LOGIT, neginf=-jnp.inf)
+    greedy = jnp.argmax(x, axis=-1).astype(jnp.int32)
+    if not random:
+        return greedy
+    # The likeliest is at exactly 0 whatever the temperature, and nothing overflows upwards.
+    highest = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), -LARGEST_LOGIT)
+    x = (x - highest) / jnp.maximum(rows.temperature, SMALLEST_TEMPERATURE)[:, None]
+    if truncated:
+        x = jnp.where(x >= _threshold(x, rows)[:, None], x, -jnp.inf)
+    drawn = jnp.argmax(x + _gumbel(rows, positions, x.shape[-1]), axis=-1).astype(jnp.int32)
+    return jnp.where(rows.temperature == 0, greedy, drawn)
+
+
+def _penalise(x: Array, rows: SamplingRows, penalties: PenaltyState) -> Array:
+    """Repetition as in Keskar et al. 2019 (CTRL); presence and frequency as in OpenAI's API."""
+    repetition, presence, frequency = (
+        f[:, None] for f in (rows.repetition, rows.presence, rows.frequency)
+    )
+    written = penalties.counts > 0
+    discouraged = jnp.where(x > 0, x / repetition, x * repetition)
+    x = jnp.where(penalties.prompt | written, discouraged, x)
+    x = x - frequency * penalties.counts
+    return x - jnp.where(written, presence, 0.0)
+
+
+def _hold_back_stops(x: Array, rows: SamplingRows, positions: Array) -> Array:
+    S, V = x.shape
+    early = (positions < rows.min_length)[:, None] & (rows.stop_ids >= 0)
+    ids = jnp.where(early, rows.stop_ids, V)  # V is out of bounds: dropped
+    return x.at[jnp.arange(S)[:, None], ids].set(-jnp.inf, mode="drop")
+
+
+def _threshold(x: Array, rows: SamplingRows) -> Array:
+    """The lowest of x [S, V] (likeliest at 0) that each row keeps; -inf where it keeps all."""
+    V = x.shape[-1]
+    descending = -jnp.sort(-x, axis=-1)
+    kth = jnp.clip(rows.top_k - 1, 0, V - 1)[:, None]
+    by_count = jnp.take_along_axis(descending, kth, axis=-1)[:, 0]
+    by_count = jnp.where((rows.top_k > 0) & (rows.top_k < V), by_count, -jnp.inf)
+    cut = jnp.maximum(jnp.log(rows.min_p), by_count)
+
+    mass = jnp.where(descending >= cut[:, None], jnp.exp(descending), 0.0)
+    cumulative = _cumulative(mass)
+    likelier = jnp.pad(cumulative[:, :-1], ((0, 0), (1, 0)))
+    kept = likelier < rows.top_p[:, None] * cumulative[:, -1:]
+    by_mass = jnp.min(jnp.where(kept, descending, 0.0), axis=-1)
+    return jnp.where(rows.top_p < 1, jnp.maximum(cut, by_mass), cut)
+
+
+def _cumulative(mass: Array) -> Array:
+    """Running sums along axis 1 by doubling (Hillis and Steele 1986).
+
+    Unlike cumsum this is elementwise additions alone, in an order that depends on V only. As a
+    loop, because an unrolled or associative scan takes seconds to compile.
+    """
+    S, V = mass.shape
+
+    def double(i: Array, sums: Array) -> Array:
+        shifted = lax.dynamic_slice(jnp.pad(sums, ((0, 0), (V, 0))), (0, V - (1 << i)), (S, V))
+        return sums + shifted
+
+    return lax.fori_loop(0, (V - 1).bit_length(), double, mass)
+
+
+def _gumbel(rows: SamplingRows, positions: Array, vocab_size: int) -> Array:
+    """Standard Gumbel noise, float32 [S, V]: -log(-log(u)), a function of the row alone.
+
+    All 32 random bits go where resolution decides draws, into 1 - u near 0: tokens of probability
+    down to about 2**-32 are drawn as often as they should be.
+    """
+
+    def row(seed: Array, sample: Array, position: Array) -> Array:
+        key = jax.random.wrap_key_data(seed, impl="threefry2x32")
+        key = jax.random.fold_in(jax.random.fold_in(key, sample), position)
+        bits = jax.random.bits(key, (vocab_size,), jnp.uint32)
+        complement = bits.astype(jnp.float32) * 2.0**-32 + 2.0**-33
+        return -jnp.log(-jnp.log1p(-jnp.minimum(complement, LIKELIEST_UNIFORM)))
+
+    return jax.vmap(row)(rows.seed, rows.sample, positions)
+
+
+def token_logprobs(logits: Array, tokens: Array, *, top: int) -> Logprobs:
+    """Log-probabilities under the model itself: before temperature, penalties and truncation.
+
+    Args:
+        logits: [S, V].
+        tokens: int32 [S]; the chosen ones.
+        top: static; how many of the likeliest to return, V at most. Of equals the lowest id comes
+            first, in `rank` too.
+    """
+    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    V = logprobs.shape[-1]
+    chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)
+    earlier = jnp.arange(V) < tokens[:, None]
+    before = (logprobs > chosen) | ((logprobs == chosen) & earlier)
+    rank = 1 + jnp.sum(before, axis=-1, dtype=jnp.int32)
+    top_logprobs, top_ids = lax.top_k(logprobs, min(top, V))
+    return Logprobs(chosen[:, 0], rank, top_ids.astype(jnp.int32), top_logprobs)

@@ -1,0 +1,120 @@
+"""How the device's memory is divided, decided before anything is allocated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxinfer.cache import page_bytes
+from jaxinfer.config import ModelConfig
+from jaxinfer.errors import CapacityError
+from jaxinfer.models.weights import count_params
+from jaxinfer.pages import pages_for
+
+GIB = 1 << 30
+CPU_CACHE_BYTES = 1 * GIB  # on a CPU there is no pool to fill: a modest default
+STEP_BYTES = 3 * GIB // 2  # activations, scores and logits of the largest compiled step
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where the memory goes, in bytes; `limit` is None where the device does not say.
+
+    Attributes:
+        weights: the parameters.
+        cache: the KV pages, `num_pages` of `page_size` tokens, the trash page included.
+        steps: kept free for the compiled steps' own needs.
+        max_model_len: longest sequence, in tokens.
+    """
+
+    limit: int | None
+    weights: int
+    cache: int
+    steps: int
+    num_pages: int
+    page_size: int
+    max_model_len: int
+
+    def __str__(self) -> str:
+        limit = "not limited" if self.limit is None else f"{self.limit / GIB:.2f} GiB"
+        return (
+            f"memory {limit}: weights {self.weights / GIB:.2f} GiB, KV cache "
+            f"{self.cache / GIB:.2f} GiB ({self.num_pages - 1} pages of {self.page_size} tokens), "
+            f"steps {self.steps / GIB:.2f} GiB; sequences of up to {self.max_model_len} tokens"
+        )
+
+
+def plan_memory(
+    config: ModelConfig,
+    *,
+    dtype: Any,
+    page_size: int,
+    max_num_seqs: int,
+    max_model_len: int | None,
+    kv_cache_bytes: int | None,
+    limit: int | None,
+    in_use: int = 0,
+) -> MemoryPlan:
+    """Sizes the KV cache: what is asked for, or what is left, and no more than can be used.
+
+    Args:
+        config: the model.
+        dtype: of weights and cache.
+        page_size: tokens a page.
+        max_num_seqs: sequences that may run at once.
+        max_model_len: longest sequence; None: the model's own limit, or what the cache holds.
+        kv_cache_bytes: size of the cache; None: what is left of `limit`.
+        limit: bytes of device memory that may be used; None: not known (a CPU).
+        in_use: bytes of it that are taken already, by others.
+
+    Raises:
+        CapacityError: the weights do not fit, not even one page is left, or a sequence of
+            `max_model_len` tokens needs more pages than there are.
+    """
+    weights = count_params(config) * np.dtype(dtype).itemsize
+    steps = 0 if limit is None else STEP_BYTES
+    one = page_bytes(config, page_size, dtype)
+    longest = config.max_position if max_model_len is None else max_model_len
+    useful = (max_num_seqs * pages_for(longest, page_size) + 1) * one
+    if kv_cache_bytes is None:
+        left = CPU_CACHE_BYTES if limit is None else limit - in_use - weights - steps
+        budget = min(left, useful)
+    else:
+        budget = kv_cache_bytes
+        if limit is not None and in_use + weights + steps + budget > limit:
+            raise CapacityError(
+                f"kv_cache_bytes={budget} does not fit: {limit} bytes may be used, {in_use} are "
+                f"in use, weights take {weights} and steps {steps}"
+            )
+    num_pages = budget // one
+    if num_pages < 2:
+        raise CapacityError(
+            f"no memory for one page of {page_size} tokens: a page takes {one} bytes (two are "
+            f"needed, one of them for inert tokens), {max(0, budget)} bytes are left beside "
+            f"weights of {weights} bytes"
+        )
+    held = (num_pages - 1) * page_size
+    if max_model_len is not None and held < max_model_len:
+        raise CapacityError(
+            f"max_model_len={max_model_len} needs {pages_for(max_model_len, page_size)} pages of "
+            f"{one} bytes, the cache holds {num_pages - 1}: lower max_model_len to {held} or give "
+            "the cache more memory"
+        )
+    return MemoryPlan(
+        limit=limit,
+        weights=weights,
+        cache=num_pages * one,
+        steps=steps,
+        num_pages=num_pages,
+        page_size=page_size,
+        max_model_len=min(longest, held),
+    )
+
+
+def device_memory(device: jax.Device) -> tuple[int | None, int]:
+    """Bytes that may be used on the device (None where it does not say), and bytes in use."""
+    stats = device.memory_stats() or {}
+    return stats.get("bytes_limit"), stats.get("bytes_in_use", 0)

@@ -1,0 +1,185 @@
+"""The op against a plain float64 definition over random lengths, pages and options."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.paged_attention import paged_attention, whole_prompt_attention
+
+HEADS, KV_HEADS, DIM = 6, 2, 16
+STATIC = ("max_query", "scale", "window", "softcap", "backend")
+attend = jax.jit(paged_attention, static_argnames=STATIC)
+
+
+def case(seed, lengths, new, page_size, *, spare=3, poison=np.nan, dtype=np.float32):
+    """A ragged batch over permuted pages; every slot that must not be read holds `poison`."""
+    rng = np.random.default_rng(seed)
+    per_seq = [-(-n // page_size) for n in lengths]
+    P, N = max([*per_seq, 1]) + 1, sum(per_seq) + 1 + spare
+    free = rng.permutation(np.arange(1, N))
+    k = np.full((N, KV_HEADS, page_size, DIM), poison, np.float32)
+    v = k.copy()
+    table = np.zeros((len(lengths), P), np.int32)
+    keys = [rng.normal(size=(n, KV_HEADS, DIM)).astype(dtype) for n in lengths]
+    values = [rng.normal(size=(n, KV_HEADS, DIM)).astype(dtype) for n in lengths]
+    for s, n in enumerate(lengths):
+        table[s, : per_seq[s]], free = free[: per_seq[s]], free[per_seq[s] :]
+        for i in range(n):
+            page, slot = table[s, i // page_size], i % page_size
+            k[page, :, slot], v[page, :, slot] = keys[s][i], values[s][i]
+    T = sum(new)
+    q = rng.normal(size=(T, HEADS, DIM)).astype(dtype)
+    starts = np.cumsum([0, *new]).astype(np.int32)
+    arrays = [jnp.asarray(x) for x in (q, k.astype(dtype), v.astype(dtype), table, starts)]
+    return (*arrays, jnp.asarray(lengths, jnp.int32)), keys, values
+
+
+def define(q, starts, lengths, keys, values, *, scale=None, window=None, softcap=None):
+    """Attention token by token, in float64."""
+    q = np.asarray(q, np.float64)
+    out = np.zeros_like(q)
+    scale = DIM**-0.5 if scale is None else scale
+    for s, n in enumerate(lengths):
+        new = starts[s + 1] - starts[s]
+        for i in range(new):
+            at = n - new + i
+            low = 0 if window is None else max(0, at - window + 1)
+            for h in range(HEADS):
+                group = h // (HEADS // KV_HEADS)
+                k = keys[s][low : at + 1, group].astype(np.float64)
+                v = values[s][low : at + 1, group].astype(np.float64)
+                x = k @ q[starts[s] + i, h] * scale
+                x = softcap * np.tanh(x / softcap) if softcap else x
+                p = np.exp(x - x.max())
+                out[starts[s] + i, h] = p @ v / p.sum()
+    return out
+
+
+@pytest.mark.parametrize("page_size", [8, 64, 256])
+@pytest.mark.parametrize(
+    ("lengths", "new"),
+    [
+        ([1, 300, 64, 65], [1, 1, 1, 1]),
+        ([7, 290, 33], [7, 5, 1]),
+        ([140], [140]),
+        ([600], [3]),
+    ],
+)
+def test_reference_is_attention(lengths, new, page_size):
+    args, keys, values = case(1, lengths, new, page_size)
+    got = attend(*args, max_query=max(new), backend="reference")
+    want = define(args[0], np.asarray(args[4]), lengths, keys, values)
+    np.testing.assert_allclose(got, want, atol=3e-6)
+
+
+@pytest.mark.parametrize("options", [{"window": 5}, {"window": 300}, {"softcap": 2.0}, {"scale": 0.5}])
+def test_options(options):
+    lengths, new = [1, 290, 33], [1, 5, 33]
+    args, keys, values = case(2, lengths, new, 16)
+    got = attend(*args, max_query=33, backend="reference", **options)
+    want = define(args[0], np.asarray(args[4]), lengths, keys, values, **options)
+    np.testing.assert_allclose(got, want, atol=3e-6)
+
+
+def test_chunks_equal_the_whole():
+    """A prompt's last tokens come out the same from a chunk as from the whole prompt."""
+    args, _, _ = case(3, [200], [200], 16)
+    whole = attend(*args, max_query=200, backend="reference")
+    q, k, v, table, _, lengths = args
+    chunk = attend(
+        q[150:], k, v, table, jnp.array([0, 50], jnp.int32), lengths, max_query=50
+    )
+    np.testing.assert_allclose(chunk, whole[150:], atol=1e-6)
+
+
+def alone_and_together():
+    args, _, _ = case(4, [90, 700, 3], [1, 1, 1], 64)
+    q, k, v, table, _, lengths = args
+    starts = jnp.array([0, 1], jnp.int32)
+    narrow = table[:1, :2]  # the page table is cut to what this sequence needs
+    together = attend(*args, max_query=1, backend="reference")[:1]
+    return attend(q[:1], k, v, narrow, starts, lengths[:1], max_query=1), together
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    # Not bit for bit: XLA on a CPU picks its exp and its sums by the shape of the whole array.
+    alone, together = alone_and_together()
+    np.testing.assert_allclose(alone, together, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.gpu
+def test_a_row_has_the_same_bits_whatever_stands_beside_it():
+    alone, together = alone_and_together()
+    assert np.array_equal(alone, together)
+
+
+def test_rows_of_nobody_are_zero():
+    args, _, _ = case(5, [9, 20], [2, 3], 8)
+    q = jnp.concatenate([args[0], jnp.full((3, HEADS, DIM), jnp.nan)])
+    out = attend(q, *args[1:], max_query=3, backend="reference")
+    assert np.isfinite(out).all()
+    assert (np.asarray(out[5:]) == 0).all()
+
+
+def test_half_precision():
+    args, keys, values = case(6, [90, 300], [4, 1], 64, dtype=jnp.bfloat16)
+    got = attend(*args, max_query=4, backend="reference")
+    assert got.dtype == jnp.bfloat16
+    want = define(args[0], np.asarray(args[4]), [90, 300], keys, values)
+    error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+    assert error < 5e-3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backend": "triton"}, "backend='triton'"),
+        ({"max_query": 0}, "max_query=0"),
+        ({"max_query": 99}, "max_query=99"),
+        ({"window": 0}, "window=0"),
+        ({"softcap": -1.0}, "softcap=-1.0"),
+        ({"q": jnp.zeros((5, 5, DIM))}, "5 heads"),
+        ({"q": jnp.zeros((5, 6, 8))}, "of 8"),
+        ({"q": jnp.zeros((5, 6, DIM), jnp.float16)}, "float16"),
+        ({"v_pages": jnp.zeros((2, 2, 8, DIM))}, "differ"),
+        ({"kv_lengths": jnp.zeros((2,), jnp.int16)}, "int32"),
+        ({"kv_lengths": jnp.zeros((3,), jnp.int32)}, "kv_lengths [2]"),
+        ({"page_table": jnp.zeros((2, 0), jnp.int32)}, "no columns"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    names = ("q", "k_pages", "v_pages", "page_table", "query_starts", "kv_lengths")
+    args, _, _ = case(7, [9, 20], [2, 3], 8)
+    options = {"max_query": 3, "backend": "reference", **dict(zip(names, args, strict=True))}
+    with pytest.raises(ValueError, match=r".") as raised:
+        paged_attention(**(options | change))
+    assert message in str(raised.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 40])
+def test_whole_prompt_is_the_same_attention(window):
+    rng = np.random.default_rng(9)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(96, heads, 64)), jnp.bfloat16) for heads in (6, 2, 2)
+    )
+    pages = [jnp.moveaxis(x.reshape(3, 32, 2, 64), 2, 1) for x in (k, v)]
+    table, starts = jnp.array([[0, 1, 2]], jnp.int32), jnp.array([0, 96], jnp.int32)
+    want = attend(q, *pages, table, starts, starts[1:], max_query=96, window=window)
+    got = jax.jit(whole_prompt_attention, static_argnames="window")(q, k, v, window=window)
+    error = np.linalg.norm(np.asarray(got - want, np.float32)) / np.linalg.norm(want)
+    assert error < 1e-2
+
+
+def test_whole_prompt_refuses_float32():
+    with pytest.raises(ValueError, match="float32"):
+        whole_prompt_attention(*(jnp.zeros((8, 2, DIM)) for _ in range(3)))
+
+
+def test_odd_page_sizes_are_refused():
+    args, _, _ = case(8, [9], [1], 24)
+    with pytest.raises(ValueError, match="page_size=24"):
+        paged_attention(*args, max_query=1)
