@@ -158,8 +158,9 @@ class Engine:
     def _run(self, action: batcher.Prefill | batcher.Decode) -> Sampled:
         prefill = isinstance(action, batcher.Prefill)
         key, plan = self._prefill(action) if prefill else self._decode(action)
+        # A plan of NumPy arrays would take jax's slow path, which waits for the device.
         self._cache, self._seq, sampled = self.compiler.run(
-            key, self._params, self._cache, self._seq, plan
+            key, self._params, self._cache, self._seq, jax.device_put(plan)
         )
         return sampled
 

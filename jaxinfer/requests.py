@@ -140,7 +140,7 @@ def _detokenise(
     # The stop token itself is not text.
     new = () if stops_here else (token,)
     sample.detok, pushed = detokenizer.push(
-        sample.detok, tokenizer.decode, new, request.params.stop_strings, finished=last
+        sample.detok, tokenizer.decode, new, request.params.stop_strings, last or stops_here
     )
     if pushed.stop is not None:
         sample.finish_reason, sample.stop_reason = "stop", pushed.stop
@@ -163,7 +163,7 @@ def _logprob_entry(
     """The likeliest tokens at a position, and the token that stands there."""
 
     def decoded(i: int) -> str | None:
-        return None if tokenizer is None else tokenizer.decode([i])
+        return None if tokenizer is None else tokenizer.decode([i], skip_special_tokens=False)
 
     top = {
         int(i): Logprob(float(value), rank + 1, decoded(int(i)))
