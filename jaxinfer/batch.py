@@ -7,16 +7,17 @@ sequences of one step, C tokens of a prefill chunk.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 from jaxinfer.cache import TRASH_PAGE
 from jaxinfer.sampling import PenaltyState, SamplingRows
 from jaxinfer.types import MAX_STOP_IDS
+
+Host = Any  # NumPy when the host makes a plan; traced arrays inside a step
 
 MIN_ROWS = 8  # matmuls of fewer rows round differently from larger ones: never run them
 
@@ -67,8 +68,8 @@ class SeqState(NamedTuple):
 class Admission(NamedTuple):
     """What the host says of a row when its first chunk is run. Scalars, and pages [P_max]."""
 
-    pages: np.ndarray
-    limit: np.ndarray
+    pages: Host
+    limit: Host
     rows: SamplingRows  # of one row, without the leading axis
 
 
@@ -80,22 +81,22 @@ class Chunk(NamedTuple):
     `released` [M] are rows to stop before anything else.
     """
 
-    tokens: np.ndarray
-    row: np.ndarray
-    start: np.ndarray
-    count: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
+    tokens: Host
+    row: Host
+    start: Host
+    count: Host
+    first: Host
+    last: Host
     admission: Admission
-    released: np.ndarray
-    targets: np.ndarray | None
+    released: Host
+    targets: Host
 
 
 class DecodePlan(NamedTuple):
     """Decode `steps` times; `released` [M] as in `Chunk`."""
 
-    steps: np.ndarray
-    released: np.ndarray
+    steps: Host
+    released: Host
 
 
 def init_state(max_num_seqs: int, max_pages: int, groups: int = 1) -> SeqState:
@@ -103,7 +104,7 @@ def init_state(max_num_seqs: int, max_pages: int, groups: int = 1) -> SeqState:
     M = max_num_seqs
     f32, i32 = jnp.float32, jnp.int32
 
-    def fill(value: float, dtype: jnp.dtype) -> Array:
+    def fill(value: float, dtype: Any) -> Array:
         return jnp.full((M,), value, dtype)
 
     return SeqState(
@@ -130,7 +131,7 @@ def admit(seq: SeqState, chunk: Chunk) -> SeqState:
     seq = seq._replace(active=seq.active & ~chunk.released)
     row, new = chunk.row, chunk.admission
 
-    def put(array: Array, value: np.ndarray) -> Array:
+    def put(array: Array, value: Host) -> Array:
         return array.at[row].set(jnp.where(chunk.first, value, array[row]))
 
     penalties = seq.penalties

@@ -212,7 +212,7 @@ def _admit(state: BatcherState, config: BatcherConfig) -> BatcherState:
             break
         pool, pages = allocate(state.pool, wanted)
         row = int(free[0])
-        new = Rows(sequence, prompt, limit, 0, 0)
+        new = (sequence, prompt, limit, 0, 0)  # in the order of Rows
         granted = np.zeros(state.pages.shape[1], np.int32)
         granted[:wanted] = pages
         state = state._replace(

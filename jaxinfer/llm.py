@@ -245,7 +245,9 @@ class LLM:
             raise InvalidRequest("this model has no tokenizer: give token ids", field="messages")
         return self.tokenizer.apply_chat_template(messages)
 
-    def logprobs(self, sequences: Prompt | Sequence[Prompt], *, top: int = 0) -> list[TokenLogprobs]:
+    def logprobs(
+        self, sequences: Prompt | Sequence[Prompt], *, top: int = 0
+    ) -> list[TokenLogprobs]:
         """Log-probability of every token of each sequence after its first, given those before.
 
         Args:

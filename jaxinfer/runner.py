@@ -107,7 +107,7 @@ def prefill_step(
 
     row = jnp.asarray(chunk.row)[None]
     view = jax.tree.map(lambda x: x[row], (seq.rows, seq.penalties))
-    length = (chunk.start + chunk.count)[None]
+    length = jnp.asarray(chunk.start + chunk.count)[None]
     raw = logits(params, hidden)[:1]
     token = sampling.sample(raw, *_order(view, length), truncated=key.truncated, random=key.random)
     wanted = jnp.asarray(chunk.last)[None] & (length < seq.limits[row])
@@ -120,9 +120,7 @@ def prefill_step(
     )
     logprobs = None
     if key.top is not None:
-        logprobs = jax.tree.map(
-            lambda x: x[None], sampling.token_logprobs(raw, token, top=key.top)
-        )
+        logprobs = jax.tree.map(lambda x: x[None], sampling.token_logprobs(raw, token, top=key.top))
     return cache, seq, Sampled(jnp.where(wanted, token, -1)[None], logprobs, scores)
 
 

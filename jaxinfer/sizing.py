@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxinfer.cache import page_bytes
@@ -114,7 +113,7 @@ def plan_memory(
     )
 
 
-def device_memory(device: jax.Device) -> tuple[int | None, int]:
+def device_memory(device: Any) -> tuple[int | None, int]:
     """Bytes that may be used on the device (None where it does not say), and bytes in use."""
     stats = device.memory_stats() or {}
     return stats.get("bytes_limit"), stats.get("bytes_in_use", 0)

@@ -70,9 +70,7 @@ class SamplingParams:
 
     @property
     def penalised(self) -> bool:
-        return bool(
-            self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty
-        )
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
 
     @property
     def truncated(self) -> bool:

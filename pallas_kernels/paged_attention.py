@@ -68,12 +68,12 @@ def paged_attention(
     _check(q, k_pages, v_pages, page_table, query_starts, kv_lengths, max_query, window, softcap)
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: expected one of {BACKENDS}")
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     if backend == "auto" and jax.default_backend() == "gpu":
         _say_once("paged_attention: no GPU kernel yet; backend 'reference' (plain XLA) is used")
     return reference(
         q, k_pages, v_pages, page_table, query_starts, kv_lengths,
-        max_query=max_query, scale=scale, window=window, softcap=softcap,
+        max_query=max_query, scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        window=window, softcap=softcap,
     )  # fmt: skip
 
 
@@ -150,9 +150,7 @@ def _attend(
     precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
     def multiply(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        return jnp.einsum(
-            pattern, a, b, precision=precision, preferred_element_type=jnp.float32
-        )
+        return jnp.einsum(pattern, a, b, precision=precision, preferred_element_type=jnp.float32)
 
     # Parts are a batch dimension of both products: however many there are, each is computed alike.
     queries = q.transpose(0, 2, 1, 3, 4).reshape(S, K, 1, Q * G, D)
@@ -170,7 +168,8 @@ def _attend(
     peak = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - _finite(peak)[..., None])
     total = jnp.sum(weights, axis=-1)
-    values = multiply("skprt,skptd->skprd", weights.astype(v.dtype), v.reshape(S, K, parts, SPLIT, D))
+    v = v.reshape(S, K, parts, SPLIT, D)
+    values = multiply("skprt,skptd->skprd", weights.astype(v.dtype), v)
     rescale = jnp.exp(peak - _finite(jnp.max(peak, axis=2, keepdims=True)))
     total = _sum_in_order(total * rescale, axis=2)
     values = _sum_in_order(values * rescale[..., None], axis=2)

@@ -34,10 +34,11 @@ import optax
 
 from checkpoints.demo import corpus
 from checkpoints.demo.evaluate import bits_per_byte
+from checkpoints.load import load_params
 from checkpoints.write import write_hf, write_json
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.decoder import Params
-from jaxinfer.models.families import parse_config
+from jaxinfer.models.families import parse_config, read_config
 from jaxinfer.models.weights import count_params, declare
 from jaxinfer.training import lm
 
@@ -62,22 +63,24 @@ class Recipe:
     """
 
     seed: int = 0
-    minutes: float = 6.0
-    epochs: float = 24.0
+    minutes: float = 1.35
+    epochs: float = 16.0
     batch: int = 16
     length: int = MAX_LENGTH
     optimizer: lm.Optimizer = "muon"
     learning_rate: float = 3e-3
-    weight_decay: float = 0.3
+    weight_decay: float = 0.6
     warmup: float = 0.02
     distill: float = 0.7
-    members: int = 0
+    members: int = 1
     dispatch: int = 20
 
 
 RECIPES = {
     "target": Recipe(),
-    "draft": Recipe(minutes=2.0, epochs=40.0, learning_rate=5e-3, weight_decay=0.05, distill=0.9),
+    "draft": Recipe(
+        minutes=0.6, epochs=16.0, learning_rate=5e-3, weight_decay=0.05, distill=0.9, members=0
+    ),
 }
 SHAPES = {
     "target": {
@@ -133,18 +136,35 @@ def prepare(data: Path, stdlib: Path) -> None:
 # --- fit ----------------------------------------------------------------------------------------
 
 
-def fit(data: Path, out: Path, recipes: dict[str, Recipe], shapes: dict[str, Any]) -> None:
-    """Trains the models of `recipes` in order, the first being the others' teacher.
+def fit(
+    data: Path,
+    out: Path,
+    recipes: dict[str, Recipe],
+    shapes: dict[str, Any],
+    teacher: Path | None = None,
+) -> None:
+    """Trains the models of `recipes` in order; the first, or the model in `teacher`, teaches.
 
-    Writes a Hugging Face directory for each, `corpus.json` and `training.json` under `out`.
+    Writes a Hugging Face directory for each, `corpus.json` and `training.json` under `out`; what
+    `training.json` says there of other models is kept.
     """
     manifest = json.loads((data / "corpus.json").read_text())
     arrays = {part: np.load(data / f"{part}.npy") for part in ("train", "validation", "held_out")}
     tokens = jnp.asarray(arrays["train"])
     attention = "cudnn" if jax.default_backend() == "gpu" else "xla"
-    report = _environment()
+    report: dict[str, Any] = {}
+    if (out / "training.json").exists():
+        report = json.loads((out / "training.json").read_text())
     teachers: tuple[Params, ...] = ()
     teacher_config = None
+    if teacher is not None:
+        teacher_config = read_config(teacher)
+        extra = [r"lm_head\.weight"]
+        teachers = (
+            load_params(
+                teacher, declare(teacher_config), dtype=jnp.bfloat16, allowed_extra=extra
+            ),
+        )
     for role, recipe in recipes.items():
         hf = model_config(shapes[role], manifest["end_of_text"])
         config = parse_config(hf)
@@ -169,6 +189,7 @@ def fit(data: Path, out: Path, recipes: dict[str, Recipe], shapes: dict[str, Any
             params, config, arrays["held_out"], manifest["held_out"]["bytes"], attention=attention
         )
         report[role] = {
+            **_environment(),
             "parameters": count_params(config),
             "recipe": dataclasses.asdict(recipe),
             "held_out_bits_per_byte": bpb,
@@ -328,6 +349,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="what prepare writes, fit reads")
     parser.add_argument("--out", type=Path, help="fit: where the models go")
     parser.add_argument("--models", nargs="+", choices=list(RECIPES), default=list(RECIPES))
+    parser.add_argument("--teacher", type=Path, help="a target made before, for the draft alone")
     parser.add_argument(
         "--set", nargs="+", default=[], metavar="ROLE.FIELD=VALUE", help="change a recipe"
     )
@@ -338,7 +360,8 @@ def main() -> None:
     if args.out is None:
         parser.error("fit needs --out")
     recipes = override(RECIPES, args.set)
-    fit(args.data, args.out, {role: recipes[role] for role in args.models}, SHAPES)
+    chosen = {role: recipes[role] for role in args.models}
+    fit(args.data, args.out, chosen, SHAPES, args.teacher)
 
 
 if __name__ == "__main__":

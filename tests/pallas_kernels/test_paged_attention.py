@@ -75,7 +75,9 @@ def test_reference_is_attention(lengths, new, page_size):
     np.testing.assert_allclose(got, want, atol=3e-6)
 
 
-@pytest.mark.parametrize("options", [{"window": 5}, {"window": 300}, {"softcap": 2.0}, {"scale": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{"window": 5}, {"window": 300}, {"softcap": 2.0}, {"scale": 0.5}]
+)
 def test_options(options):
     lengths, new = [1, 290, 33], [1, 5, 33]
     args, keys, values = case(2, lengths, new, 16)
@@ -89,9 +91,7 @@ def test_chunks_equal_the_whole():
     args, _, _ = case(3, [200], [200], 16)
     whole = attend(*args, max_query=200, backend="reference")
     q, k, v, table, _, lengths = args
-    chunk = attend(
-        q[150:], k, v, table, jnp.array([0, 50], jnp.int32), lengths, max_query=50
-    )
+    chunk = attend(q[150:], k, v, table, jnp.array([0, 50], jnp.int32), lengths, max_query=50)
     np.testing.assert_allclose(chunk, whole[150:], atol=1e-6)
 
 
@@ -163,9 +163,7 @@ def test_bad_arguments_are_named(change, message):
 @pytest.mark.parametrize("window", [None, 40])
 def test_whole_prompt_is_the_same_attention(window):
     rng = np.random.default_rng(9)
-    q, k, v = (
-        jnp.asarray(rng.normal(size=(96, heads, 64)), jnp.bfloat16) for heads in (6, 2, 2)
-    )
+    q, k, v = (jnp.asarray(rng.normal(size=(96, heads, 64)), jnp.bfloat16) for heads in (6, 2, 2))
     pages = [jnp.moveaxis(x.reshape(3, 32, 2, 64), 2, 1) for x in (k, v)]
     table, starts = jnp.array([[0, 1, 2]], jnp.int32), jnp.array([0, 96], jnp.int32)
     want = attend(q, *pages, table, starts, starts[1:], max_query=96, window=window)
