@@ -1,4 +1,4 @@
-"""Every GPU figure in one call: ceilings, decode beside HF, start times, parity.
+"""Every GPU figure in one call: ceilings, decode beside HF, start times, parity, invariance.
 
     python -m bench.all --minutes 8
 
@@ -14,7 +14,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from bench import ceilings, decode, parity_gpu, parts, record
+from bench import ceilings, decode, invariance, parity_gpu, parts, record
 
 
 def main() -> None:
@@ -24,6 +24,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--llm", type=json.loads, default={}, help="options of LLM, as JSON")
+    parser.add_argument(
+        "--only",
+        type=lambda text: text.split(","),
+        help="parts whose names start so, in this order",
+    )
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     args = parser.parse_args()
     names = ["tiny"] if args.tiny else ["llama-3.1-8b", "llama-3.2-1b"]
@@ -39,8 +44,11 @@ def main() -> None:
             *decode.make_parts(names, [args.batch], [args.context], folder, options=args.llm),
             *compiled,
             *parity_gpu.make_parts(names[-1], folder),
+            *invariance.make_parts("demo"),
             *eager,
         ]
+        if args.only:
+            todo = [part for name in args.only for part in todo if part.name.startswith(name)]
         run = parts.run_parts(todo, run, path, minutes=args.minutes)
     parts.print_table(run)
     print(path)

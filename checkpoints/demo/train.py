@@ -79,7 +79,7 @@ class Recipe:
 RECIPES = {
     "target": Recipe(),
     "draft": Recipe(
-        minutes=0.6, epochs=16.0, learning_rate=5e-3, weight_decay=0.05, distill=0.9, members=0
+        minutes=0.5, epochs=16.0, learning_rate=5e-3, weight_decay=0.05, distill=0.9, members=0
     ),
 }
 SHAPES = {
