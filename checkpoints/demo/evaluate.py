@@ -152,7 +152,7 @@ def parses(source: str) -> bool:
     return True
 
 
-def sample_functions(directory: Path, prompts: Sequence[str]) -> dict[str, Any]:
+def sample_functions(directory: Path, prompts: Sequence[str], dtype: Any) -> dict[str, Any]:
     """Generates a function from each prompt, and counts those that parse."""
     from jaxinfer import LLM, SamplingParams
 
@@ -161,7 +161,7 @@ def sample_functions(directory: Path, prompts: Sequence[str]) -> dict[str, Any]:
         SamplingParams(temperature=TEMPERATURE, seed=i, max_tokens=MAX_TOKENS, stop=column_0)
         for i in range(len(prompts))
     ]
-    with LLM(directory) as llm:
+    with LLM(directory, dtype=dtype) as llm:
         outputs = [r.outputs[0] for r in llm.generate(prompts, params)]
     functions = [p + o.text + "\n" for p, o in zip(prompts, outputs, strict=True)]
     accepted = [parses(f) for f in functions]
@@ -184,7 +184,8 @@ def evaluate(data: Path, out: Path) -> dict[str, Any]:
     train, tokens = np.load(data / "train.npy"), np.load(data / "held_out.npy")
     sources = split_files(tokenizer, tokens)
     text, prefix = ("".join(s).encode() for s in (sources, split_files(tokenizer, train)))
-    attention = "cudnn" if jax.default_backend() == "gpu" else "xla"
+    gpu = jax.default_backend() == "gpu"
+    attention, dtype = ("cudnn", "bfloat16") if gpu else ("xla", "float32")
     prompts = headers(sources, FUNCTIONS)
     report: dict[str, Any] = {
         "held_out_bytes": len(text),
@@ -192,15 +193,17 @@ def evaluate(data: Path, out: Path) -> dict[str, Any]:
         "xz_bits_per_byte": xz_bits_per_byte(text),
         "xz_after_training_text_bits_per_byte": xz_bits_per_byte(text, prefix),
         "functions_protocol": PROTOCOL,
+        "device": jax.devices()[0].device_kind,
+        "dtype": dtype,
     }
     models = {}
     for role in ("target", "draft"):
         config = read_config(out / role)
-        params = load_params(out / role, declare(config), dtype=jnp.bfloat16)
+        params = load_params(out / role, declare(config), dtype=jnp.dtype(dtype))
         models[role] = params, config
         report[role] = {
             "bits_per_byte": bits_per_byte(params, config, tokens, len(text), attention=attention),
-            "functions": sample_functions(out / role, prompts),
+            "functions": sample_functions(out / role, prompts, dtype),
         }
     (target, target_config), (draft, draft_config) = models["target"], models["draft"]
     report["acceptance"] = acceptance(

@@ -161,9 +161,7 @@ def fit(
         teacher_config = read_config(teacher)
         extra = [r"lm_head\.weight"]
         teachers = (
-            load_params(
-                teacher, declare(teacher_config), dtype=jnp.bfloat16, allowed_extra=extra
-            ),
+            load_params(teacher, declare(teacher_config), dtype=jnp.bfloat16, allowed_extra=extra),
         )
     for role, recipe in recipes.items():
         hf = model_config(shapes[role], manifest["end_of_text"])
@@ -228,7 +226,8 @@ def _fit_one(
         )  # fmt: skip
 
     def validate(params: Any) -> float:
-        return float(lm.score(params, config, validation, length=T, attention=attention).mean())
+        nats = lm.score(lm.half(params), config, validation, length=T, attention=attention)
+        return float(nats.mean())
 
     # A throw-away state compiles and tells the speed; the number of steps follows from it.
     seconds = []
@@ -273,7 +272,7 @@ def _fit_one(
             raise FloatingPointError(f"{name}: the validation loss is {loss} at step {(i + 1) * K}")
         if loss < best_loss:
             best_loss = loss
-            best = jax.tree.map(lambda p: p.astype(jnp.bfloat16), state.params)
+            best = lm.half(state.params)
     figures = {
         "steps": steps,
         "epochs": steps * B * T / len(tokens),

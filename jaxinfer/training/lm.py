@@ -48,16 +48,24 @@ class Metrics(NamedTuple):
 def log_probs(
     params: Params, config: ModelConfig, tokens: jax.Array, attention: Attention = None
 ) -> jax.Array:
-    """Log-probabilities, float32 [B, T, V], of what follows each of tokens [B, T]."""
-    cast = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
-    return jax.nn.log_softmax(apply(cast, config, tokens, implementation=attention))
+    """Log-probabilities, float32 [B, T, V], of what follows each of tokens [B, T].
+
+    Computed in the dtype of `params`.
+    """
+    return jax.nn.log_softmax(apply(params, config, tokens, implementation=attention))
+
+
+def half(params: Params) -> Params:
+    """`params` in bfloat16, as the forward of training takes them."""
+    return jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
 
 
 def loss_fn(
     params: Params, config: ModelConfig, tokens: jax.Array, attention: Attention = None
 ) -> jax.Array:
     """Mean nats a token of tokens int32 [B, T+1]: each but the first, given those before it."""
-    return nll(log_probs(params, config, tokens[:, :-1], attention), tokens[:, 1:]).mean()
+    logp = log_probs(half(params), config, tokens[:, :-1], attention)
+    return nll(logp, tokens[:, 1:]).mean()
 
 
 def nll(logp: jax.Array, targets: jax.Array) -> jax.Array:
@@ -86,7 +94,7 @@ def distillation_loss(
     Returns:
         (the loss, mean nats a token against the data alone).
     """
-    logp = log_probs(params, config, tokens[:, :-1], attention)
+    logp = log_probs(half(params), config, tokens[:, :-1], attention)
     hard = nll(logp, tokens[:, 1:]).mean()
     soft = -(teacher_probs * logp).sum(-1).mean()
     return (1 - weight) * hard + weight * soft, hard
@@ -324,7 +332,7 @@ def score(
     `length - stride` tokens before it where the text has them.
 
     Args:
-        params: any dtype; computed in bfloat16.
+        params: computed in their dtype.
         config: the model.
         tokens: integers [N], N at least 2.
         length: tokens a window.
