@@ -29,7 +29,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup
-	$(BIN)/jaxinfer generate "def read_config(" --max-tokens 96
+	$(BIN)/jaxinfer generate "def read_config(" --max-tokens 96 --temperature 0.7 --seed 2
 
 test: setup
 	$(BIN)/python -m pytest -n 2

@@ -119,7 +119,8 @@ def create_state(config: BatcherConfig) -> BatcherState:
         pool=create(config.num_pages),
         released=np.zeros(M, bool),
     )
-    return _seal(state)
+    _seal(state, state.waiting, state.rows)
+    return state
 
 
 def step(
@@ -127,7 +128,7 @@ def step(
 ) -> tuple[BatcherState, tuple[Action, ...]]:
     """Takes events in order, then schedules at most one step of work.
 
-    The state passed in is left as it was; arrays of the one returned are read-only.
+    The state passed in is left as it was; arrays of what is returned are read-only.
 
     Raises:
         ValueError: an event that names a sequence which is neither waiting nor running, or a
@@ -146,7 +147,8 @@ def step(
                     state = _free(state, _row_of(state, int(sequence)), tell_device=False)
     state = _admit(state, config)
     state, run = _schedule(state, config)
-    return _seal(state), (*actions, *run)
+    _seal(state, state.waiting, state.rows, *run)
+    return state, (*actions, *run)
 
 
 def idle(state: BatcherState) -> bool:
@@ -283,7 +285,8 @@ def _with(array: np.ndarray, index: int, value: int | np.ndarray) -> np.ndarray:
     return copy
 
 
-def _seal(state: BatcherState) -> BatcherState:
-    for array in (*state.waiting, *state.rows, state.pages, state.released):
-        array.flags.writeable = False
-    return state
+def _seal(*records: NamedTuple) -> None:
+    for record in records:
+        for value in record:
+            if isinstance(value, np.ndarray):
+                value.flags.writeable = False

@@ -126,20 +126,33 @@ class Engine:
     def reset(self) -> None:
         """Forgets every sequence, after a failure or an interrupt in the middle of a step."""
         self._clear()
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._cache)):
-            self._cache = init_cache(
-                self.config, self.limits.num_pages, self.limits.page_size, self._dtype
-            )
+        # The old cache may have been donated, or hold what a failed computation left.
+        for leaf in jax.tree.leaves(self._cache):
+            leaf.delete()
+        self._cache = init_cache(
+            self.config, self.limits.num_pages, self.limits.page_size, self._dtype
+        )
 
     @property
     def waiting(self) -> int:
-        """Sequences in the queue."""
-        return len(self._batcher.waiting.ids)
+        """Sequences in the queue, as it will be once the events so far are taken."""
+        ids = [self._batcher.waiting.ids]
+        ids += [e.ids for e in self._events if isinstance(e, batcher.Submit)]
+        cancelled = [e.id for e in self._events if isinstance(e, batcher.Cancel)]
+        return sum(len(a) - int(np.isin(a, cancelled).sum()) for a in ids)
+
+    @property
+    def idle(self) -> bool:
+        """Whether `step` has nothing to do."""
+        return not (self._live or self._events or self._in_flight)
 
     # -- the loop ---------------------------------------------------------------------------
 
     def step(self) -> list[Update]:
-        """Keeps the device busy and reads its oldest results; [] when there is nothing to do."""
+        """Keeps the device busy and reads its oldest results.
+
+        They may be none: a chunk of a prompt, or a sequence given up meanwhile.
+        """
         while len(self._in_flight) < DISPATCHES_AHEAD:
             actions = self._schedule()
             if not actions:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -17,12 +18,19 @@ from jaxinfer.backend import default_cache_directory, reserve_memory, use_compil
 from jaxinfer.config import BatcherConfig, EngineOptions, ModelConfig
 from jaxinfer.engine import Engine
 from jaxinfer.engine import Sequence as EngineSequence
-from jaxinfer.errors import InvalidRequest, JaxinferError, QueueFull
-from jaxinfer.models.weights import count_params, declare
+from jaxinfer.errors import CheckpointError, InvalidRequest, JaxinferError, QueueFull
+from jaxinfer.models.weights import abstract_params, count_params, declare
 from jaxinfer.progress import loading_bar
 from jaxinfer.requests import Request, Sample, finish, merged_scores, take
 from jaxinfer.sizing import MemoryPlan, device_memory, plan_memory
-from jaxinfer.types import MAX_SEED, Delta, RequestOutput, SamplingParams, TokenLogprobs
+from jaxinfer.types import (
+    MAX_SEED,
+    MAX_TOP_LOGPROBS,
+    Delta,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+)
 from jaxinfer.validation import validate, validate_prompt
 
 if TYPE_CHECKING:
@@ -33,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
+Encode = Callable[[Any], Any]
 
 
 class LLM:
@@ -117,15 +126,17 @@ class LLM:
         """An LLM over weights that are in memory already (a tree of `models.weights.declare`).
 
         Takes the options of `LLM`. The weights' dtype must be `dtype`.
+
+        Raises:
+            CheckpointError: `params` is not the tree of `config` and `dtype`; lists what differs.
+            CapacityError, ValueError: as `LLM`.
         """
         chosen = EngineOptions(**options)
-        found = {leaf.dtype for leaf in jax.tree.leaves(params)}
-        if found != {jnp.dtype(chosen.dtype)}:
-            raise ValueError(f"params are {sorted(map(str, found))}, dtype={chosen.dtype!r}")
+        _check_params(params, config, jnp.dtype(chosen.dtype))
         _prepare_backend(chosen)
         self = cls.__new__(cls)
         plan = _plan(config, chosen, loaded=True)
-        self._start(params, config, plan, tokenizer, chosen)
+        self._start(jax.device_put(params), config, plan, tokenizer, chosen)
         return self
 
     def _start(
@@ -200,21 +211,7 @@ class LLM:
         Raises:
             InvalidRequest, QueueFull.
         """
-        if on_error not in ("raise", "return"):
-            raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'return'")
-        several = _as_list(prompts)
-        each = _one_each(params, len(several))
-        requests: list[Request | RequestOutput] = []
-        for index, (prompt, wanted) in enumerate(zip(several, each, strict=True)):
-            try:
-                requests.append(self._prepare(prompt, wanted, index))
-            except InvalidRequest as error:
-                if on_error == "raise":
-                    raise
-                requests.append(_refused(prompt, error, next(self._ids)))
-        good = [r for r in requests if isinstance(r, Request)]
-        self._run(good)
-        return [r if isinstance(r, RequestOutput) else finish(r, self.tokenizer) for r in requests]
+        return self._complete(_as_list(prompts), params, on_error, self._encode)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Completes one prompt, yielding what is new as it comes; the last Delta has the result.
@@ -222,8 +219,9 @@ class LLM:
         The request is checked at once; it runs while the iterator is read. Closing the iterator
         cancels it.
         """
-        request = self._prepare(prompt, params or SamplingParams(), 0)
-        return self._stream(request)
+        request = self._prepare(prompt, SamplingParams() if params is None else params, 0)
+        request.deltas = deque()
+        return self._stream(request, request.deltas)
 
     def chat(
         self,
@@ -233,11 +231,10 @@ class LLM:
         on_error: Literal["raise", "return"] = "raise",
     ) -> list[RequestOutput]:
         """Answers a conversation, or each of several, through the model's chat template."""
-        one = bool(messages) and isinstance(messages[0], Mapping)
-        several: Sequence[Any] = [messages] if one else messages
-        return self.generate(
-            [self.chat_tokens(conversation) for conversation in several], params, on_error=on_error
-        )
+        several = _listed(messages, "messages")
+        if len(several) and isinstance(several[0], Mapping):
+            several = [several]
+        return self._complete(several, params, on_error, self.chat_tokens)
 
     def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, ready for the model's answer."""
@@ -255,9 +252,13 @@ class LLM:
             top: how many of the likeliest tokens to return at each position.
 
         Raises:
-            InvalidRequest.
+            InvalidRequest, QueueFull.
         """
-        params = SamplingParams(temperature=0.0, prompt_logprobs=top)
+        if not isinstance(top, int | np.integer) or not 0 <= top <= MAX_TOP_LOGPROBS:
+            raise InvalidRequest(
+                f"{top!r} is not an integer from 0 to {MAX_TOP_LOGPROBS}", field="top"
+            )
+        params = SamplingParams(temperature=0.0, prompt_logprobs=int(top))
         requests = [
             self._prepare(sequence, params, index, generate=False)
             for index, sequence in enumerate(_as_list(sequences))
@@ -267,17 +268,52 @@ class LLM:
 
     # -- inside -----------------------------------------------------------------------------
 
+    def _complete(
+        self,
+        prompts: Sequence[Any],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        on_error: Literal["raise", "return"],
+        encode: Encode,
+    ) -> list[RequestOutput]:
+        if on_error not in ("raise", "return"):
+            raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'return'")
+        each = _one_each(params, len(prompts))
+        requests: list[Request | RequestOutput] = []
+        for index, (prompt, wanted) in enumerate(zip(prompts, each, strict=True)):
+            try:
+                requests.append(self._prepare(prompt, wanted, index, encode=encode))
+            except InvalidRequest as error:
+                if on_error == "raise":
+                    raise
+                requests.append(_refused(prompt, error, next(self._ids)))
+        self._run([r for r in requests if isinstance(r, Request)])
+        return [r if isinstance(r, RequestOutput) else finish(r, self.tokenizer) for r in requests]
+
+    def _encode(self, prompt: Any) -> Any:
+        """Token ids of text; what is not text is taken for token ids, and checked later."""
+        if not isinstance(prompt, str):
+            return prompt
+        if self.tokenizer is None:
+            raise InvalidRequest("this model has no tokenizer: give token ids")
+        return self.tokenizer.encode(prompt)
+
     def _prepare(
-        self, prompt: Prompt, params: SamplingParams, index: int, *, generate: bool = True
+        self,
+        prompt: Any,
+        params: SamplingParams,
+        index: int,
+        *,
+        encode: Encode | None = None,
+        generate: bool = True,
     ) -> Request:
         """Checks a request and tokenises it; touches nothing else."""
         validate(params, index=index, vocab_size=self.config.vocab_size)
-        text = prompt if isinstance(prompt, str) else None
-        if text is not None and self.tokenizer is None:
-            raise InvalidRequest("this model has no tokenizer: give token ids", index=index)
         if params.stop_strings and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer", index=index, field="stop")
-        ids = self.tokenizer.encode(text) if text is not None and self.tokenizer else prompt
+        try:
+            ids = (encode or self._encode)(prompt)
+        except InvalidRequest as error:  # the tokenizer does not know which request it serves
+            raise InvalidRequest(error.message, index=index, field=error.field) from error
         longest = self.memory_plan.max_model_len
         tokens = validate_prompt(
             ids,
@@ -288,7 +324,7 @@ class LLM:
         most = longest if params.max_tokens is None else len(tokens) + params.max_tokens
         return Request(
             id=str(next(self._ids)),
-            prompt=text,
+            prompt=prompt if isinstance(prompt, str) else None,
             prompt_ids=tokens,
             params=params,
             seed=self._seeds.randrange(MAX_SEED) if params.seed is None else params.seed,
@@ -305,29 +341,32 @@ class LLM:
                 f"{self._options.max_waiting} wait already"
             )
         pairs = [(request, sample) for request in requests for sample in request.samples]
-        ids = self.engine.submit(_sequence(request, sample) for request, sample in pairs)
-        self._owners |= dict(zip(ids, pairs, strict=True))
+        ids = self.engine.submit([s for request in requests for s in _sequences(request)])
+        for sequence, (request, sample) in zip(ids, pairs, strict=True):
+            sample.sequence = sequence
+            self._owners[sequence] = (request, sample)
 
     def _run(self, requests: Sequence[Request]) -> None:
         """Runs requests to their end."""
-        self._submit(requests)
         try:
-            while not all(r.finished for r in requests):
-                self._pump()
-                for request in requests:
-                    if request.failed:
-                        raise request.failed
-                    request.deltas.clear()
-        except BaseException:
+            self._submit(requests)
+            for request in requests:  # each turn of the engine serves them all
+                self._wait(request)
+        finally:
             self._cancel(requests)
-            raise
 
-    def _stream(self, request: Request) -> Iterator[Delta]:
-        self._submit([request])
+    def _wait(self, request: Request) -> None:
+        while not request.finished:
+            if request.failed:
+                raise request.failed
+            self._pump()
+
+    def _stream(self, request: Request, deltas: deque[Delta]) -> Iterator[Delta]:
         try:
+            self._submit([request])
             while True:
-                while request.deltas:
-                    yield request.deltas.popleft()
+                while deltas:
+                    yield deltas.popleft()
                 if request.failed:
                     raise request.failed
                 if request.finished:
@@ -338,30 +377,29 @@ class LLM:
 
     def _pump(self) -> None:
         """One turn of the engine, its news given to the requests they belong to."""
+        engine = self.engine
         try:
-            updates = self.engine.step()
+            for update in engine.step():
+                owner = self._owners.get(update.id)
+                if owner is None:  # given up meanwhile
+                    continue
+                request, sample = owner
+                take(request, sample, update, self.tokenizer)
+                if sample.finish_reason:
+                    del self._owners[update.id]
+                    engine.cancel(update.id)
         except BaseException as error:
-            # A step that broke off may have consumed the state it was given: start anew.
+            # A step that broke off may have consumed the state it was given, and news half given
+            # out are lost: start anew.
             self._fail_all(JaxinferError(f"interrupted by {type(error).__name__}: {error}"))
-            self.engine.reset()
+            engine.reset()
             raise
-        for update in updates:
-            owner = self._owners.get(update.id)
-            if owner is None:
-                continue
-            request, sample = owner
-            delta = take(request, sample, update, self.tokenizer)
-            if delta is not None:
-                request.deltas.append(delta)
-            if sample.finish_reason:
-                del self._owners[update.id]
-                self.engine.cancel(update.id)
 
     def _cancel(self, requests: Sequence[Request]) -> None:
-        mine = {id(r) for r in requests}
-        for sequence in [i for i, (r, _) in self._owners.items() if id(r) in mine]:
-            del self._owners[sequence]
-            self.engine.cancel(sequence)
+        """Gives up what is left of requests; nothing where they have finished."""
+        for sample in (s for request in requests for s in request.samples):
+            if sample.sequence is not None and self._owners.pop(sample.sequence, None):
+                self.engine.cancel(sample.sequence)
 
     def _fail_all(self, error: JaxinferError) -> None:
         for request, _ in self._owners.values():
@@ -412,10 +450,49 @@ def _load(directory: Path, config: ModelConfig, dtype: Any) -> Params:
         )
 
 
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
-    if isinstance(prompts, str) or (len(prompts) and isinstance(prompts[0], int | np.integer)):
-        return [prompts]  # type: ignore[list-item]
-    return prompts  # type: ignore[return-value]
+def _check_params(params: Params, config: ModelConfig, dtype: Any) -> None:
+    """Raises CheckpointError unless `params` is the tree that `config` declares, in `dtype`."""
+
+    def described(tree: Any) -> dict[str, str]:
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): _describe(leaf)
+            for path, leaf in jax.tree.flatten_with_path(tree)[0]
+        }
+
+    want, have = described(abstract_params(config, dtype)), described(params)
+    problems = [
+        f"{name}: {have.get(name, 'missing')}, expected {want.get(name, 'nothing there')}"
+        for name in sorted(want.keys() | have.keys())
+        if want.get(name) != have.get(name)
+    ]
+    if problems:
+        raise CheckpointError(
+            f"params are not those of this config with dtype={str(dtype)!r}:\n  "
+            + "\n  ".join(problems)
+        )
+
+
+def _describe(leaf: Any) -> str:
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return type(leaf).__name__
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Any]:
+    if isinstance(prompts, str):
+        return [prompts]
+    several = _listed(prompts, "prompt")
+    one = len(several) and isinstance(several[0], int | np.integer)
+    return [several] if one else several
+
+
+def _listed(value: Any, field: str) -> Sequence[Any]:
+    """`value` as a list of things, if it is one."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        return list(value)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise InvalidRequest(f"{type(value).__name__} is not a list", field=field)
+    return value
 
 
 def _one_each(
@@ -423,14 +500,13 @@ def _one_each(
 ) -> Sequence[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
-    if len(params) != count:
-        raise InvalidRequest(
-            f"{len(params)} SamplingParams for {count} prompts", index=0, field="params"
-        )
-    return params
+    several = _listed(params, "params")
+    if len(several) != count:
+        raise InvalidRequest(f"{len(several)} SamplingParams for {count} prompts", field="params")
+    return several
 
 
-def _refused(prompt: Prompt, error: InvalidRequest, number: int) -> RequestOutput:
+def _refused(prompt: Any, error: InvalidRequest, number: int) -> RequestOutput:
     return RequestOutput(
         request_id=str(number),
         prompt=prompt if isinstance(prompt, str) else None,
@@ -440,17 +516,21 @@ def _refused(prompt: Prompt, error: InvalidRequest, number: int) -> RequestOutpu
     )
 
 
-def _sequence(request: Request, sample: Sample) -> EngineSequence:
-    return EngineSequence(
-        prompt=np.asarray(request.prompt_ids, np.int32),
-        params=request.params,
-        limit=request.limit,
-        seed=request.seed,
-        sample=sample.index,
-        stop_ids=request.stop_ids,
-        # The prompt is the same for every sample: one scores it for all.
-        score=request.params.prompt_logprobs if sample.index == 0 else None,
-    )
+def _sequences(request: Request) -> list[EngineSequence]:
+    prompt = np.asarray(request.prompt_ids, np.int32)
+    return [
+        EngineSequence(
+            prompt=prompt,
+            params=request.params,
+            limit=request.limit,
+            seed=request.seed,
+            sample=sample.index,
+            stop_ids=request.stop_ids,
+            # The prompt is the same for every sample: one scores it for all.
+            score=request.params.prompt_logprobs if sample.index == 0 else None,
+        )
+        for sample in request.samples
+    ]
 
 
 def _token_logprobs(request: Request, top: int) -> TokenLogprobs:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -28,9 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Sample:
-    """One of a request's `n` samples, as far as it has got."""
+    """One of a request's `n` samples, as far as it has got.
+
+    `sequence` is the engine's name for it, once it has been submitted.
+    """
 
     index: int
+    sequence: int | None = None
     tokens: list[int] = field(default_factory=list)
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative: float = 0.0
@@ -42,7 +47,15 @@ class Sample:
 
 @dataclass
 class Request:
-    """A validated request. `stop_ids` are the model's own and the request's."""
+    """A validated request.
+
+    Attributes:
+        limit: tokens at which every sample ends, prompt included.
+        eos_ids: the model's own stop tokens.
+        deltas: for a reader of a stream; None where nobody reads before the end.
+        scores: prompt log-probabilities, chunk by chunk.
+        failed: why the request was given up.
+    """
 
     id: str
     prompt: str | None
@@ -52,33 +65,35 @@ class Request:
     limit: int
     eos_ids: tuple[int, ...]
     samples: list[Sample]
+    deltas: deque[Delta] | None = None
     scores: list[Any] = field(default_factory=list)
-    deltas: deque[Delta] = field(default_factory=deque)
     failed: JaxinferError | None = None
+    unfinished: int = field(init=False)
 
-    @property
+    def __post_init__(self) -> None:
+        self.unfinished = len(self.samples)
+
+    @cached_property
     def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a sample: the model's own, unless ignored, and the request's."""
         own = () if self.params.ignore_eos else self.eos_ids
-        return (*own, *(i for i in self.params.stop_token_ids if i not in own))
+        return tuple(dict.fromkeys((*own, *map(int, self.params.stop_token_ids))))
 
     @property
     def finished(self) -> bool:
-        return all(sample.finish_reason for sample in self.samples)
+        return self.unfinished == 0
 
 
-def take(
-    request: Request, sample: Sample, update: Update, tokenizer: Tokenizer | None
-) -> Delta | None:
-    """Adds what a step brought to a sample.
+def take(request: Request, sample: Sample, update: Update, tokenizer: Tokenizer | None) -> None:
+    """Adds what a step brought to a sample, and tells the reader of the stream.
 
-    Returns:
-        What to tell a reader, or None where there is nothing to tell. Once a stop string is found
-        the sample is finished, whatever the engine says: the caller then cancels its sequence.
+    Once a stop string is found the sample is finished, whatever the engine says: the caller then
+    cancels its sequence.
     """
     if update.scores is not None:
         request.scores.append(update.scores)
     if not update.tokens and not update.finished:
-        return None
+        return
     before, text = len(sample.tokens), ""
     for position, token in enumerate(update.tokens):
         sample.tokens.append(token)
@@ -90,18 +105,20 @@ def take(
     if update.finished and sample.finish_reason is None:
         sample.finish_reason = "length"
     sample.text += text
-    return Delta(
-        index=sample.index,
-        text=text,
-        token_ids=tuple(sample.tokens[before:]),
-        finish_reason=sample.finish_reason,
-        result=finish(request, tokenizer) if request.finished else None,
-    )
+    request.unfinished -= sample.finish_reason is not None
+    if request.deltas is not None:
+        request.deltas.append(
+            Delta(
+                index=sample.index,
+                text=text,
+                token_ids=tuple(sample.tokens[before:]),
+                finish_reason=sample.finish_reason,
+                result=finish(request, tokenizer) if request.finished else None,
+            )
+        )
 
 
-def finish(
-    request: Request, tokenizer: Tokenizer | None, *, error: JaxinferError | None = None
-) -> RequestOutput:
+def finish(request: Request, tokenizer: Tokenizer | None) -> RequestOutput:
     """The request's result so far."""
     params = request.params
     return RequestOutput(
@@ -112,7 +129,6 @@ def finish(
         finished=request.finished,
         seed=request.seed,
         prompt_logprobs=_prompt_logprobs(request, tokenizer),
-        error=error,
     )
 
 

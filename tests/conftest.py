@@ -1,13 +1,23 @@
-"""Markers `gpu` and `slow`, and how many examples hypothesis tries.
+"""Markers `gpu` and `slow`, hypothesis' profiles, the compilation cache, and a tiny model.
 
 `pytest --slow` runs the long tests too; `pytest --hypothesis-profile=long` tries more examples.
 """
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
 import jax
+import jax.numpy as jnp
 import pytest
 from hypothesis import settings
+
+from jaxinfer.backend import default_cache_directory, use_compilation_cache
+from jaxinfer.config import LayerConfig, ModelConfig
+from jaxinfer.models.weights import init_params
+from jaxinfer.tokenizer import Tokenizer, load_tokenizer
 
 NO_GPU = "no GPU here"
 
@@ -18,6 +28,47 @@ settings.load_profile("ci")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="run the tests marked slow as well")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Programs compiled by tests, their workers and subprocesses are kept in .pytest_cache.
+
+    Compiling is most of the suite's time. JAX decides at its first compilation whether it has a
+    cache, so it is told here.
+    """
+    os.environ["XDG_CACHE_HOME"] = str(config.rootpath / ".pytest_cache" / "xdg")
+    use_compilation_cache(default_cache_directory())
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """Random float32 weights of a model that compiles fast, and the demo's tokenizer for it."""
+
+    config: ModelConfig
+    params: dict
+    tokenizer: Tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny() -> TinyModel:
+    tokenizer = load_tokenizer(Path(__file__).parents[1] / "checkpoints" / "demo" / "target")
+    assert tokenizer is not None
+    config = ModelConfig(
+        family="llama",
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=2,
+        num_kv_heads=1,
+        head_dim=16,
+        layers=(LayerConfig(), LayerConfig()),
+        max_position=512,
+        eos_token_ids=(0,),
+    )
+    params = init_params(config, jax.random.key(0), jnp.float32)
+    # Random embeddings are small: greedy output would not depend on them.
+    params["embed"] = params["embed"] * 50
+    return TinyModel(config, params, tokenizer)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

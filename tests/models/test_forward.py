@@ -1,0 +1,274 @@
+"""`forward` over ragged batches against `apply` on each sequence alone, with tiny random models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxinfer.batch import (
+    Admission,
+    Batch,
+    Chunk,
+    SeqState,
+    admit,
+    assemble_chunk,
+    assemble_decode,
+    init_state,
+)
+from jaxinfer.cache import TRASH_PAGE, PagedCache, init_cache
+from jaxinfer.config import LayerConfig, ModelConfig, RopeConfig
+from jaxinfer.models.decoder import AttentionOptions, apply, forward, logits
+from jaxinfer.models.weights import init_params
+from jaxinfer.sampling import pack_row
+from jaxinfer.types import SamplingParams
+
+BASE = ModelConfig(
+    family="llama", vocab_size=61, hidden_size=24, intermediate_size=40, num_heads=4,
+    num_kv_heads=2, head_dim=8, layers=(LayerConfig(), LayerConfig()), max_position=256,
+)  # fmt: skip
+VARIANTS = {
+    "gqa": BASE,
+    "mqa, tied": replace(BASE, num_kv_heads=1, tie_embeddings=True),
+    "mha, biases": replace(BASE, num_kv_heads=4, qkv_bias=True, o_bias=True, mlp_bias=True),
+    "windows": replace(BASE, layers=(LayerConfig(window=5), LayerConfig(), LayerConfig(window=1))),
+    "qk_norm, two ropes": replace(
+        BASE, qk_norm=True, layers=(LayerConfig(), LayerConfig(rope=RopeConfig(theta=500.0)))
+    ),
+    "a layer without rope": replace(BASE, layers=(LayerConfig(rope=None), LayerConfig())),
+}
+PAGES = 24
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+run = jax.jit(forward, static_argnames=("config", "attention", "taps"))
+alone = jax.jit(apply, static_argnames=("config", "capture"))
+
+
+def random_params(config, seed=0):
+    """`init_params` with biases and norms that are not the neutral ones."""
+    params = init_params(config, jax.random.key(seed), jnp.float32)
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    moved = [
+        leaf + 0.2 * jax.random.normal(key, leaf.shape) if leaf.ndim == 1 else leaf
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
+    return jax.tree.unflatten(tree, moved)
+
+
+@dataclass
+class Part:
+    """New tokens `start` to `stop` of a sequence that lies in `pages`."""
+
+    tokens: np.ndarray
+    start: int
+    stop: int
+    pages: list[int]
+
+
+def build(parts: list[Part], page_size: int, *, size: int, columns: int) -> Batch:
+    """The flat batch of the parts, one after the other, padded with inert tokens to `size`."""
+    tokens, positions, slots = (np.zeros(size, np.int32) for _ in range(3))
+    table = np.zeros((1, len(parts), columns), np.int32)
+    starts = [0]
+    for s, part in enumerate(parts):
+        table[0, s, : len(part.pages)] = part.pages
+        for position in range(part.start, part.stop):
+            at = starts[-1] + position - part.start
+            tokens[at], positions[at] = part.tokens[position], position
+            slots[at] = part.pages[position // page_size] * page_size + position % page_size
+        starts.append(starts[-1] + part.stop - part.start)
+    return Batch(
+        tokens=jnp.asarray(tokens),
+        positions=jnp.asarray(positions),
+        kv_index=jnp.asarray(slots),
+        page_table=jnp.asarray(table),
+        query_starts=jnp.asarray(starts, jnp.int32),
+        kv_lengths=jnp.asarray([p.stop for p in parts], jnp.int32),
+        logit_rows=jnp.arange(size, dtype=jnp.int32),
+    )
+
+
+def sequences(page_size, lengths, seed=0):
+    """Random tokens, and for each sequence pages of its own in no particular order."""
+    rng = np.random.default_rng(seed)
+    free = rng.permutation(np.arange(1, PAGES)).tolist()
+    found = []
+    for length in lengths:
+        count = -(-length // page_size)
+        pages, free = free[:count], free[count:]
+        found.append((rng.integers(0, BASE.vocab_size, length).astype(np.int32), pages))
+    return found
+
+
+def slots_of(cache: PagedCache, pages: list[int]) -> list[np.ndarray]:
+    return [np.asarray(array)[pages] for array in (*cache.k, *cache.v)]
+
+
+@pytest.mark.parametrize("page_size", [8, 64])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_mixed_batch_is_each_sequence_alone(name, page_size):
+    """A whole prompt, a chunk behind a cached prefix, and two decode rows, in one batch."""
+    config = VARIANTS[name]
+    params = random_params(config)
+    new = [(0, 11), (9, 22), (20, 21), (3, 4)]
+    found = sequences(page_size, [stop for _, stop in new])
+    columns = max(len(pages) for _, pages in found)
+
+    def step(spans, cache):
+        parts = [Part(t, *span, p) for (t, p), span in zip(found, spans, strict=True)]
+        batch = build(parts, page_size, size=32, columns=columns)
+        return run(params, config, batch, cache, attention=AttentionOptions(32), taps=("resid",))
+
+    cache = init_cache(config, PAGES, page_size, jnp.float32)
+    _, cache = step([(0, start) for start, _ in new], cache)
+    out, _ = step(new, cache)
+    got = logits(params, out.hidden)
+    padded = np.stack([np.pad(t, (0, 22 - len(t))) for t, _ in found])
+    want, taps = alone(params, config, padded, capture=("resid",))
+    at = 0
+    for s, (start, stop) in enumerate(new):
+        rows = slice(at, at + stop - start)
+        np.testing.assert_allclose(got[rows], want[s, start:stop], **TOLERANCE)
+        resid = taps["resid"][:, s, start:stop]
+        np.testing.assert_allclose(out.taps["resid"][:, rows], resid, **TOLERANCE)
+        at = rows.stop
+
+
+def test_no_taps_unless_asked_for():
+    found = sequences(8, [3])
+    batch = build([Part(found[0][0], 0, 3, found[0][1])], 8, size=8, columns=1)
+    cache = init_cache(BASE, PAGES, 8, jnp.float32)
+    out, _ = run(random_params(BASE), BASE, batch, cache, attention=AttentionOptions(8))
+    assert out.taps == {}
+
+
+def test_logit_rows_choose_hidden_states():
+    params = random_params(BASE)
+    tokens, pages = sequences(8, [7])[0]
+    batch = build([Part(tokens, 0, 7, pages)], 8, size=8, columns=1)
+    cache = init_cache(BASE, PAGES, 8, jnp.float32)
+    options = AttentionOptions(8)
+    full, _ = run(params, BASE, batch, cache, attention=options)
+    some, _ = run(
+        params, BASE, batch._replace(logit_rows=jnp.array([6, 2, 2])), cache, attention=options
+    )
+    np.testing.assert_allclose(some.hidden, full.hidden[jnp.array([6, 2, 2])], rtol=1e-6, atol=1e-6)
+
+
+def test_only_own_slots_and_the_trash_page_are_written():
+    """Everything else in the cache keeps its bits, and garbage there changes no output."""
+    params = random_params(BASE)
+    (tokens, pages), (other, other_pages) = sequences(8, [11, 6])
+    parts = [Part(tokens, 0, 11, pages), Part(other, 0, 6, other_pages)]
+    batch = build(parts, 8, size=32, columns=3)  # 15 inert tokens, and an unused page column
+    clean = init_cache(BASE, PAGES, 8, jnp.float32)
+    poisoned = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), clean)
+    options = AttentionOptions(32)
+    want, _ = run(params, BASE, batch, clean, attention=options)
+    got, after = run(params, BASE, batch, poisoned, attention=options)
+    np.testing.assert_array_equal(got.hidden[:17], want.hidden[:17])
+    own = np.zeros((PAGES, 8), bool)
+    own.flat[np.asarray(batch.kv_index)] = True
+    for array in (*after.k, *after.v):
+        array = np.asarray(array).transpose(0, 2, 1, 3)  # [N, page_size, K, D]
+        assert np.isnan(array[~own]).all()
+        own_pages = own.copy()
+        own_pages[TRASH_PAGE] = False
+        assert np.isfinite(array[own_pages]).all()
+
+
+def admission(pages, columns, limit):
+    granted = np.zeros(columns, np.int32)
+    granted[: len(pages)] = pages
+    row = pack_row(SamplingParams(temperature=0.0), seed=1, sample=0, stop_ids=(), min_length=0)
+    return Admission(granted, np.int32(limit), row)
+
+
+def chunk(part: Part, row: int, size: int, columns: int, released) -> Chunk:
+    count = part.stop - part.start
+    tokens = np.full(size, 5, np.int32)  # padding that would show if it were taken for a token
+    tokens[:count] = part.tokens[part.start : part.stop]
+    return Chunk(
+        tokens, np.int32(row), np.int32(part.start), np.int32(count), np.bool_(part.start == 0),
+        np.bool_(False), admission(part.pages, columns, 40), released, None,
+    )  # fmt: skip
+
+
+def same(got: Batch, want: Batch) -> None:
+    for name, a, b in zip(Batch._fields, got, want, strict=True):
+        if name != "logit_rows":
+            np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def test_assemble_chunk_is_the_batch_built_by_hand():
+    """First and later chunks, and which hidden state is asked for."""
+    tokens, pages = sequences(8, [21])[0]
+    seq, none = init_state(4, 5), np.zeros(4, bool)
+    for start, stop in [(0, 9), (9, 21)]:
+        part = Part(tokens, start, stop, pages)
+        plan = chunk(part, 2, 16, 5, none)
+        seq = admit(seq, plan)
+        got = assemble_chunk(seq, plan, pages=3, page_size=8)
+        same(got, build([part], 8, size=16, columns=3))
+        assert set(np.asarray(got.logit_rows).tolist()) == {stop - start - 1}
+    np.testing.assert_array_equal(seq.page_table[0, 2], [*pages, 0, 0])
+    assert seq.limits.tolist() == [0, 0, 40, 0]
+
+
+def decoding(lengths, found, last) -> SeqState:
+    """A state in which the rows with a length decode; `last[i]` is row i's newest token."""
+    seq = init_state(len(lengths), 5)
+    table = np.zeros(seq.page_table.shape, np.int32)
+    for row, (_, pages) in enumerate(found):
+        table[0, row, : len(pages)] = pages
+    return seq._replace(
+        tokens=jnp.asarray(last, jnp.int32),
+        lengths=jnp.asarray(lengths, jnp.int32),
+        active=jnp.asarray(lengths) > 0,
+        page_table=jnp.asarray(table),
+    )
+
+
+def test_assemble_decode_is_the_batch_built_by_hand():
+    lengths = [9, 4, 16]
+    found = sequences(8, [n + 1 for n in lengths])
+    seq = decoding(lengths, found, [t[-1] for t, _ in found])
+    got = assemble_decode(seq, rows=3, pages=3, page_size=8)
+    parts = [Part(t, n, n + 1, p) for (t, p), n in zip(found, lengths, strict=True)]
+    same(got, build(parts, 8, size=8, columns=3))
+
+
+def test_a_stopped_row_is_inert():
+    """It decodes to nothing: its pages, and the other rows' results, are what they were."""
+    params = random_params(BASE)
+    found = sequences(8, [10, 12, 17])
+    options = AttentionOptions(16)
+    cache = init_cache(BASE, PAGES, 8, jnp.float32)
+    for tokens, pages in found:
+        prefix = build([Part(tokens, 0, len(tokens) - 1, pages)], 8, size=16, columns=3)
+        _, cache = run(params, BASE, prefix, cache, attention=options)
+    seq = decoding([9, 11, 16], found, [t[-1] for t, _ in found])
+    seq = seq._replace(active=jnp.array([True, False, True]))
+    batch = assemble_decode(seq, rows=3, pages=3, page_size=8)
+    out, after = run(params, BASE, batch, cache, attention=AttentionOptions(1))
+    got = logits(params, out.hidden)
+    for row in (0, 2):
+        want = alone(params, BASE, found[row][0][None])[0, -1]
+        np.testing.assert_allclose(got[row], want, **TOLERANCE)
+    written = {int(i) // 8 for i in np.asarray(batch.kv_index)} | {TRASH_PAGE}
+    rest = sorted(set(range(PAGES)) - written)
+    assert set(found[1][1]) <= set(rest)
+    for before, now in zip(slots_of(cache, rest), slots_of(after, rest), strict=True):
+        np.testing.assert_array_equal(before, now)
+
+
+def test_released_rows_stop_before_a_chunk():
+    found = sequences(8, [10, 12, 9])
+    seq = decoding([9, 11, 0], found, [1, 2, 0])
+    part = Part(found[2][0], 0, 9, found[2][1])
+    seq = admit(seq, chunk(part, 2, 16, 5, np.array([False, True, False])))
+    assert seq.active.tolist() == [True, False, False]

@@ -1,0 +1,398 @@
+"""Random histories of the scheduler against a simulated device, and every refusal.
+
+The device knows what the scheduler must not: how long each sequence really gets. It executes
+actions in order, several of them before the host reads the first one's results, and it remembers
+whose token every slot of every page holds, so that a page granted too early is seen when read.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxinfer.batcher import (
+    NO_SEQUENCE,
+    Cancel,
+    Decode,
+    Finished,
+    Prefill,
+    Refuse,
+    Submit,
+    create_state,
+    idle,
+    step,
+)
+from jaxinfer.config import BatcherConfig
+
+PLENTY = 1000  # of room in the queue: nothing is refused
+
+
+def submit(*sequences):
+    """Of (id, prompt, limit)."""
+    columns = zip(*sequences, strict=True)
+    return Submit(*(np.array(column, np.int64) for column in columns))
+
+
+def arrays(value):
+    """All arrays in nested tuples."""
+    if isinstance(value, np.ndarray):
+        return [value]
+    return [a for item in value for a in arrays(item)] if isinstance(value, tuple) else []
+
+
+def plain(value):
+    """Nested tuples with lists for arrays, to be compared."""
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    return (type(value).__name__, *map(plain, value)) if isinstance(value, tuple) else value
+
+
+class Device:
+    """Executes actions. `ends[id]`: the tokens that sequence has when it really ends."""
+
+    def __init__(self, config, ends):
+        M = config.max_num_seqs
+        self.config, self.ends = config, ends
+        self.owner, self.length, self.active = [None] * M, [0] * M, [False] * M
+        self.pages = [np.empty(0, int)] * M
+        self.slots = {}
+
+    def run(self, action):
+        """Tokens that the action produces, by sequence."""
+        for row in np.flatnonzero(action.released):
+            self.active[row] = False
+        return self._prefill(action) if isinstance(action, Prefill) else self._decode(action)
+
+    def _prefill(self, a):
+        assert not self.active[a.row]
+        if a.start == 0:
+            self.owner[a.row], self.pages[a.row] = a.id, a.pages
+        assert self.owner[a.row] == a.id
+        assert self.pages[a.row].tolist() == a.pages.tolist()
+        for position in range(a.start, a.stop):
+            self._write(a.row, position)
+        self.length[a.row] = a.stop
+        if not a.last or a.stop == a.limit:
+            return {}
+        self.active[a.row] = a.stop + 1 < self.ends[a.id]
+        return {a.id: 1}
+
+    def _decode(self, a):
+        assert not any(self.active[a.rows :])
+        assert all(self.owner[r] == a.ids[r] for r in range(a.rows) if self.active[r])
+        made = {}
+        for _ in range(a.steps):
+            for row in np.flatnonzero(self.active):
+                self._write(row, self.length[row])
+                self.length[row] += 1
+                total = self.length[row] + 1
+                assert total <= a.tokens
+                owner = self.owner[row]
+                made[owner] = made.get(owner, 0) + 1
+                self.active[row] = total < self.ends[owner]
+        return made
+
+    def _write(self, row, position):
+        """Stores a token, and reads all before it as attention does."""
+        pages, size = self.pages[row], self.config.page_size
+        self.slots[pages[position // size], position % size] = (self.owner[row], position)
+        for p in range(position):
+            assert self.slots[pages[p // size], p % size] == (self.owner[row], p)
+
+
+class Host:
+    """The engine's loop without jax, and the invariants after every step."""
+
+    def __init__(self, config):
+        self.config, self.state = config, create_state(config)
+        self.ends, self.totals = {}, {}  # of the sequences not yet ended
+        self.device = Device(config, self.ends)
+        self.events, self.in_flight, self.history = [], deque(), []
+        self.known, self.refused, self.ended, self.cancelled = 0, set(), set(), set()
+        self.read, self.decoded = {}, set()  # id -> prompt tokens prefilled; ids ever decoded
+        self.prompts, self.limits = {}, {}
+        self.to_release, self.unseen = set(), set()
+
+    def submit(self, sequences):
+        rows = []
+        for prompt, output, part in sequences:
+            prompt = min(prompt, self.most)
+            limit = min(prompt + output, self.most)
+            self.prompts[self.known], self.limits[self.known] = prompt, limit
+            self.totals[self.known] = prompt
+            self.ends[self.known] = min(limit, prompt + 1 + int(part * (limit - prompt)))
+            rows.append((self.known, prompt, limit))
+            self.unseen.add(self.known)
+            self.known += 1
+        self.events.append(submit(*rows))
+
+    @property
+    def most(self):
+        return min(self.config.max_model_len, (self.config.num_pages - 1) * self.config.page_size)
+
+    def cancel(self, which):
+        refusable = set() if self.config.max_waiting == PLENTY else self.unseen
+        mine = sorted(set(self.totals) - refusable)
+        if mine:
+            sequence = mine[which % len(mine)]
+            del self.totals[sequence]
+            self.cancelled.add(sequence)
+            self.events.append(Cancel(sequence))
+
+    def schedule(self):
+        """One step of the scheduler; whether it found work."""
+        before, events = self.state, tuple(self.events)
+        copy = plain(before)
+        self.events, self.unseen = [], set()
+        rows = {int(s): r for r, s in enumerate(before.rows.id) if s != NO_SEQUENCE}
+        self.to_release |= {rows[e.id] for e in events if isinstance(e, Cancel) and e.id in rows}
+        self.state, actions = step(before, events, self.config)
+        assert plain(before) == copy
+        assert not any(a.flags.writeable for a in arrays((self.state, actions)))
+        self.history.append((events, plain(actions)))
+        self.check_state(before)
+        for action in actions:
+            if isinstance(action, Refuse):
+                assert action.id in self.totals or action.id in self.cancelled
+                self.totals.pop(action.id, None)
+                self.refused.add(action.id)
+            else:
+                self.check_action(action)
+                self.in_flight.append((action, self.device.run(action)))
+        return bool(actions)
+
+    def observe(self):
+        if self.in_flight:
+            _, made = self.in_flight.popleft()
+            done = []
+            for sequence in list(self.totals):
+                self.totals[sequence] += made.get(sequence, 0)
+                complete = self.read.get(sequence) == self.prompts[sequence]
+                still_queued = any(
+                    isinstance(a, Prefill) and a.id == sequence for a, _ in self.in_flight
+                )
+                if complete and not still_queued and self.totals[sequence] == self.ends[sequence]:
+                    done.append(sequence)
+                    del self.totals[sequence]
+            self.ended |= set(done)
+            if done:
+                self.events.append(Finished(np.array(done, np.int64)))
+
+    def check_state(self, before):
+        state, config = self.state, self.config
+        granted = [pages[pages > 0].tolist() for pages in state.pages]
+        flat = [page for pages in granted for page in pages]
+        free = np.flatnonzero(state.pool.free).tolist()
+        assert sorted(flat + free) == list(range(1, config.num_pages))
+        rows = state.rows
+        for row, pages in enumerate(granted):
+            needed = -(-rows.limit[row] // config.page_size) if rows.id[row] >= 0 else 0
+            assert len(pages) == needed
+        running = [int(s) for s in rows.id if s != NO_SEQUENCE]
+        waiting = state.waiting.ids.tolist()
+        assert waiting == sorted(waiting)
+        assert len(waiting) <= config.max_waiting
+        assert all(s not in self.read for s in waiting)  # first come, first served:
+        assert not waiting or all(s < waiting[0] for s in running)
+        new = set(running) - set(before.rows.id.tolist())
+        if config.policy == "static":
+            assert not (new and self.decoded & (set(running) - new))
+        elif waiting and len(running) < config.max_num_seqs:
+            assert -(-state.waiting.limits[0] // config.page_size) > state.pool.available
+
+    def check_action(self, action):
+        config = self.config
+        assert set(np.flatnonzero(action.released).tolist()) == self.to_release
+        self.to_release = set()
+        if isinstance(action, Prefill):
+            assert action.start == self.read.get(action.id, 0)
+            assert 0 < action.stop - action.start <= config.max_chunk
+            assert action.last == (action.stop == self.prompts[action.id])
+            assert action.limit == self.limits[action.id]
+            assert (action.pages > 0).all()
+            self.read[action.id] = action.stop
+        else:
+            assert 1 <= action.steps <= config.max_steps
+            assert len(action.ids) == action.rows <= config.max_num_seqs
+            assert action.ids[-1] != NO_SEQUENCE
+            assert action.tokens <= config.max_model_len
+            ids = [int(s) for s in action.ids if s != NO_SEQUENCE]
+            assert all(self.read[s] == self.prompts[s] for s in ids)
+            self.decoded |= set(ids)
+
+    def drain(self):
+        for _ in range(10_000):
+            worked = self.schedule()
+            if not worked and not self.in_flight:
+                break
+            self.observe()
+        assert idle(self.state)
+        assert self.state.pool.available == self.config.num_pages - 1
+        assert not self.totals
+        assert self.ended | self.refused | self.cancelled == set(range(self.known))
+        assert not self.ended & (self.refused | self.cancelled)
+
+    def replay(self):
+        state = create_state(self.config)
+        for events, wanted in self.history:
+            state, actions = step(state, events, self.config)
+            assert plain(actions) == wanted
+
+
+configs = st.builds(
+    BatcherConfig,
+    num_pages=st.integers(2, 12),
+    page_size=st.integers(1, 4),
+    max_num_seqs=st.integers(1, 4),
+    max_model_len=st.integers(1, 24),
+    max_chunk=st.integers(1, 8),
+    max_steps=st.integers(1, 6),
+    max_waiting=st.sampled_from([1, 3, PLENTY]),
+    policy=st.sampled_from(["continuous", "static"]),
+)
+# (prompt tokens, output tokens at most, which part of them there really is)
+sequences = st.lists(
+    st.tuples(st.integers(1, 12), st.integers(0, 12), st.sampled_from([0.0, 0.5, 0.9])),
+    min_size=1,
+    max_size=5,
+)
+operations = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), sequences),
+        st.tuples(st.just("cancel"), st.integers(0, 9)),
+        st.tuples(st.just("schedule")),
+        st.tuples(st.just("schedule")),
+        st.tuples(st.just("observe")),
+    ),
+    max_size=25,
+)
+
+
+@settings(max_examples=max(settings().max_examples, 300))
+@given(config=configs, operations=operations)
+def test_any_history(config, operations):
+    host = Host(config)
+    for name, *arguments in operations:
+        getattr(host, name)(*arguments)
+    host.drain()
+    host.replay()
+
+
+CONFIG = BatcherConfig(
+    num_pages=9, page_size=4, max_num_seqs=4, max_model_len=16, max_chunk=4, max_steps=8
+)
+
+
+def actions_of(config, *events):
+    state, found = create_state(config), []
+    while events:
+        state, actions = step(state, events[0], config)
+        found.append(actions)
+        events = events[1:]
+    return state, found
+
+
+def test_a_prompt_in_chunks_then_decode():
+    _, found = actions_of(CONFIG, (submit((7, 6, 9)),), (), (), ())
+    [first], [second], [decode], nothing = found
+    assert isinstance(first, Prefill)
+    assert (first.id, first.row, first.start, first.stop, first.last) == (7, 0, 0, 4, False)
+    assert first.pages.tolist() == [1, 2, 3]
+    assert isinstance(second, Prefill)
+    assert (second.start, second.stop, second.last, second.limit) == (4, 6, True, 9)
+    assert isinstance(decode, Decode)
+    assert (decode.rows, decode.steps, decode.tokens) == (1, 2, 9)  # the prefill gave the first
+    assert decode.ids.tolist() == [7]
+    assert nothing == ()
+
+
+def test_decode_looks_more_often_while_others_wait():
+    config = BatcherConfig(num_pages=9, page_size=4, max_num_seqs=1, max_model_len=16, max_steps=8)
+    _, [_, [decode]] = actions_of(config, (submit((0, 2, 16), (1, 2, 4)),), ())
+    assert decode.steps == 2
+
+
+def test_a_large_head_of_the_queue_is_not_overtaken():
+    state, _ = actions_of(CONFIG, (submit((0, 4, 16), (1, 4, 12), (2, 4, 16), (3, 1, 1)),))
+    assert state.rows.id.tolist() == [0, 1, NO_SEQUENCE, NO_SEQUENCE]
+    assert state.waiting.ids.tolist() == [2, 3]
+
+
+def test_static_policy_admits_a_whole_batch_at_a_time():
+    config = BatcherConfig(
+        num_pages=9, page_size=4, max_num_seqs=4, max_model_len=16, policy="static"
+    )
+    batch = submit((0, 2, 8), (1, 2, 8))
+    state, _ = actions_of(config, (batch,), (), (), (submit((2, 2, 8)),))
+    assert state.waiting.ids.tolist() == [2]
+    state, _ = step(state, (Finished(np.array([0])),), config)
+    assert state.waiting.ids.tolist() == [2]
+    state, [action] = step(state, (Finished(np.array([1])),), config)
+    assert isinstance(action, Prefill)
+    assert action.id == 2
+
+
+def test_cancelled_row_is_released_before_it_is_used_again():
+    state, _ = actions_of(CONFIG, (submit((0, 2, 8)),), ())
+    state, actions = step(state, (Cancel(0),), CONFIG)
+    assert actions == ()
+    state, [prefill] = step(state, (submit((1, 2, 8)),), CONFIG)
+    assert isinstance(prefill, Prefill)
+    assert prefill.row == 0
+    assert prefill.released.tolist() == [True, False, False, False]
+    _, [decode] = step(state, (), CONFIG)
+    assert isinstance(decode, Decode)
+    assert not decode.released.any()
+
+
+def test_cancelled_while_waiting():
+    state, _ = actions_of(CONFIG, (submit(*((i, 2, 16) for i in range(3))),), (Cancel(2),))
+    assert state.rows.id.tolist() == [0, 1, NO_SEQUENCE, NO_SEQUENCE]
+    assert not len(state.waiting.ids)
+    assert not state.released.any()
+
+
+def test_full_queue_refuses_the_rest_by_name():
+    config = BatcherConfig(
+        num_pages=9, page_size=4, max_num_seqs=1, max_model_len=16, max_waiting=2
+    )
+    state, [actions, again] = actions_of(
+        config,
+        (submit((0, 1, 2), (1, 1, 2), (2, 1, 2), (3, 1, 2)),),
+        (submit((4, 1, 2), (5, 1, 2)),),
+    )
+    refused = [a for a in (*actions, *again) if isinstance(a, Refuse)]
+    assert [a.id for a in refused] == [2, 3, 5]
+    assert refused[0].reason == "the queue is full: 2 sequences wait already"
+    assert state.waiting.ids.tolist() == [1, 4]
+
+
+@pytest.mark.parametrize("event", [Cancel(3), Finished(np.array([0, 3]))])
+def test_unknown_sequence(event):
+    state, _ = actions_of(CONFIG, (submit((0, 2, 8)),))
+    copy = plain(state)
+    with pytest.raises(ValueError, match="sequence 3 is neither waiting nor running"):
+        step(state, (event,), CONFIG)
+    assert plain(state) == copy
+
+
+@pytest.mark.parametrize("bad", [(1, 0, 4), (1, 5, 4), (1, 4, 17)])
+def test_submission_out_of_bounds(bad):
+    with pytest.raises(ValueError, match="1 <= prompt <= limit <= 16 tokens"):
+        step(create_state(CONFIG), (submit((0, 1, 2), bad),), CONFIG)
+
+
+def test_submission_larger_than_the_pool():
+    small = BatcherConfig(num_pages=3, page_size=4, max_num_seqs=4, max_model_len=16)
+    with pytest.raises(ValueError, match="limit <= 8 tokens"):
+        step(create_state(small), (submit((0, 1, 9)),), small)
+
+
+def test_rows_are_given_out_in_order():
+    _, found = actions_of(CONFIG, (submit((5, 1, 2), (6, 1, 2), (7, 1, 2)),), (), ())
+    rows = [(a.id, a.row) for [a] in found if isinstance(a, Prefill)]
+    assert rows == [(5, 0), (6, 1), (7, 2)]
