@@ -163,7 +163,11 @@ def _submit(
     if len(event.ids) and (
         event.limits.max() > most or event.prompts.min() < 1 or (event.limits < event.prompts).any()
     ):
-        raise ValueError(f"submission out of bounds: 1 <= prompt <= limit <= {most} tokens")
+        raise ValueError(
+            f"submission out of bounds: 1 <= prompt <= limit <= {most} tokens, of sequences "
+            f"{event.ids.tolist()} with prompts {event.prompts.tolist()} and limits "
+            f"{event.limits.tolist()}"
+        )
     room = max(0, config.max_waiting - len(state.waiting.ids))
     waiting = Submit(
         *(np.concatenate([a, b[:room]]) for a, b in zip(state.waiting, event, strict=True))
@@ -194,7 +198,7 @@ def _free(state: BatcherState, row: int, *, tell_device: bool) -> BatcherState:
         rows=state.rows._replace(id=_with(state.rows.id, row, NO_SEQUENCE)),
         pages=_with(state.pages, row, 0),
         pool=release(state.pool, granted[granted > 0]),
-        released=_with(state.released, row, tell_device or state.released[row]),
+        released=_with(state.released, row, tell_device),
     )
 
 

@@ -106,7 +106,7 @@ class BatcherConfig:
     max_num_seqs: int
     max_model_len: int
     max_chunk: int = 2048
-    max_steps: int = 16
+    max_steps: int = 32
     max_waiting: int = 1_000_000
     policy: Literal["continuous", "static"] = "continuous"
 
@@ -129,7 +129,7 @@ class EngineOptions:
     tensor_parallel_size: int = 1
     page_size: int = 64
     max_chunk: int = 2048
-    max_steps: int = 8
+    max_steps: int = 32
     max_waiting: int = 1_000_000
     policy: Literal["continuous", "static"] = "continuous"
     compilation_cache: str | None = None
@@ -148,7 +148,10 @@ class EngineOptions:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
-        if not 0 < self.gpu_memory_utilization <= 1:
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool):
+            raise ValueError(f"seed={self.seed!r}: expected an integer")
+        share = self.gpu_memory_utilization
+        if not isinstance(share, int | float) or not 0 < share <= 1:
             raise ValueError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization!r}: expected above 0, at "
                 "most 1"

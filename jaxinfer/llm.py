@@ -14,15 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.backend import default_cache_directory, reserve_memory, use_compilation_cache
 from jaxinfer.config import BatcherConfig, EngineOptions, ModelConfig
 from jaxinfer.engine import Engine
-from jaxinfer.engine import Sequence as EngineSequence
-from jaxinfer.errors import CheckpointError, InvalidRequest, JaxinferError, QueueFull
-from jaxinfer.models.weights import abstract_params, count_params, declare
-from jaxinfer.progress import loading_bar
-from jaxinfer.requests import Request, Sample, finish, merged_scores, take
-from jaxinfer.sizing import MemoryPlan, device_memory, plan_memory
+from jaxinfer.errors import InvalidRequest, JaxinferError, QueueFull
+from jaxinfer.loading import check_params, load_weights, plan, prepare_backend
+from jaxinfer.requests import Request, Sample, finish, refused, sequences, take, token_logprobs
+from jaxinfer.sizing import MemoryPlan
 from jaxinfer.types import (
     MAX_SEED,
     MAX_TOP_LOGPROBS,
@@ -31,13 +28,15 @@ from jaxinfer.types import (
     SamplingParams,
     TokenLogprobs,
 )
-from jaxinfer.validation import validate, validate_prompt
+from jaxinfer.validation import as_list, as_prompts, one_each, validate, validate_prompt
 
 if TYPE_CHECKING:
     from jaxinfer.models.decoder import Params
     from jaxinfer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
+
+STREAM_STEPS = 4  # decode steps in one dispatch while somebody reads along
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -63,7 +62,7 @@ class LLM:
         page_size: tokens a page of the cache.
         max_chunk: most prompt tokens a step; longer prompts are prefilled in chunks.
         max_steps: most decode steps in one dispatch: more is faster, but tokens come in larger
-            groups.
+            groups. While a stream is read, no more than 4.
         max_waiting: queue bound; more requests at once raise QueueFull.
         policy: `continuous` fills rows as they become free; `static` runs whole batches.
         compilation_cache: directory for compiled programs; None: under the user's cache
@@ -90,7 +89,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         page_size: int = 64,
         max_chunk: int = 2048,
-        max_steps: int = 8,
+        max_steps: int = 32,
         max_waiting: int = 1_000_000,
         policy: Literal["continuous", "static"] = "continuous",
         compilation_cache: str | None = None,
@@ -108,11 +107,11 @@ class LLM:
         )  # fmt: skip
         directory = resolve_model(str(model), revision)
         config = read_config(directory)
-        _prepare_backend(options)
-        plan = _plan(config, options, loaded=False)
+        prepare_backend(options)
+        memory = plan(config, options, loaded=False)
         tokenizer = load_tokenizer(directory)
-        params = _load(directory, config, jnp.dtype(dtype))
-        self._start(params, config, plan, tokenizer, options)
+        params = load_weights(directory, config, jnp.dtype(dtype))
+        self._start(params, config, memory, tokenizer, options)
 
     @classmethod
     def from_params(
@@ -132,32 +131,33 @@ class LLM:
             CapacityError, ValueError: as `LLM`.
         """
         chosen = EngineOptions(**options)
-        _check_params(params, config, jnp.dtype(chosen.dtype))
-        _prepare_backend(chosen)
+        check_params(params, config, jnp.dtype(chosen.dtype))
+        prepare_backend(chosen)
         self = cls.__new__(cls)
-        plan = _plan(config, chosen, loaded=True)
-        self._start(jax.device_put(params), config, plan, tokenizer, chosen)
+        memory = plan(config, chosen, loaded=True)
+        self._start(jax.device_put(params), config, memory, tokenizer, chosen)
         return self
 
     def _start(
         self,
         params: Params,
         config: ModelConfig,
-        plan: MemoryPlan,
+        memory: MemoryPlan,
         tokenizer: Tokenizer | None,
         options: EngineOptions,
     ) -> None:
-        logger.info("%s", plan)
-        self.config, self.memory_plan, self.tokenizer = config, plan, tokenizer
+        logger.info("%s", memory)
+        self.config, self.memory_plan, self.tokenizer = config, memory, tokenizer
         self._options = options
         self._seeds = random.Random(options.seed)
         self._ids = itertools.count()
         self._owners: dict[int, tuple[Request, Sample]] = {}
+        self._streams = 0  # being read now
         limits = BatcherConfig(
-            num_pages=plan.num_pages,
-            page_size=plan.page_size,
+            num_pages=memory.num_pages,
+            page_size=memory.page_size,
             max_num_seqs=options.max_num_seqs,
-            max_model_len=plan.max_model_len,
+            max_model_len=memory.max_model_len,
             max_chunk=options.max_chunk,
             max_steps=options.max_steps,
             max_waiting=options.max_waiting,
@@ -211,7 +211,7 @@ class LLM:
         Raises:
             InvalidRequest, QueueFull.
         """
-        return self._complete(_as_list(prompts), params, on_error, self._encode)
+        return self._complete(as_prompts(prompts), params, on_error, self._encode)
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
         """Completes one prompt, yielding what is new as it comes; the last Delta has the result.
@@ -231,7 +231,7 @@ class LLM:
         on_error: Literal["raise", "return"] = "raise",
     ) -> list[RequestOutput]:
         """Answers a conversation, or each of several, through the model's chat template."""
-        several = _listed(messages, "messages")
+        several = as_list(messages, "messages")
         if len(several) and isinstance(several[0], Mapping):
             several = [several]
         return self._complete(several, params, on_error, self.chat_tokens)
@@ -261,10 +261,10 @@ class LLM:
         params = SamplingParams(temperature=0.0, prompt_logprobs=int(top))
         requests = [
             self._prepare(sequence, params, index, generate=False)
-            for index, sequence in enumerate(_as_list(sequences))
+            for index, sequence in enumerate(as_prompts(sequences))
         ]
         self._run(requests)
-        return [_token_logprobs(request, top) for request in requests]
+        return [token_logprobs(request) for request in requests]
 
     # -- inside -----------------------------------------------------------------------------
 
@@ -277,7 +277,7 @@ class LLM:
     ) -> list[RequestOutput]:
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'return'")
-        each = _one_each(params, len(prompts))
+        each = one_each(params, len(prompts))
         requests: list[Request | RequestOutput] = []
         for index, (prompt, wanted) in enumerate(zip(prompts, each, strict=True)):
             try:
@@ -285,7 +285,7 @@ class LLM:
             except InvalidRequest as error:
                 if on_error == "raise":
                     raise
-                requests.append(_refused(prompt, error, next(self._ids)))
+                requests.append(refused(prompt, error, next(self._ids)))
         self._run([r for r in requests if isinstance(r, Request)])
         return [r if isinstance(r, RequestOutput) else finish(r, self.tokenizer) for r in requests]
 
@@ -341,7 +341,7 @@ class LLM:
                 f"{self._options.max_waiting} wait already"
             )
         pairs = [(request, sample) for request in requests for sample in request.samples]
-        ids = self.engine.submit([s for request in requests for s in _sequences(request)])
+        ids = self.engine.submit([s for request in requests for s in sequences(request)])
         for sequence, (request, sample) in zip(ids, pairs, strict=True):
             sample.sequence = sequence
             self._owners[sequence] = (request, sample)
@@ -362,6 +362,7 @@ class LLM:
             self._pump()
 
     def _stream(self, request: Request, deltas: deque[Delta]) -> Iterator[Delta]:
+        self._streams += 1
         try:
             self._submit([request])
             while True:
@@ -373,13 +374,14 @@ class LLM:
                     return
                 self._pump()
         finally:
+            self._streams -= 1
             self._cancel([request])
 
     def _pump(self) -> None:
         """One turn of the engine, its news given to the requests they belong to."""
         engine = self.engine
         try:
-            for update in engine.step():
+            for update in engine.step(STREAM_STEPS if self._streams else None):
                 owner = self._owners.get(update.id)
                 if owner is None:  # given up meanwhile
                     continue
@@ -405,139 +407,3 @@ class LLM:
         for request, _ in self._owners.values():
             request.failed = error
         self._owners.clear()
-
-
-def _prepare_backend(options: EngineOptions) -> None:
-    reserve_memory(options.gpu_memory_utilization)
-    if options.compilation_cache != "":
-        chosen = options.compilation_cache
-        use_compilation_cache(default_cache_directory() if chosen is None else Path(chosen))
-
-
-def _plan(config: ModelConfig, options: EngineOptions, *, loaded: bool) -> MemoryPlan:
-    """Divides the memory of the default device; `loaded`: the weights are in it already."""
-    if options.max_model_len is not None and options.max_model_len > config.max_position:
-        raise ValueError(
-            f"max_model_len={options.max_model_len}: this model was made for sequences of up to "
-            f"{config.max_position} tokens"
-        )
-    limit, in_use = device_memory(jax.devices()[0])
-    dtype = jnp.dtype(options.dtype)
-    weights = count_params(config) * dtype.itemsize
-    return plan_memory(
-        config,
-        dtype=dtype,
-        page_size=options.page_size,
-        max_num_seqs=options.max_num_seqs,
-        max_model_len=options.max_model_len,
-        kv_cache_bytes=options.kv_cache_bytes,
-        limit=limit,
-        in_use=max(0, in_use - weights) if loaded else in_use,
-    )
-
-
-def _load(directory: Path, config: ModelConfig, dtype: Any) -> Params:
-    """Weights from disk, with a progress bar where there is someone to see it."""
-    from checkpoints import load_params
-
-    # What a checkpoint may hold beside the weights: constants, and the tied matrix once more.
-    extra = [r".*rotary_emb\.inv_freq"]
-    if config.tie_embeddings:
-        extra.append(r"lm_head\.weight")
-    with loading_bar(directory.name) as progress:
-        return load_params(
-            directory, declare(config), dtype=dtype, allowed_extra=extra, progress=progress
-        )
-
-
-def _check_params(params: Params, config: ModelConfig, dtype: Any) -> None:
-    """Raises CheckpointError unless `params` is the tree that `config` declares, in `dtype`."""
-
-    def described(tree: Any) -> dict[str, str]:
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): _describe(leaf)
-            for path, leaf in jax.tree.flatten_with_path(tree)[0]
-        }
-
-    want, have = described(abstract_params(config, dtype)), described(params)
-    problems = [
-        f"{name}: {have.get(name, 'missing')}, expected {want.get(name, 'nothing there')}"
-        for name in sorted(want.keys() | have.keys())
-        if want.get(name) != have.get(name)
-    ]
-    if problems:
-        raise CheckpointError(
-            f"params are not those of this config with dtype={str(dtype)!r}:\n  "
-            + "\n  ".join(problems)
-        )
-
-
-def _describe(leaf: Any) -> str:
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        return type(leaf).__name__
-    return f"{leaf.dtype}{list(leaf.shape)}"
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> Sequence[Any]:
-    if isinstance(prompts, str):
-        return [prompts]
-    several = _listed(prompts, "prompt")
-    one = len(several) and isinstance(several[0], int | np.integer)
-    return [several] if one else several
-
-
-def _listed(value: Any, field: str) -> Sequence[Any]:
-    """`value` as a list of things, if it is one."""
-    if isinstance(value, np.ndarray) and value.ndim:
-        return list(value)
-    if not isinstance(value, Sequence) or isinstance(value, str):
-        raise InvalidRequest(f"{type(value).__name__} is not a list", field=field)
-    return value
-
-
-def _one_each(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> Sequence[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * count
-    several = _listed(params, "params")
-    if len(several) != count:
-        raise InvalidRequest(f"{len(several)} SamplingParams for {count} prompts", field="params")
-    return several
-
-
-def _refused(prompt: Any, error: InvalidRequest, number: int) -> RequestOutput:
-    return RequestOutput(
-        request_id=str(number),
-        prompt=prompt if isinstance(prompt, str) else None,
-        prompt_token_ids=(),
-        outputs=(),
-        error=error,
-    )
-
-
-def _sequences(request: Request) -> list[EngineSequence]:
-    prompt = np.asarray(request.prompt_ids, np.int32)
-    return [
-        EngineSequence(
-            prompt=prompt,
-            params=request.params,
-            limit=request.limit,
-            seed=request.seed,
-            sample=sample.index,
-            stop_ids=request.stop_ids,
-            # The prompt is the same for every sample: one scores it for all.
-            score=request.params.prompt_logprobs if sample.index == 0 else None,
-        )
-        for sample in request.samples
-    ]
-
-
-def _token_logprobs(request: Request, top: int) -> TokenLogprobs:
-    scores = merged_scores(request)
-    return TokenLogprobs(
-        token_ids=request.prompt_ids,
-        logprobs=scores.logprob,
-        top_ids=scores.top_ids,
-        top_logprobs=scores.top_logprobs,
-    )

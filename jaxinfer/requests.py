@@ -13,17 +13,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from jaxinfer import detokenizer
+from jaxinfer.engine import Sequence
 from jaxinfer.types import (
     CompletionOutput,
     Delta,
     Logprob,
     RequestOutput,
     SamplingParams,
+    TokenLogprobs,
 )
 
 if TYPE_CHECKING:
     from jaxinfer.engine import Update
-    from jaxinfer.errors import JaxinferError
+    from jaxinfer.errors import InvalidRequest, JaxinferError
     from jaxinfer.tokenizer import Tokenizer
 
 
@@ -138,6 +140,46 @@ def merged_scores(request: Request) -> Any:
         return None
     parts = zip(*request.scores, strict=True)
     return type(request.scores[0])(*(np.concatenate(part) for part in parts))
+
+
+def refused(prompt: Any, error: InvalidRequest, number: int) -> RequestOutput:
+    """The result of a prompt that was not served."""
+    return RequestOutput(
+        request_id=str(number),
+        prompt=prompt if isinstance(prompt, str) else None,
+        prompt_token_ids=(),
+        outputs=(),
+        error=error,
+    )
+
+
+def sequences(request: Request) -> list[Sequence]:
+    """What the engine runs for a request, one sequence a sample."""
+    prompt = np.asarray(request.prompt_ids, np.int32)
+    return [
+        Sequence(
+            prompt=prompt,
+            params=request.params,
+            limit=request.limit,
+            seed=request.seed,
+            sample=sample.index,
+            stop_ids=request.stop_ids,
+            # The prompt is the same for every sample: one scores it for all.
+            score=request.params.prompt_logprobs if sample.index == 0 else None,
+        )
+        for sample in request.samples
+    ]
+
+
+def token_logprobs(request: Request) -> TokenLogprobs:
+    """The result of a request that only scored its prompt."""
+    scores = merged_scores(request)
+    return TokenLogprobs(
+        token_ids=request.prompt_ids,
+        logprobs=scores.logprob,
+        top_ids=scores.top_ids,
+        top_logprobs=scores.top_logprobs,
+    )
 
 
 def _detokenise(

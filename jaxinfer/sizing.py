@@ -88,6 +88,11 @@ def plan_memory(
                 f"kv_cache_bytes={budget} does not fit: {limit} bytes may be used, {in_use} are "
                 f"in use, weights take {weights} and steps {steps}"
             )
+    if limit is not None and in_use + weights + steps >= limit:
+        raise CapacityError(
+            f"the weights do not fit: they take {weights} bytes and steps {steps}, {in_use} are in "
+            f"use, {limit} may be used"
+        )
     num_pages = budget // one
     if num_pages < 2:
         raise CapacityError(

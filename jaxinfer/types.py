@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxinfer.errors import JaxinferError
 
 MAX_STOP_IDS = 32  # stop tokens checked on the device, the model's own included
+MODEL_STOP_IDS = 8  # of MAX_STOP_IDS, kept for the model's own
 MAX_TOP_LOGPROBS = 20
 MAX_SAMPLES = 256
 MAX_SEED = 2**63

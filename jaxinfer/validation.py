@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.types import (
@@ -14,10 +16,10 @@ from jaxinfer.types import (
     MAX_SEED,
     MAX_STOP_IDS,
     MAX_TOP_LOGPROBS,
+    MODEL_STOP_IDS,
     SamplingParams,
 )
 
-MODEL_STOP_IDS = 8  # of MAX_STOP_IDS, kept for the model's own
 MAX_STOP_TOKEN_IDS = MAX_STOP_IDS - MODEL_STOP_IDS
 MAX_TEMPERATURE = 1000.0
 MAX_REPETITION_PENALTY = 1000.0
@@ -116,6 +118,40 @@ def validate_prompt(
                 f"an integer from 0 to {vocab_size - 1}"
             )
     return tuple(map(int, tokens))
+
+
+def as_prompts(prompts: Any) -> Sequence[Any]:
+    """One prompt, text or token ids, is a list of one."""
+    if isinstance(prompts, str):
+        return [prompts]
+    several = as_list(prompts, "prompt")
+    one = len(several) and isinstance(several[0], Integral)
+    return [several] if one else several
+
+
+def as_list(value: Any, field: str) -> Sequence[Any]:
+    """`value` as a list of things, if it is one."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        return list(value)
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        raise InvalidRequest(f"{type(value).__name__} is not a list", field=field)
+    return value
+
+
+def one_each(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> Sequence[SamplingParams]:
+    """Parameters for each of `count` prompts.
+
+    Raises:
+        InvalidRequest: a list of another length.
+    """
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    several = as_list(params, "params")
+    if len(several) != count:
+        raise InvalidRequest(f"{len(several)} SamplingParams for {count} prompts", field="params")
+    return several
 
 
 def _integer(low: float, high: float) -> Callable[[Any], bool]:

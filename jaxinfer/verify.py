@@ -214,12 +214,13 @@ def run_jaxinfer(
     import jax.numpy as jnp
 
     from jaxinfer.backend import reserve_memory
-    from jaxinfer.llm import LLM, _load
+    from jaxinfer.llm import LLM
+    from jaxinfer.loading import load_weights
     from jaxinfer.models import decoder
     from jaxinfer.types import SamplingParams
 
     reserve_memory(0.9)
-    params = _load(directory, config, jnp.dtype(dtype))
+    params = load_weights(directory, config, jnp.dtype(dtype))
     run = jax.jit(lambda params, tokens: decoder.apply(params, config, tokens, capture=("resid",)))
     found = []
     for sequence in sequences:

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 import checkpoints.demo
 from checkpoints import open_checkpoint
 from checkpoints.demo import corpus
-from checkpoints.demo.evaluate import headers, parses, xz_bits_per_byte
+from checkpoints.demo.evaluate import body, headers, parses, xz_bits_per_byte
 from checkpoints.demo.tokenizer import END_OF_TEXT, VOCAB_SIZE, encode_files, train_tokenizer
 from checkpoints.demo.train import RECIPES, override
 from jaxinfer.models.families import read_config
@@ -135,9 +135,9 @@ def test_recorded_figures_beat_xz():
 
 def test_training_record_is_whole():
     figures = recorded("training.json")
-    assert figures["versions"].keys() == {"jax", "flax", "optax", "numpy"}
-    assert figures["device"]
     for role in ROLES:
+        assert figures[role]["versions"].keys() == {"jax", "flax", "optax", "numpy"}
+        assert figures[role]["device"]
         assert figures[role]["parameters"] == count_params(read_config(DEMO / role))
         assert set(figures[role]["recipe"]) == set(RECIPES[role].__dataclass_fields__)
         losses = [point["validation"] for point in figures[role]["curve"]]
@@ -150,6 +150,12 @@ def test_recipes_are_changed_by_name():
     for wrong in ("target.epoch=3", "teacher.epochs=3"):
         with pytest.raises(ValueError, match=r"ROLE\.FIELD=VALUE"):
             override(RECIPES, [wrong])
+
+
+def test_where_a_function_ends():
+    assert body("    a\n\n        b\n  c\nd") == ("    a\n\n        b", True)
+    assert body("    a\n    b") == ("    a\n    b", False)
+    assert body("") == ("", False)
 
 
 def test_headers_and_parsing():

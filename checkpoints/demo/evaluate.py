@@ -35,15 +35,15 @@ from jaxinfer.models.weights import declare
 from jaxinfer.training import lm
 
 FUNCTIONS = 200
-MAX_TOKENS = 512
+MAX_TOKENS = 256
 TEMPERATURE = 0.7
 PROTOCOL = (
     f"{FUNCTIONS} headers 'def name(arguments):' that fit on one line, drawn without replacement "
     f"(seed 0) from the functions and methods of the held-out files, decorators left out and the "
     f"header moved to column 0. Prompt: the header and a newline. Temperature {TEMPERATURE}, no "
     f"truncation, seed i for prompt i, at most {MAX_TOKENS} tokens. The function ends before the "
-    "first line that starts in column 0; one that has not ended at the limit counts as it stands. "
-    "Accepted: ast.parse raises nothing."
+    "first line that is indented less than its body's first line; one that has not ended at the "
+    "limit counts as it stands. Accepted: ast.parse raises nothing."
 )
 
 
@@ -152,6 +152,17 @@ def parses(source: str) -> bool:
     return True
 
 
+def body(text: str) -> tuple[str, bool]:
+    """`text` up to the first line indented less than its first one, and whether there was one."""
+    lines = text.split("\n")
+    indents = [len(line) - len(line.lstrip()) if line.strip() else None for line in lines]
+    first = next((n for n in indents if n is not None), 0)
+    for at, indent in enumerate(indents):
+        if indent is not None and indent < first:
+            return "\n".join(lines[:at]), True
+    return text, False
+
+
 def sample_functions(directory: Path, prompts: Sequence[str], dtype: Any) -> dict[str, Any]:
     """Generates a function from each prompt, and counts those that parse."""
     from jaxinfer import LLM, SamplingParams
@@ -163,12 +174,15 @@ def sample_functions(directory: Path, prompts: Sequence[str], dtype: Any) -> dic
     ]
     with LLM(directory, dtype=dtype) as llm:
         outputs = [r.outputs[0] for r in llm.generate(prompts, params)]
-    functions = [p + o.text + "\n" for p, o in zip(prompts, outputs, strict=True)]
+    bodies = [body(o.text) for o in outputs]
+    functions = [p + text + "\n" for p, (text, _) in zip(prompts, bodies, strict=True)]
     accepted = [parses(f) for f in functions]
+    ended = [cut or o.finish_reason == "stop" for o, (_, cut) in zip(outputs, bodies, strict=True)]
     return {
         "accepted": sum(accepted) / len(accepted),
-        "ended": sum(o.finish_reason == "stop" for o in outputs) / len(outputs),
-        "mean_tokens": sum(len(o.token_ids) for o in outputs) / len(outputs),
+        "ended": sum(ended) / len(ended),
+        "accepted_of_ended": sum(a and e for a, e in zip(accepted, ended, strict=True))
+        / sum(ended),
         "examples": functions[:3],
     }
 

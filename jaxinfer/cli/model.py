@@ -73,28 +73,16 @@ def describe(options: ModelOptions) -> dict[str, Any]:
 
     from jaxinfer.cache import page_bytes
     from jaxinfer.config import EngineOptions
+    from jaxinfer.loading import plan
     from jaxinfer.models.families import read_config
     from jaxinfer.models.weights import count_params
-    from jaxinfer.sizing import device_memory, plan_memory
 
     config = read_config(directory)
-    defaults = EngineOptions(dtype=dtype, max_model_len=options.max_model_len)
-    limit, in_use = device_memory(jax.devices()[0])
+    chosen = EngineOptions(dtype=dtype, max_model_len=options.max_model_len)
     try:
-        plan: dict[str, Any] = asdict(
-            plan_memory(
-                config,
-                dtype=jax.numpy.dtype(dtype),
-                page_size=defaults.page_size,
-                max_num_seqs=defaults.max_num_seqs,
-                max_model_len=defaults.max_model_len,
-                kv_cache_bytes=defaults.kv_cache_bytes,
-                limit=limit,
-                in_use=in_use,
-            )
-        )
+        memory: dict[str, Any] = asdict(plan(config, chosen, loaded=False))
     except CapacityError as error:
-        plan = {"error": str(error)}
+        memory = {"error": str(error)}
     architecture = {key: value for key, value in asdict(config).items() if key != "layers"}
     return {
         "model": options.model,
@@ -108,7 +96,7 @@ def describe(options: ModelOptions) -> dict[str, Any]:
         },
         "parameters": count_params(config),
         "kv_bytes_per_token": page_bytes(config, 1, dtype),
-        "memory": plan,
+        "memory": memory,
         "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }

@@ -15,6 +15,7 @@ from typing import Any
 from jaxinfer.config import LayerConfig, ModelConfig
 from jaxinfer.errors import CheckpointError, UnsupportedModel
 from jaxinfer.models.fields import flag, integer, number, read_max_position, read_rope, size
+from jaxinfer.types import MODEL_STOP_IDS
 
 
 @dataclass(frozen=True)
@@ -273,4 +274,8 @@ def _eos(c: Mapping[str, Any]) -> tuple[int, ...]:
     if ids is None:
         return ()
     listed = ids if isinstance(ids, list) else [ids]
+    if len(listed) > MODEL_STOP_IDS:
+        raise UnsupportedModel(
+            f"config.json: eos_token_id = {ids}: at most {MODEL_STOP_IDS} are supported"
+        )
     return tuple(integer({"eos_token_id": i}, "eos_token_id", at_least=0) for i in listed)

@@ -325,3 +325,8 @@ def test_read_config(tmp_path: Path) -> None:
 def test_unreadable_files(tmp_path: Path, files: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         read_config(_write(tmp_path, **files))
+
+
+def test_more_stop_tokens_than_the_device_checks_are_refused():
+    with pytest.raises(UnsupportedModel, match="eos_token_id"):
+        parse_config(LLAMA_2_7B | {"eos_token_id": list(range(9))})

@@ -1,0 +1,98 @@
+"""From options and a directory to weights on the device: what happens before an engine starts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxinfer.backend import default_cache_directory, reserve_memory, use_compilation_cache
+from jaxinfer.config import EngineOptions, ModelConfig
+from jaxinfer.errors import CheckpointError
+from jaxinfer.models.decoder import Params
+from jaxinfer.models.weights import abstract_params, count_params, declare
+from jaxinfer.progress import loading_bar
+from jaxinfer.sizing import MemoryPlan, device_memory, plan_memory
+
+
+def prepare_backend(options: EngineOptions) -> None:
+    """What an LLM does to the JAX of this process, before its first computation."""
+    reserve_memory(options.gpu_memory_utilization)
+    if options.compilation_cache != "":
+        chosen = options.compilation_cache
+        use_compilation_cache(default_cache_directory() if chosen is None else Path(chosen))
+
+
+def plan(config: ModelConfig, options: EngineOptions, *, loaded: bool) -> MemoryPlan:
+    """Divides the memory of the default device; `loaded`: the weights are in it already.
+
+    Raises:
+        ValueError: `max_model_len` beyond what the model was made for.
+        CapacityError: see `sizing.plan_memory`.
+    """
+    if options.max_model_len is not None and options.max_model_len > config.max_position:
+        raise ValueError(
+            f"max_model_len={options.max_model_len}: this model was made for sequences of up to "
+            f"{config.max_position} tokens"
+        )
+    limit, in_use = device_memory(jax.devices()[0])
+    dtype = jnp.dtype(options.dtype)
+    weights = count_params(config) * dtype.itemsize
+    return plan_memory(
+        config,
+        dtype=dtype,
+        page_size=options.page_size,
+        max_num_seqs=options.max_num_seqs,
+        max_model_len=options.max_model_len,
+        kv_cache_bytes=options.kv_cache_bytes,
+        limit=limit,
+        in_use=max(0, in_use - weights) if loaded else in_use,
+    )
+
+
+def load_weights(directory: Path, config: ModelConfig, dtype: Any) -> Params:
+    """Weights from disk, with a progress bar where there is someone to see it.
+
+    Raises:
+        CheckpointError: see `checkpoints.load_params`.
+    """
+    from checkpoints import load_params
+
+    # What a checkpoint may hold beside the weights: constants, and the tied matrix once more.
+    extra = [r".*rotary_emb\.inv_freq"]
+    if config.tie_embeddings:
+        extra.append(r"lm_head\.weight")
+    with loading_bar(directory.name) as progress:
+        return load_params(
+            directory, declare(config), dtype=dtype, allowed_extra=extra, progress=progress
+        )
+
+
+def check_params(params: Params, config: ModelConfig, dtype: Any) -> None:
+    """Raises CheckpointError unless `params` is the tree that `config` declares, in `dtype`."""
+
+    def described(tree: Any) -> dict[str, str]:
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): _describe(leaf)
+            for path, leaf in jax.tree.flatten_with_path(tree)[0]
+        }
+
+    want, have = described(abstract_params(config, dtype)), described(params)
+    problems = [
+        f"{name}: {have.get(name, 'missing')}, expected {want.get(name, 'nothing there')}"
+        for name in sorted(want.keys() | have.keys())
+        if want.get(name) != have.get(name)
+    ]
+    if problems:
+        raise CheckpointError(
+            f"params are not those of this config with dtype={str(dtype)!r}:\n  "
+            + "\n  ".join(problems)
+        )
+
+
+def _describe(leaf: Any) -> str:
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        return type(leaf).__name__
+    return f"{leaf.dtype}{list(leaf.shape)}"
