@@ -20,7 +20,9 @@ from jaxinfer.pages import pages_for
 from jaxinfer.runner import Sampled, StepCompiler, StepKey, bucket, chunk_bucket, row_bucket
 from jaxinfer.types import MAX_TOP_LOGPROBS, SamplingParams
 
-DISPATCHES_AHEAD = 2  # the device runs one dispatch while the host reads the one before
+# The device runs one dispatch while the host reads the one before. That hides the host behind
+# prefills; a decode loop on a GPU holds the host until it ends (docs/performance.md).
+DISPATCHES_AHEAD = 2
 FEW_TOP_LOGPROBS = 5
 
 
