@@ -72,11 +72,10 @@ def run_jaxinfer(folder: Path) -> None:
     import jax
     import jax.numpy as jnp
 
-    from checkpoints import load_params
     from jaxinfer import LLM
+    from jaxinfer.loading import load_weights
     from jaxinfer.models.decoder import apply
     from jaxinfer.models.families import read_config
-    from jaxinfer.models.weights import declare
 
     parts.check_platform(jax.default_backend())
     tokens = np.load(folder / "tokens.npy")
@@ -88,9 +87,7 @@ def run_jaxinfer(folder: Path) -> None:
             top=np.stack([s.top_ids[:, 0] for s in scored]),
         )
     config = read_config(folder / "model")
-    params = load_params(
-        folder / "model", declare(config), dtype=jnp.bfloat16, allowed_extra=[r"lm_head\.weight"]
-    )
+    params = load_weights(folder / "model", config, jnp.bfloat16)
     score = jax.jit(lambda p, t: jax.nn.log_softmax(apply(p, config, t)))
     np.save(folder / "jaxinfer_apply.npy", score(params, jnp.asarray(tokens, jnp.int32)))
 

@@ -6,7 +6,7 @@ Never imports jax: the batcher and the page pool read these.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -76,9 +76,6 @@ class SamplingParams:
     @property
     def truncated(self) -> bool:
         return self.top_p < 1 or self.top_k > 0 or self.min_p > 0
-
-    def with_seed(self, seed: int) -> SamplingParams:
-        return replace(self, seed=seed)
 
 
 @dataclass(frozen=True)

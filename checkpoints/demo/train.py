@@ -34,9 +34,9 @@ import optax
 
 from checkpoints.demo import corpus
 from checkpoints.demo.evaluate import bits_per_byte
-from checkpoints.load import load_params
 from checkpoints.write import write_hf, write_json
 from jaxinfer.config import ModelConfig
+from jaxinfer.loading import load_weights
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.families import parse_config, read_config
 from jaxinfer.models.weights import count_params, declare
@@ -159,10 +159,7 @@ def fit(
     teacher_config = None
     if teacher is not None:
         teacher_config = read_config(teacher)
-        extra = [r"lm_head\.weight"]
-        teachers = (
-            load_params(teacher, declare(teacher_config), dtype=jnp.bfloat16, allowed_extra=extra),
-        )
+        teachers = (load_weights(teacher, teacher_config, jnp.bfloat16),)
     for role, recipe in recipes.items():
         hf = model_config(shapes[role], manifest["end_of_text"])
         config = parse_config(hf)
