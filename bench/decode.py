@@ -1,6 +1,7 @@
 """Decode speed and start time of jaxinfer on a named shape with random weights.
 
     python -m bench.decode --shape llama-3.1-8b,llama-3.2-1b --batch 1 --context 1024 --hf
+    python -m bench.decode --shape llama-3.1-8b --batch 1,64 --context 1024
 
 No hub access and no tokenizer: weights are drawn on the device, prompts are random token ids, all
 of it through `LLM`. Every shape is two processes: the first starts with an empty compilation cache
@@ -64,7 +65,8 @@ def make_parts(
         sizes = ("--batch", _join(batches), "--context", _join(contexts))
         sizes += ("--llm", json.dumps(options or {}), "--repeats", str(repeats))
         args = ("--part", "cold", "--shape", name, *sizes)
-        made.append(Part(f"decode.{shapes.short(name)}", "bench.decode", args, 240, env))
+        timeout_s = 180 + 60 * len(batches) * len(contexts)
+        made.append(Part(f"decode.{shapes.short(name)}", "bench.decode", args, timeout_s, env))
         args = ("--part", "warm", "--shape", name, *sizes)
         made.append(Part(f"start.{shapes.short(name)}.warm", "bench.decode", args, 120, env))
     return made

@@ -26,6 +26,7 @@ from bench.record import ROOT, Record, Run
 STARTED = "BENCH_PART_STARTED"  # environment: time.time() at which the part's process was made
 TORCH_PYTHON = "BENCH_TORCH_PYTHON"  # environment: the interpreter that has torch
 ERROR_CHARS = 2000
+UNITS = {"ms": 1e-3, "us": 1e-6}  # seconds
 
 
 @dataclass(frozen=True)
@@ -144,10 +145,15 @@ def run_parts(parts: Sequence[Part], run: Run, path: Path, *, minutes: float | N
         else:
             found = run_part(replace(part, timeout_s=min(part.timeout_s, left)))
         run = _add(run, found)
-        record.write(run, path)
-        if os.environ.get("OUT"):
-            shutil.copy(path, os.environ["OUT"])
+        keep(run, path)
     return run
+
+
+def keep(run: Run, path: Path) -> None:
+    """Writes the result file, and the copy of it in the folder that `OUT` names."""
+    record.write(run, path)
+    if os.environ.get("OUT"):
+        shutil.copy(path, os.environ["OUT"])
 
 
 def _add(run: Run, found: Sequence[Record]) -> Run:
@@ -168,16 +174,17 @@ def best_ceilings(records: Sequence[Record]) -> dict[str, float]:
 
 
 def share_of_copy(records: Sequence[Record], copy_bytes_per_s: float | None) -> list[Record]:
-    """`X.pct_copy` for every `X.ms_per_step`: bytes counted over time, over the copy bandwidth."""
+    """`X.pct_copy` for every time `X.ms_per_step` or `X.us` with `bytes_per_step` in its detail:
+    bytes over time, over the copy bandwidth."""
     shares = []
     for r in records:
-        counted = r.detail.get("bytes_per_step")
+        counted, stem = r.detail.get("bytes_per_step"), r.name.rpartition(".")[0]
         if copy_bytes_per_s is None or counted is None or not r.value:
             continue
-        reached = counted / (r.value / 1000)
+        reached = counted / (r.value * UNITS[r.unit])
         shares.append(
             Record(
-                r.name.removesuffix("ms_per_step") + "pct_copy",
+                f"{stem}.pct_copy",
                 round(100 * reached / copy_bytes_per_s, 2),
                 "%",
                 {"bytes_per_s": reached, "copy_bytes_per_s": copy_bytes_per_s},

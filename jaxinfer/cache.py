@@ -8,8 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.config import ModelConfig
+from pallas_kernels.kv_write import LARGEST, Pools
 
 TRASH_PAGE = 0  # what inert tokens write to; never granted to a sequence
+
+Scales = tuple[jax.Array, ...]
+
+# Of `EngineOptions.kv_cache_dtype`; `auto` is the model's own dtype.
+KV_DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn, "fp8_e4m3": jnp.float8_e4m3fn}
 
 
 class PagedCache(NamedTuple):
@@ -17,36 +23,64 @@ class PagedCache(NamedTuple):
 
     One array a layer, not one for all: a kernel updates it in place, and slicing a stacked array
     would copy it.
+
+    `k_scales`, `v_scales`: of quantised pages (int8, float8_e4m3fn), one float32 array a layer:
+    [num_pages, kv_heads, page_size], or [kv_heads] where the scales were calibrated beforehand
+    (`pallas_kernels.kv_write`). None for float pages.
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
+    k_scales: Scales | None = None
+    v_scales: Scales | None = None
 
 
-def init_cache(config: ModelConfig, num_pages: int, page_size: int, dtype: Any) -> PagedCache:
-    """A zeroed cache of `num_pages` pages, the trash page included."""
+def resolve_kv_dtype(kv_cache_dtype: str, dtype: Any) -> Any:
+    """What the pages hold under an engine's `kv_cache_dtype`, for a model of `dtype`."""
+    return jnp.dtype(KV_DTYPES.get(kv_cache_dtype, dtype))
+
+
+def init_cache(
+    config: ModelConfig,
+    num_pages: int,
+    page_size: int,
+    kv_dtype: Any,
+    *,
+    scales: tuple[Scales, Scales] | None = None,
+) -> PagedCache:
+    """A zeroed cache of `num_pages` pages, the trash page included.
+
+    Args:
+        kv_dtype: what the pages hold: a float type, int8 or float8_e4m3fn.
+        scales: calibrated scales of keys and of values, float32 [kv_heads] a layer, for quantised
+            pages. None: every token and head gets its own.
+    """
     shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
 
-    def pools() -> tuple[jax.Array, ...]:
+    def pools(shape: tuple[int, ...], dtype: Any) -> tuple[jax.Array, ...]:
         return tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
 
-    return PagedCache(pools(), pools())
+    if jnp.dtype(kv_dtype) in LARGEST and scales is None:
+        scales = (pools(shape[:3], jnp.float32), pools(shape[:3], jnp.float32))
+    return PagedCache(pools(shape, kv_dtype), pools(shape, kv_dtype), *(scales or (None, None)))
 
 
-def page_bytes(config: ModelConfig, page_size: int, dtype: Any) -> int:
-    """Bytes that one page takes over all layers, keys and values."""
-    tokens = 2 * config.num_layers * config.num_kv_heads * config.head_dim * page_size
-    return tokens * jnp.dtype(dtype).itemsize
+def split_layers(cache: PagedCache) -> list[Pools]:
+    """(k, v, k_scales, v_scales) of each layer, as `kv_write` takes and returns them."""
+    none = [None] * len(cache.k)
+    scales = (cache.k_scales or none, cache.v_scales or none)
+    return list(zip(cache.k, cache.v, *scales, strict=True))
 
 
-def write(pages: jax.Array, new: jax.Array, kv_index: jax.Array) -> jax.Array:
-    """Writes new [T, kv_heads, head_dim] at flat slots kv_index [T] = page * page_size + slot.
+def join_layers(layers: list[Pools]) -> PagedCache:
+    """The cache that `split_layers` takes apart."""
+    k, v, k_scales, v_scales = zip(*layers, strict=True)
+    quantised = k_scales[0] is not None
+    return PagedCache(k, v, k_scales if quantised else None, v_scales if quantised else None)
 
-    Only slots of the trash page may occur more than once.
-    """
-    page_size = pages.shape[2]
-    # Duplicates exist in the trash page alone, where any winner will do, so the indices may be
-    # called unique: XLA then stores directly instead of serialising the updates.
-    return pages.at[kv_index // page_size, :, kv_index % page_size].set(
-        new.astype(pages.dtype), unique_indices=True, mode="promise_in_bounds"
-    )
+
+def page_bytes(config: ModelConfig, page_size: int, kv_dtype: Any) -> int:
+    """Bytes that one page takes over all layers, keys and values and their scales."""
+    kv_dtype = jnp.dtype(kv_dtype)
+    row = config.head_dim * kv_dtype.itemsize + 4 * (kv_dtype in LARGEST)
+    return 2 * config.num_layers * config.num_kv_heads * page_size * row

@@ -124,6 +124,7 @@ class EngineOptions:
     max_num_seqs: int = 256
     gpu_memory_utilization: float = 0.9
     kv_cache_bytes: int | None = None
+    kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3"] = "auto"
     seed: int = 0
     invariant: bool = True
     tensor_parallel_size: int = 1
@@ -137,6 +138,7 @@ class EngineOptions:
     def __post_init__(self) -> None:
         for name, accepted in {
             "dtype": ("bfloat16", "float16", "float32"),
+            "kv_cache_dtype": ("auto", "int8", "fp8", "fp8_e4m3"),
             "policy": ("continuous", "static"),
         }.items():
             if getattr(self, name) not in accepted:

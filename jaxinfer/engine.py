@@ -89,7 +89,9 @@ class Engine:
         self.config, self.limits = config, limits
         self._params, self._dtype = params, dtype
         platform = jax.tree.leaves(params)[0].devices().pop().platform
-        self._cudnn = platform == "gpu" and np.dtype(dtype).itemsize == 2
+        self._invariant = invariant
+        # cuDNN's bits differ from those of the kernels that decode and chunks run on.
+        self._cudnn = not invariant and platform == "gpu" and np.dtype(dtype).itemsize == 2
         self.compiler = StepCompiler(config, invariant=invariant, platform=platform)
         self._ids = itertools.count()
         self._cache = init_cache(config, limits.num_pages, limits.page_size, dtype)
@@ -211,6 +213,7 @@ class Engine:
             size,
             self._page_bucket(action.stop),
             self.limits.page_size,
+            invariant=self._invariant,
             whole_prompt=whole_prompt and self._cudnn,
             score=_top_bucket(sequence.score),
             **self._sampling([action.id]),
@@ -247,6 +250,7 @@ class Engine:
             rows,
             self._page_bucket(action.tokens),
             self.limits.page_size,
+            invariant=self._invariant,
             max_steps=self.limits.max_steps,
             **self._sampling(int(i) for i in action.ids if i != batcher.NO_SEQUENCE),
         )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer.cache import resolve_kv_dtype
 from jaxinfer.config import BatcherConfig, EngineOptions, ModelConfig
 from jaxinfer.engine import Engine
 from jaxinfer.errors import InvalidRequest, JaxinferError, QueueFull
@@ -50,12 +51,14 @@ class LLM:
         model: a directory in Hugging Face's format, a Hub id, or `demo`, the model that ships
             with jaxinfer.
         revision: of a Hub id.
-        dtype: `bfloat16`, `float16` or `float32`; of weights, activations and cache.
+        dtype: `bfloat16`, `float16` or `float32`; of weights and activations.
         max_model_len: longest sequence in tokens; None: the model's limit, or what memory allows.
         max_num_seqs: sequences that run at once.
         gpu_memory_utilization: share of the GPU's memory to take. JAX decides it when it starts:
             too late if it has run something before; then the log says so.
         kv_cache_bytes: size of the KV cache; None: what is left.
+        kv_cache_dtype: `auto`: `dtype`. `int8`, or `fp8` (`fp8_e4m3`): half the bytes, with a scale
+            for every token and head.
         seed: draws the seeds of requests that bring none.
         invariant: a request's tokens do not depend on what it is batched with (ADR 003).
         tensor_parallel_size: 1; more is not supported yet.
@@ -84,6 +87,7 @@ class LLM:
         max_num_seqs: int = 256,
         gpu_memory_utilization: float = 0.9,
         kv_cache_bytes: int | None = None,
+        kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3"] = "auto",
         seed: int = 0,
         invariant: bool = True,
         tensor_parallel_size: int = 1,
@@ -101,9 +105,10 @@ class LLM:
         options = EngineOptions(
             dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             gpu_memory_utilization=gpu_memory_utilization, kv_cache_bytes=kv_cache_bytes,
-            seed=seed, invariant=invariant, tensor_parallel_size=tensor_parallel_size,
-            page_size=page_size, max_chunk=max_chunk, max_steps=max_steps,
-            max_waiting=max_waiting, policy=policy, compilation_cache=compilation_cache,
+            kv_cache_dtype=kv_cache_dtype, seed=seed, invariant=invariant,
+            tensor_parallel_size=tensor_parallel_size, page_size=page_size, max_chunk=max_chunk,
+            max_steps=max_steps, max_waiting=max_waiting, policy=policy,
+            compilation_cache=compilation_cache,
         )  # fmt: skip
         directory = resolve_model(str(model), revision)
         config = read_config(directory)
@@ -163,8 +168,9 @@ class LLM:
             max_waiting=options.max_waiting,
             policy=options.policy,
         )
+        kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)
         self._engine: Engine | None = Engine(
-            params, config, limits, dtype=jnp.dtype(options.dtype), invariant=options.invariant
+            params, config, limits, dtype=kv_dtype, invariant=options.invariant
         )
 
     # -- life -------------------------------------------------------------------------------

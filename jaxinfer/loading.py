@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.backend import default_cache_directory, reserve_memory, use_compilation_cache
+from jaxinfer.cache import resolve_kv_dtype
 from jaxinfer.config import EngineOptions, ModelConfig
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.decoder import Params
@@ -43,6 +44,7 @@ def plan(config: ModelConfig, options: EngineOptions, *, loaded: bool) -> Memory
     return plan_memory(
         config,
         dtype=dtype,
+        kv_dtype=resolve_kv_dtype(options.kv_cache_dtype, dtype),
         page_size=options.page_size,
         max_num_seqs=options.max_num_seqs,
         max_model_len=options.max_model_len,

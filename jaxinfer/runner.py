@@ -52,6 +52,7 @@ class StepKey:
         page_size: tokens a page.
         max_steps: decode only; room for the tokens of this many steps.
         backend: of the attention op.
+        invariant: a token's bits depend on its sequence alone.
         random, truncated: whether any row samples at random; whether any truncates by top-k,
             top-p or min-p.
         top: None without log-probabilities, else how many of the likeliest to return.
@@ -65,6 +66,7 @@ class StepKey:
     page_size: int
     max_steps: int = 1
     backend: Backend = "auto"
+    invariant: bool = True
     random: bool = False
     truncated: bool = False
     top: int | None = None
@@ -98,7 +100,7 @@ def prefill_step(
     last = batch.logit_rows
     if key.score is not None:
         batch = batch._replace(logit_rows=jnp.arange(key.size, dtype=jnp.int32))
-    options = AttentionOptions(key.size, key.backend, key.whole_prompt)
+    options = AttentionOptions(key.size, key.backend, key.invariant, key.whole_prompt)
     out, cache = forward(params, config, batch, cache, attention=options)
     hidden = out.hidden if key.score is None else out.hidden[last]
     scores = None
@@ -136,7 +138,7 @@ def decode_step(
     """Up to `plan.steps` decode steps of rows 0 to `key.size`; stops when no row is running."""
     R, N = key.size, key.max_steps
     seq = seq._replace(active=seq.active & ~plan.released)
-    options = AttentionOptions(1, key.backend)
+    options = AttentionOptions(1, key.backend, key.invariant)
     everyone = jnp.arange(R)
 
     def one(cache: PagedCache, seq: SeqState) -> tuple[PagedCache, SeqState, Sampled]:

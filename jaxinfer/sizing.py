@@ -50,6 +50,7 @@ def plan_memory(
     config: ModelConfig,
     *,
     dtype: Any,
+    kv_dtype: Any = None,
     page_size: int,
     max_num_seqs: int,
     max_model_len: int | None,
@@ -61,7 +62,8 @@ def plan_memory(
 
     Args:
         config: the model.
-        dtype: of weights and cache.
+        dtype: of the weights.
+        kv_dtype: what the cache's pages hold; None: `dtype`.
         page_size: tokens a page.
         max_num_seqs: sequences that may run at once.
         max_model_len: longest sequence; None: the model's own limit, or what the cache holds.
@@ -75,7 +77,7 @@ def plan_memory(
     """
     weights = count_params(config) * np.dtype(dtype).itemsize
     steps = 0 if limit is None else STEP_BYTES
-    one = page_bytes(config, page_size, dtype)
+    one = page_bytes(config, page_size, dtype if kv_dtype is None else kv_dtype)
     longest = config.max_position if max_model_len is None else max_model_len
     useful = (max_num_seqs * pages_for(longest, page_size) + 1) * one
     if kv_cache_bytes is None:

@@ -1,7 +1,7 @@
 """Attention of a ragged batch of new tokens over a paged KV cache.
 
 `paged_attention` is the op: it checks its arguments and picks a backend. `reference` is the
-definition, in plain jnp.
+definition, in plain jnp; the kernels are in `paged_attention_sm90` and `paged_attention_sm80`.
 
 Shapes: T new tokens in all, S sequences, H query heads, K key/value heads (H a multiple of K),
 D head dim, N pages in the pool, P pages a sequence at most.
@@ -10,15 +10,25 @@ D head dim, N pages in the pool, P pages a sequence at most.
 from __future__ import annotations
 
 import logging
+import os
 from functools import cache
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-Backend = Literal["auto", "reference"]
-BACKENDS: tuple[Backend, ...] = ("auto", "reference")
+from pallas_kernels.attention_plan import Work
+from pallas_kernels.kv_write import LARGEST, check_scales
+
+Backend = Literal["auto", "reference", "sm90", "sm80"]
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "sm90", "sm80")
+
+# What the kernels are compiled and tested for.
+HEAD_DIMS = (64, 128, 256)
+PAGE_SIZES = (32, 64, 128)
+MAX_GROUP = 64  # query heads a KV head
+CHECK_PAGES = "JAXINFER_CHECK_PAGES"  # environment: 1 checks page ids on the device
 
 # The KV axis is cut every SPLIT tokens, counted from position 0. Each part is reduced by itself and
 # the parts are summed pairwise in position order. What one sequence's parts are, and how they are
@@ -40,7 +50,12 @@ def paged_attention(
     scale: float | None = None,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    k_scales: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
     backend: Backend = "auto",
+    plan: Work | None = None,
+    invariant: bool = True,
 ) -> jax.Array:
     """Causal attention of each sequence's newest tokens over all of its tokens.
 
@@ -48,8 +63,9 @@ def paged_attention(
 
     Args:
         q: [T, H, D]; the new tokens of sequence s are rows query_starts[s] to query_starts[s + 1].
-        k_pages, v_pages: [N, K, page_size, D]. Token i of a sequence lies in slot i % page_size
-            of its page i // page_size. Slots past a sequence's length may hold anything.
+        k_pages, v_pages: [N, K, page_size, D], in q's dtype, or int8 or float8_e4m3fn. Token i of
+            a sequence lies in slot i % page_size of its page i // page_size. Slots past a
+            sequence's length, or before the windows of all its new tokens, may hold anything.
         page_table: int32 [S, P]; entries past a sequence's last page may be any page of the pool.
         query_starts: int32 [S + 1], ascending from 0. Rows of q past the last belong to nobody.
         kv_lengths: int32 [S]; tokens of each sequence, the new ones included.
@@ -57,24 +73,148 @@ def paged_attention(
         scale: of the scores; 1/sqrt(D) by default.
         window: a token sees itself and the window - 1 tokens before it; None: all before it.
         softcap: scores become softcap * tanh(scores / softcap).
-        backend: `reference`; `auto` is `reference` too, and says so once in the log on a GPU.
+        sinks: float32 [H]; exp(sink) is added to the sum that a head's weights are divided by, as
+            of a token without a value. Neither scaled nor soft-capped.
+        k_scales, v_scales: what quantised pages are multiplied by, float32: [N, K, page_size], one
+            a token and head, or [K], one a head. None for pages in q's dtype.
+        backend: `sm90` (Hopper) and `sm80` (Ampere and later) are kernels for 16-bit q; `reference`
+            is plain XLA. `auto` is the fastest of them that can run; where that is `reference` on
+            a GPU, the log says so once.
+        plan: of `plan_attention`, for the same lengths, shapes and options; made here if None.
+            Calls that share lengths, such as a model's layers, should share it.
+        invariant: a token's output has the same bits whatever is in the batch and however its
+            sequence is cut into calls. False may be faster in long prefill.
 
     Returns:
         [T, H, D] in q's dtype; zero for rows that belong to nobody.
 
     Raises:
-        ValueError: shapes, dtypes or options that do not fit, named with what would.
+        ValueError: shapes, dtypes or options that do not fit, named with what would; a backend
+            asked for by name that cannot run here.
     """
     _check(q, k_pages, v_pages, page_table, query_starts, kv_lengths, max_query, window, softcap)
+    _check_sinks_and_scales(q, k_pages, sinks, k_scales, v_scales)
+    scale = float(q.shape[-1] ** -0.5) if scale is None else scale
+    if not scale > 0:
+        raise ValueError(f"scale={scale}: expected more than 0")
+    chosen = _choose(backend, q, k_pages)
+    if os.environ.get(CHECK_PAGES) == "1":
+        page_table = _checked_pages(page_table, kv_lengths, k_pages)
+    options: dict[str, Any] = {
+        "max_query": max_query, "scale": scale, "window": window, "softcap": softcap,
+        "sinks": sinks, "k_scales": k_scales, "v_scales": v_scales,
+    }  # fmt: skip
+    arrays = (q, k_pages, v_pages, page_table, query_starts, kv_lengths)
+    if chosen == "sm90":
+        from pallas_kernels import paged_attention_sm90
+
+        return paged_attention_sm90.attend(
+            *arrays, **options, plan=plan, invariant=invariant,
+            sm_count=getattr(_device(), "core_count", 0) or paged_attention_sm90.FEWEST_SMS,
+        )  # fmt: skip
+    if chosen == "sm80":
+        from pallas_kernels import paged_attention_sm80
+
+        return paged_attention_sm80.attend(*arrays, **options)
+    return reference(*arrays, **options)
+
+
+def plan_attention(
+    q: jax.Array,
+    k_pages: jax.Array,
+    page_table: jax.Array,
+    query_starts: jax.Array,
+    kv_lengths: jax.Array,
+    *,
+    max_query: int,
+    window: int | None = None,
+    backend: Backend = "auto",
+) -> Work | None:
+    """What `paged_attention` needs to know of a batch's lengths; None if its backend needs nothing.
+
+    Arguments as there. Only the shapes and dtypes of q, k_pages and page_table matter.
+    """
+    if _choose(backend, q, k_pages) != "sm90":
+        return None
+    from pallas_kernels import paged_attention_sm90
+
+    _, K, page_size, D = k_pages.shape
+    return paged_attention_sm90.make_plan(
+        query_starts, kv_lengths, T=q.shape[0], H=q.shape[1], K=K, D=D,
+        max_kv=page_table.shape[1] * page_size, max_query=max_query, window=window,
+        quantised=k_pages.dtype != q.dtype,
+    )  # fmt: skip
+
+
+def _choose(backend: Backend, q: jax.Array, k_pages: jax.Array) -> Backend:
+    """The backend that runs; `auto` says once why it is not a kernel on a GPU."""
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: expected one of {BACKENDS}")
-    if backend == "auto" and jax.default_backend() == "gpu":
-        _say_once("paged_attention: no GPU kernel yet; backend 'reference' (plain XLA) is used")
-    return reference(
-        q, k_pages, v_pages, page_table, query_starts, kv_lengths,
-        max_query=max_query, scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        window=window, softcap=softcap,
-    )  # fmt: skip
+    if backend == "reference":
+        return backend
+    capability = _capability()
+    why_not = _unsupported(q, k_pages)
+    if backend != "auto":
+        needed = {"sm90": (9, 10), "sm80": (8, 10)}[backend]  # wgmma is Hopper's alone
+        if capability is None or not needed[0] <= capability < needed[1]:
+            raise ValueError(
+                f"backend={backend!r} needs a GPU of compute capability {needed[0]}; here "
+                f"{'is none' if capability is None else f'it is {capability}'}"
+            )
+        if why_not:
+            raise ValueError(f"backend={backend!r}: {why_not}")
+        return backend
+    if capability is None:
+        return "reference"
+    if not why_not and 8 <= capability < 10:
+        return "sm90" if capability >= 9 else "sm80"
+    why_not = why_not or f"no kernel for compute capability {capability}"
+    _say_once(f"paged_attention: backend 'reference' (plain XLA) is used: {why_not}")
+    return "reference"
+
+
+def _device() -> Any:
+    """That programs are compiled for."""
+    return jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _capability() -> float | None:
+    """Compute capability of the device; None without a GPU."""
+    device = _device()
+    capability = getattr(device, "compute_capability", None)
+    return float(capability) if device.platform in ("gpu", "cuda") and capability else None
+
+
+def _unsupported(q: jax.Array, k_pages: jax.Array) -> str | None:
+    """Why the kernels cannot serve these arrays, with what they accept."""
+    _, K, page_size, D = k_pages.shape
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"q is {q.dtype}: expected bfloat16 or float16"
+    if D not in HEAD_DIMS:
+        return f"head_dim {D}: expected one of {HEAD_DIMS}"
+    if page_size not in PAGE_SIZES:
+        return f"page_size {page_size}: expected one of {PAGE_SIZES}"
+    if q.shape[1] // K > MAX_GROUP:
+        return f"{q.shape[1] // K} query heads a KV head: expected at most {MAX_GROUP}"
+    return None
+
+
+def _checked_pages(page_table: jax.Array, kv_lengths: jax.Array, k_pages: jax.Array) -> jax.Array:
+    """The table, once every page id that will be read is known to be in the pool."""
+    pages, page_size = k_pages.shape[0], k_pages.shape[2]
+    column = jnp.arange(page_table.shape[1], dtype=jnp.int32)
+    read = column < -(-kv_lengths[:, None] // page_size)
+    bad = read & ((page_table < 0) | (page_table >= pages))
+
+    def report(bad: Any, table: Any) -> None:
+        if bad.any():
+            s, p = (int(x[0]) for x in bad.nonzero())
+            raise ValueError(
+                f"page_table[{s}, {p}] = {int(table[s, p])}: expected 0 to {pages - 1}"
+            )
+
+    jax.debug.callback(report, bad, page_table)
+    return jnp.where(bad, 0, page_table)
 
 
 def reference(
@@ -89,6 +229,9 @@ def reference(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    k_scales: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
 ) -> jax.Array:
     """The definition of `paged_attention`; same arguments. Scores and sums are float32."""
     T, H, D = q.shape
@@ -102,12 +245,21 @@ def reference(
     length = -(-page_table.shape[1] * k_pages.shape[2] // SPLIT) * SPLIT
     k = _gather(k_pages, page_table, length)  # [S, K, L, D]
     v = _gather(v_pages, page_table, length)
-    written = jnp.arange(v.shape[2], dtype=jnp.int32) < kv_lengths[:, None]  # [S, L]
-    v = jnp.where(written[:, None, :, None], v, 0)  # 0 * NaN is NaN
+    slot = jnp.arange(length, dtype=jnp.int32)
+    read = slot < kv_lengths[:, None]  # [S, L]
+    if window is not None:
+        read &= slot > (kv_lengths - new)[:, None] - window
+    v = jnp.where(read[:, None, :, None], v, 0)  # 0 * NaN is NaN
+    by = [_gather_scales(x, page_table, length) for x in (k_scales, v_scales)]
+    if by[1] is not None:
+        by[1] = jnp.where(read[:, None], by[1], 0)
+    group_sinks = None if sinks is None else sinks.reshape(K, H // K)
     queries = q[rows].reshape(S, max_query, K, H // K, D)
 
     def attend(block: tuple[jax.Array, jax.Array]) -> jax.Array:
-        return _attend(*block, k, v, scale=scale, window=window, softcap=softcap)
+        return _attend(
+            *block, k, v, *by, scale=scale, window=window, softcap=softcap, sinks=group_sinks
+        )
 
     blocks = -(-max_query // QUERY_BLOCK)
     if blocks == 1:
@@ -139,23 +291,33 @@ def _attend(
     positions: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    k_by: jax.Array | None,
+    v_by: jax.Array | None,
     *,
     scale: float,
     window: int | None,
     softcap: float | None,
+    sinks: jax.Array | None,
 ) -> jax.Array:
-    """q [S, Q, K, G, D], positions [S, Q] (-1: padding), k and v [S, K, L, D] → [S, Q, K, G, D]."""
+    """q [S, Q, K, G, D], positions [S, Q] (-1: padding), k and v [S, K, L, D] → [S, Q, K, G, D].
+
+    `k_by`, `v_by`: scales of k and v, [S, K, L], or None. `sinks`: [K, G].
+    """
     S, Q, K, G, D = q.shape
     parts = k.shape[2] // SPLIT
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
 
     def multiply(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
         return jnp.einsum(pattern, a, b, precision=precision, preferred_element_type=jnp.float32)
 
     # Parts are a batch dimension of both products: however many there are, each is computed alike.
     queries = q.transpose(0, 2, 1, 3, 4).reshape(S, K, 1, Q * G, D)
     queries = jnp.broadcast_to(queries, (S, K, parts, Q * G, D))
-    scores = multiply("skprd,skptd->skprt", queries, k.reshape(S, K, parts, SPLIT, D)) * scale
+    # int8 and e4m3 are exact in any of q's dtypes; their scales then multiply float32 scores.
+    keys = k.reshape(S, K, parts, SPLIT, D).astype(q.dtype)
+    scores = multiply("skprd,skptd->skprt", queries, keys) * scale
+    if k_by is not None:
+        scores *= k_by.reshape(S, K, parts, 1, SPLIT)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
     slot = jnp.arange(parts * SPLIT, dtype=jnp.int32).reshape(parts, 1, SPLIT)
@@ -168,10 +330,20 @@ def _attend(
     peak = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - _finite(peak)[..., None])
     total = jnp.sum(weights, axis=-1)
-    v = v.reshape(S, K, parts, SPLIT, D)
-    values = multiply("skprt,skptd->skprd", weights.astype(v.dtype), v)
-    rescale = jnp.exp(peak - _finite(jnp.max(peak, axis=2, keepdims=True)))
+    kind = q.dtype
+    if v_by is not None:
+        weights *= v_by.reshape(S, K, parts, 1, SPLIT)
+        kind = jnp.float32  # float16 would lose the smaller weights times a small scale
+    v = v.reshape(S, K, parts, SPLIT, D).astype(kind)
+    values = multiply("skprt,skptd->skprd", weights.astype(kind), v)
+    top = jnp.max(peak, axis=2)  # [S, K, QG]
+    if sinks is not None:
+        sinks = jnp.tile(sinks, (1, Q))
+        top = jnp.maximum(top, sinks)
+    rescale = jnp.exp(peak - _finite(top)[:, :, None])
     total = _sum_in_order(total * rescale, axis=2)
+    if sinks is not None:
+        total += jnp.exp(sinks - _finite(top))
     values = _sum_in_order(values * rescale[..., None], axis=2)
     out = values / jnp.where(total > 0, total, 1.0)[..., None]
     return out.reshape(S, K, Q, G, D).transpose(0, 2, 1, 3, 4).astype(q.dtype)
@@ -204,6 +376,17 @@ def _gather(pages: jax.Array, page_table: jax.Array, length: int) -> jax.Array:
     table = jnp.pad(page_table, ((0, 0), (0, max(0, wanted - P))))[:, :wanted]
     x = pages[table].transpose(0, 2, 1, 3, 4)
     return x.reshape(S, K, -1, D)[:, :, :length]
+
+
+def _gather_scales(
+    scales: jax.Array | None, page_table: jax.Array, length: int
+) -> jax.Array | None:
+    """Scales [N, K, page_size] or [K] → those of the first `length` slots, [S, K, length]."""
+    if scales is None:
+        return None
+    if scales.ndim == 1:
+        return jnp.broadcast_to(scales[:, None], (page_table.shape[0], scales.shape[0], length))
+    return _gather(scales[..., None], page_table, length)[..., 0]
 
 
 def whole_prompt_attention(
@@ -257,9 +440,13 @@ def _check(
             f"{S} sequences need query_starts [{S + 1}] and kv_lengths [{S}]; got "
             f"{query_starts.shape} and {kv_lengths.shape}"
         )
-    if not (q.dtype == k_pages.dtype == v_pages.dtype) or not jnp.issubdtype(q.dtype, jnp.floating):
-        raise ValueError(f"q, k_pages and v_pages must share a float dtype; got {q.dtype}, "
-                         f"{k_pages.dtype}, {v_pages.dtype}")  # fmt: skip
+    if k_pages.dtype != v_pages.dtype or k_pages.dtype not in (q.dtype, *LARGEST):
+        raise ValueError(
+            f"k_pages is {k_pages.dtype} and v_pages {v_pages.dtype}: expected both in q's dtype, "
+            f"{q.dtype}, or both int8 or float8_e4m3fn"
+        )
+    if not jnp.issubdtype(q.dtype, jnp.floating) or q.dtype.itemsize < 2:
+        raise ValueError(f"q is {q.dtype}: expected bfloat16, float16 or float32")
     if any(x.dtype != jnp.int32 for x in (page_table, query_starts, kv_lengths)):
         raise ValueError("page_table, query_starts and kv_lengths must be int32")
     if not 1 <= max_query <= T:
@@ -272,6 +459,19 @@ def _check(
         raise ValueError(f"softcap={softcap}: expected more than 0, or None")
     if P < 1:
         raise ValueError("page_table has no columns")
+
+
+def _check_sinks_and_scales(
+    q: jax.Array,
+    k_pages: jax.Array,
+    sinks: jax.Array | None,
+    k_scales: jax.Array | None,
+    v_scales: jax.Array | None,
+) -> None:
+    H = q.shape[1]
+    if sinks is not None and (sinks.shape != (H,) or sinks.dtype != jnp.float32):
+        raise ValueError(f"sinks is {sinks.dtype} {sinks.shape}: expected float32 [{H}], or None")
+    check_scales(k_pages, k_scales, v_scales)
 
 
 @cache

@@ -351,6 +351,11 @@ def test_info_reads_the_config_alone(tmp_path, capsys):
     # 2 layers, keys and values of 1 head of 16, 2 bytes each
     assert only["kv_bytes_per_token"] == 2 * 2 * 16 * 2
     assert only["memory"]["weights"] == 2 * only["parameters"]
+    info = ["info", "-m", str(tmp_path), "--json", "--kv-cache-dtype", "fp8"]
+    assert cli.main(info) == 0
+    (only,) = records(capsys.readouterr().out)
+    assert only["kv_cache_dtype"] == "float8_e4m3fn"
+    assert only["kv_bytes_per_token"] == 2 * 2 * (16 + 4)  # and a scale
     assert cli.main(["info", "-m", str(tmp_path), "--max-model-len", "100"]) == 0
     assert "memory.max_model_len             100\n" in capsys.readouterr().out
 

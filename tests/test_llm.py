@@ -670,6 +670,24 @@ def test_arrangements(tiny: TinyModel, llm: LLM, options: dict[str, Any]) -> Non
 # -- life ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8", "fp8_e4m3"])
+def test_a_quantised_cache(tiny: TinyModel, llm: LLM, kv_cache_dtype: str) -> None:
+    prompt = list(range(2, 60))
+    want = llm.logprobs([prompt])[0].logprobs
+    with LLM.from_params(
+        tiny.params, tiny.config, dtype="float32", kv_cache_dtype=kv_cache_dtype, max_chunk=32,
+        max_model_len=128, max_num_seqs=4, page_size=8,
+    ) as quantised:  # fmt: skip
+        pages = jax.tree.leaves(quantised.engine._cache)
+        assert sum(x.nbytes for x in pages) == quantised.memory_plan.cache
+        got = quantised.logprobs([prompt])[0].logprobs
+        np.testing.assert_allclose(got, want, atol=0.1)
+        assert not np.array_equal(got, want)
+        greedy = SamplingParams(temperature=0, max_tokens=8)
+        first, second = (quantised.generate([prompt], greedy)[0].outputs[0] for _ in range(2))
+        assert first.token_ids == second.token_ids
+
+
 def test_nothing_works_after_close(tiny: TinyModel) -> None:
     with make(tiny) as llm:
         assert llm.generate(IDS[:1], GREEDY)
@@ -753,6 +771,8 @@ def test_interrupted_while_news_are_given_out(
     "option",
     [
         {"dtype": "int8"},
+        {"kv_cache_dtype": "fp4"},
+        {"kv_cache_dtype": "fp8_e5m2"},
         {"dtype": jnp.float32},
         {"page_size": 24},
         {"page_size": 4},

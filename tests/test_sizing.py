@@ -43,6 +43,15 @@ def test_weights_and_cache_are_what_is_allocated(tied, dtype):
     assert got.cache == sum(x.nbytes for x in jax.tree.leaves(cache))
 
 
+@pytest.mark.parametrize("kv_dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_a_quantised_cache_is_counted_with_its_scales(kv_dtype):
+    got, plain = (plan(kv_dtype=t, kv_cache_bytes=50 * PAGE) for t in (kv_dtype, None))
+    cache = init_cache(CONFIG, got.num_pages, got.page_size, kv_dtype)
+    assert got.cache == sum(x.nbytes for x in jax.tree.leaves(cache))
+    assert got.weights == plain.weights
+    assert got.num_pages == 4 * 128 // 16 + 1 or got.num_pages > 2 * plain.num_pages
+
+
 def test_tied_embeddings_are_counted_once():
     saved = plan().weights - plan(replace(CONFIG, tie_embeddings=True)).weights
     assert saved == CONFIG.vocab_size * CONFIG.hidden_size * 4

@@ -21,6 +21,7 @@ from jaxinfer.cli.options import (
     File,
     GpuMemory,
     Json,
+    KvCacheDtypeOption,
     MaxModelLen,
     MaxTokens,
     MinP,
@@ -101,6 +102,7 @@ def generate(
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLen = None,
     gpu_memory_utilization: GpuMemory = 0.9,
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
     n: Annotated[int, typer.Option(help="Samples a prompt.", rich_help_panel=SAMPLING)] = 1,
     max_tokens: MaxTokens = 128,
     min_tokens: Annotated[
@@ -130,7 +132,9 @@ def generate(
         top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
         stop=tuple(stop or ()), ignore_eos=ignore_eos, logprobs=logprobs,
     )  # fmt: skip
-    options = ModelOptions(model, revision, dtype, max_model_len, gpu_memory_utilization)
+    options = ModelOptions(
+        model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype
+    )
     with open_llm(options) as llm:
         if len(wanted) == 1 and n == 1 and not as_json:
             show_prompt(wanted[0])
@@ -160,6 +164,7 @@ def chat(
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLen = None,
     gpu_memory_utilization: GpuMemory = 0.9,
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -174,7 +179,9 @@ def chat(
         max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p,
         repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()),
     )  # fmt: skip
-    options = ModelOptions(model, revision, dtype, max_model_len, gpu_memory_utilization)
+    options = ModelOptions(
+        model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype
+    )
     with open_llm(options) as llm:
         if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
             raise InvalidRequest(
@@ -203,10 +210,13 @@ def logprobs(
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLen = None,
     gpu_memory_utilization: GpuMemory = 0.9,
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
 ) -> None:
     """Log-probability (natural) of each token of a text, given those before it."""
     wanted = read_prompts(texts, file, token_ids)
-    options = ModelOptions(model, revision, dtype, max_model_len, gpu_memory_utilization)
+    options = ModelOptions(
+        model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype
+    )
     with open_llm(options) as llm:
         results = llm.logprobs(wanted, top=top)
         for index, result in enumerate(results):
@@ -224,9 +234,12 @@ def info(
     dtype: DtypeOption = "auto",
     max_model_len: MaxModelLen = None,
     gpu_memory_utilization: GpuMemory = 0.9,
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
 ) -> None:
     """Says what a model is and what it needs here. Reads no weights."""
-    options = ModelOptions(model, revision, dtype, max_model_len, gpu_memory_utilization)
+    options = ModelOptions(
+        model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype
+    )
     description = describe(options)
     if as_json:
         write_record(record("info", **description))

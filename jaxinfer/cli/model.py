@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 
-from jaxinfer.cli.options import Dtype
+from jaxinfer.cli.options import Dtype, KvCacheDtype
 from jaxinfer.cli.output import note
 from jaxinfer.errors import CapacityError, JaxinferError
 from jaxinfer.hub import resolve_model
@@ -29,6 +29,7 @@ class ModelOptions:
     dtype: Dtype
     max_model_len: int | None
     gpu_memory_utilization: float
+    kv_cache_dtype: KvCacheDtype
 
 
 def open_llm(options: ModelOptions) -> LLM:
@@ -43,6 +44,7 @@ def open_llm(options: ModelOptions) -> LLM:
             dtype=dtype,
             max_model_len=options.max_model_len,
             gpu_memory_utilization=options.gpu_memory_utilization,
+            kv_cache_dtype=options.kv_cache_dtype,
         )
     except ValueError as error:
         if isinstance(error, JaxinferError):
@@ -71,14 +73,17 @@ def describe(options: ModelOptions) -> dict[str, Any]:
     dtype = choose_dtype(options)
     import jax
 
-    from jaxinfer.cache import page_bytes
+    from jaxinfer.cache import page_bytes, resolve_kv_dtype
     from jaxinfer.config import EngineOptions
     from jaxinfer.loading import plan
     from jaxinfer.models.families import read_config
     from jaxinfer.models.weights import count_params
 
     config = read_config(directory)
-    chosen = EngineOptions(dtype=dtype, max_model_len=options.max_model_len)
+    chosen = EngineOptions(
+        dtype=dtype, max_model_len=options.max_model_len, kv_cache_dtype=options.kv_cache_dtype
+    )
+    kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype)
     try:
         memory: dict[str, Any] = asdict(plan(config, chosen, loaded=False))
     except CapacityError as error:
@@ -88,6 +93,7 @@ def describe(options: ModelOptions) -> dict[str, Any]:
         "model": options.model,
         "directory": str(directory),
         "dtype": dtype,
+        "kv_cache_dtype": kv_dtype.name,
         "config": architecture
         | {
             "num_layers": config.num_layers,
@@ -95,7 +101,7 @@ def describe(options: ModelOptions) -> dict[str, Any]:
             "rope": sorted({layer.rope.kind for layer in config.layers if layer.rope}),
         },
         "parameters": count_params(config),
-        "kv_bytes_per_token": page_bytes(config, 1, dtype),
+        "kv_bytes_per_token": page_bytes(config, 1, kv_dtype),
         "memory": memory,
         "devices": [f"{device.platform}: {device.device_kind}" for device in jax.devices()],
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},

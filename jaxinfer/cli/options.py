@@ -23,6 +23,11 @@ DtypeOption = Annotated[
     Dtype,
     typer.Option(help="auto: bfloat16 on a GPU, float32 on a CPU.", rich_help_panel=MODEL),
 ]
+KvCacheDtype = Literal["auto", "int8", "fp8", "fp8_e4m3"]
+KvCacheDtypeOption = Annotated[
+    KvCacheDtype,
+    typer.Option(help="int8 or fp8 halve the KV cache; auto: as --dtype.", rich_help_panel=MODEL),
+]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(help="Longest sequence in tokens; default: the model's.", rich_help_panel=MODEL),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.batch import Batch
-from jaxinfer.cache import PagedCache, write
+from jaxinfer.cache import PagedCache, join_layers, split_layers
 from jaxinfer.config import LayerConfig, ModelConfig, RopeConfig
 from jaxinfer.layers import (
     apply_rope,
@@ -26,7 +26,13 @@ from jaxinfer.layers import (
     unembed,
 )
 from jaxinfer.rope import rope_frequencies
-from pallas_kernels.paged_attention import Backend, paged_attention, whole_prompt_attention
+from pallas_kernels.kv_write import kv_write
+from pallas_kernels.paged_attention import (
+    Backend,
+    paged_attention,
+    plan_attention,
+    whole_prompt_attention,
+)
 
 Params = dict[str, Any]
 # (q [..., H, D], k [..., K, D], v [..., K, D], layer index) -> [..., H, D]
@@ -40,12 +46,15 @@ class AttentionOptions:
 
     Attributes:
         max_query: most new tokens that a sequence has in the step.
-        backend: of `pallas_kernels.paged_attention`.
-        whole_prompt: the batch is one sequence from its first token on; cuDNN attends.
+        backend: of `pallas_kernels.paged_attention`; `reference` is `kv_write`'s too.
+        invariant: of `pallas_kernels.paged_attention`.
+        whole_prompt: the batch is one sequence from its first token on; cuDNN attends, unless the
+            cache is quantised: that is attended to as written, the new tokens included.
     """
 
     max_query: int
     backend: Backend = "auto"
+    invariant: bool = True
     whole_prompt: bool = False
 
 
@@ -80,24 +89,31 @@ def forward(
         taps: names of activations to return; `resid` is the residual stream after each layer,
             [L, T, E].
     """
-    k_pages, v_pages = list(cache.k), list(cache.v)
+    pools = split_layers(cache)
+    writer = "reference" if attention.backend == "reference" else "auto"
+    lengths = (batch.page_table[0], batch.query_starts, batch.kv_lengths)
+    plans: dict[int | None, Any] = {}  # layers with the same window share one
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, index: int) -> jax.Array:
-        k_pages[index] = write(k_pages[index], k, batch.kv_index)
-        v_pages[index] = write(v_pages[index], v, batch.kv_index)
-        if attention.whole_prompt:
+        pools[index] = kv_write(*pools[index], k, v, batch.kv_index, backend=writer)
+        k_pages, v_pages, k_scales, v_scales = pools[index]
+        if attention.whole_prompt and k_scales is None:
             return whole_prompt_attention(q, k, v, window=config.layers[index].window)
+        window = config.layers[index].window
+        static: dict[str, Any] = {
+            "max_query": attention.max_query, "window": window, "backend": attention.backend,
+        }  # fmt: skip
+        if window not in plans:
+            plans[window] = plan_attention(q, k_pages, *lengths, **static)
         return paged_attention(
-            q, k_pages[index], v_pages[index],
-            batch.page_table[0], batch.query_starts, batch.kv_lengths,
-            max_query=attention.max_query, window=config.layers[index].window,
-            backend=attention.backend,
+            q, k_pages, v_pages, *lengths, **static, k_scales=k_scales, v_scales=v_scales,
+            plan=plans[window], invariant=attention.invariant,
         )  # fmt: skip
 
     hidden, resid = _decode(params, config, batch.tokens, batch.positions, attend, axis)
     hidden = rms_norm(hidden[batch.logit_rows], params["final_norm"], config.norm_eps)
     found = {"resid": jnp.stack(resid)} if "resid" in taps else {}
-    return ForwardOutput(hidden, found), PagedCache(tuple(k_pages), tuple(v_pages))
+    return ForwardOutput(hidden, found), join_layers(pools)
 
 
 def logits(params: Params, hidden: jax.Array, *, axis: str | None = None) -> jax.Array:

@@ -92,3 +92,16 @@ def test_cpu_is_not_timed_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) 
 def test_command_line_leaves_out_where_results_go(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["x.py", "--batch", "1", "--out", "/somewhere", "--hf"])
     assert parts.command_line("bench.decode") == "python -m bench.decode --batch 1 --hf"
+
+
+def test_share_of_copy_knows_milliseconds_and_microseconds() -> None:
+    counted = {"bytes_per_step": 10**6}
+    found = parts.share_of_copy(
+        [
+            Record("a.b.us", 10.0, "us", counted),
+            Record("c.ms_per_step", 1.0, "ms", counted),
+            Record("d.us", 1.0, "us"),
+        ],
+        1e12,
+    )
+    assert [(r.name, r.value) for r in found] == [("a.b.pct_copy", 10.0), ("c.pct_copy", 0.1)]

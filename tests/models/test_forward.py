@@ -138,6 +138,44 @@ def test_a_mixed_batch_is_each_sequence_alone(name, page_size):
         at = rows.stop
 
 
+@pytest.mark.parametrize(
+    ("kv_dtype", "static"),
+    [(jnp.int8, False), (jnp.float8_e4m3fn, False), (jnp.int8, True)],
+)
+def test_a_quantised_cache(kv_dtype, static):
+    """Close to the unquantised one; chunks and the whole prompt agree, because the new tokens, too,
+    are attended to as written, whatever the step says about the whole prompt."""
+    params = random_params(BASE)
+    tokens, pages = sequences(8, [20])[0]
+    scales = None
+    if static:
+        given = tuple(jnp.full((BASE.num_kv_heads,), 0.05) for _ in BASE.layers)
+        scales = (given, given)
+
+    def prefill(cuts, cache, **options):
+        hidden = []
+        for start, stop in zip((0, *cuts), (*cuts, 20), strict=True):
+            batch = build([Part(tokens, start, stop, pages)], 8, size=32, columns=3)
+            options_ = AttentionOptions(32, **options)
+            out, cache = run(params, BASE, batch, cache, attention=options_)
+            hidden.append(out.hidden[: stop - start])
+        return np.concatenate(hidden), cache
+
+    def empty():
+        return init_cache(BASE, PAGES, 8, kv_dtype, scales=scales)
+
+    exact, _ = prefill((), init_cache(BASE, PAGES, 8, jnp.float32))
+    whole, cache = prefill((), empty(), whole_prompt=True)
+    chunks, _ = prefill((7, 16), empty())
+    np.testing.assert_allclose(chunks, whole, rtol=1e-3, atol=1e-3)
+    error = np.linalg.norm(whole - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < 0.1
+    assert all(x.dtype == kv_dtype for x in (*cache.k, *cache.v))
+    wanted = scales or empty()[2:]
+    for before, after in zip(jax.tree.leaves(wanted), jax.tree.leaves(cache[2:]), strict=True):
+        assert np.array_equal(before, after) == static
+
+
 def test_no_taps_unless_asked_for():
     found = sequences(8, [3])
     batch = build([Part(found[0][0], 0, 3, found[0][1])], 8, size=8, columns=1)

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.kv_quantise import quantise
 from pallas_kernels.paged_attention import paged_attention, whole_prompt_attention
 
 HEADS, KV_HEADS, DIM = 6, 2, 16
 STATIC = ("max_query", "scale", "window", "softcap", "backend")
+SINKS = np.array([0.5, -3, 2, 9, -np.inf, 0], np.float32)  # one a head
 attend = jax.jit(paged_attention, static_argnames=STATIC)
 
 
@@ -37,7 +39,7 @@ def case(seed, lengths, new, page_size, *, spare=3, poison=np.nan, dtype=np.floa
     return (*arrays, jnp.asarray(lengths, jnp.int32)), keys, values
 
 
-def define(q, starts, lengths, keys, values, *, scale=None, window=None, softcap=None):
+def define(q, starts, lengths, keys, values, *, scale=None, window=None, softcap=None, sinks=None):
     """Attention token by token, in float64."""
     q = np.asarray(q, np.float64)
     out = np.zeros_like(q)
@@ -53,8 +55,10 @@ def define(q, starts, lengths, keys, values, *, scale=None, window=None, softcap
                 v = values[s][low : at + 1, group].astype(np.float64)
                 x = k @ q[starts[s] + i, h] * scale
                 x = softcap * np.tanh(x / softcap) if softcap else x
-                p = np.exp(x - x.max())
-                out[starts[s] + i, h] = p @ v / p.sum()
+                sink = -np.inf if sinks is None else float(sinks[h])
+                top = max(x.max(), sink)
+                p = np.exp(x - top)
+                out[starts[s] + i, h] = p @ v / (p.sum() + np.exp(sink - top))
     return out
 
 
@@ -76,13 +80,66 @@ def test_reference_is_attention(lengths, new, page_size):
 
 
 @pytest.mark.parametrize(
-    "options", [{"window": 5}, {"window": 300}, {"softcap": 2.0}, {"scale": 0.5}]
-)
+    "options",
+    [{"window": 5}, {"window": 300}, {"softcap": 2.0}, {"scale": 0.5}, {"sinks": SINKS},
+     {"sinks": SINKS, "window": 5, "softcap": 2.0}],
+)  # fmt: skip
 def test_options(options):
     lengths, new = [1, 290, 33], [1, 5, 33]
     args, keys, values = case(2, lengths, new, 16)
     got = attend(*args, max_query=33, backend="reference", **options)
     want = define(args[0], np.asarray(args[4]), lengths, keys, values, **options)
+    np.testing.assert_allclose(got, want, atol=3e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"sinks": SINKS, "window": 40, "softcap": 3.0}])
+@pytest.mark.parametrize("q_dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_quantised_pages(dtype, static, q_dtype, options):
+    """Against float64 on what the pages stand for; unread slots hold the worst of pages and scales,
+    those that lie before every window included."""
+    lengths, new, page_size = [1, 290, 33], [1, 5, 33], 16
+    (q, k, v, table, starts, _), keys, values = case(2, lengths, new, page_size)
+    q = q.astype(q_dtype)
+    arrays, back = [], []
+    for pages, rows in ((k, keys), (v, values)):
+        filled = jnp.nan_to_num(pages)
+        given = jnp.array([0.03, 0.02]) * (1 if dtype == jnp.int8 else 0.25) if static else None
+        by = jnp.broadcast_to(given[:, None], filled.shape[:3]) if static else None
+        got, chosen = quantise(filled, dtype, by)
+        unread = np.isnan(pages[..., 0])
+        worst = np.nan if dtype == jnp.float8_e4m3fn else 127
+        got = jnp.where(unread[..., None], jnp.asarray(worst, dtype), got)
+        arrays += [got, given if static else jnp.where(unread, jnp.nan, chosen)]
+        real = np.asarray(got, np.float64) * np.asarray(chosen, np.float64)[..., None]
+        seqs = np.asarray(table)
+        flat = [np.moveaxis(real[seqs[s]], 2, 1).reshape(-1, KV_HEADS, DIM) for s in range(3)]
+        back.append([f[:n] for f, n in zip(flat, lengths, strict=True)])
+        assert np.abs(back[-1][1] - rows[1]).max() < (2 if static else 0.2)
+    if "window" in options:  # sequence 1 sees nothing before position 290 - 5 - 40 + 1
+        before = seqs[1][: (290 - 5 - 40) // page_size]
+        for i in (0, 2):
+            arrays[i] = arrays[i].at[before].set(jnp.asarray(worst, dtype))
+            if not static:
+                arrays[i + 1] = arrays[i + 1].at[before].set(jnp.nan)
+    got = attend(
+        q, arrays[0], arrays[2], table, starts, jnp.asarray(lengths, jnp.int32), max_query=33,
+        k_scales=arrays[1], v_scales=arrays[3], backend="reference", **options,
+    )  # fmt: skip
+    assert got.dtype == q_dtype
+    want = define(q, np.asarray(starts), lengths, *back, **options)
+    error = np.linalg.norm(np.asarray(got, np.float64) - want) / np.linalg.norm(want)
+    assert error < {jnp.float32: 2e-6, jnp.bfloat16: 5e-3, jnp.float16: 6e-4}[q_dtype]
+
+
+def test_unread_slots_before_a_window():
+    """They may hold anything, as slots past the end may."""
+    (q, k, v, table, starts, lengths), keys, values = case(2, [290], [5], 16)
+    before = np.asarray(table)[0, : (290 - 5 - 40) // 16]
+    k, v = (x.at[before].set(jnp.nan) for x in (k, v))
+    got = attend(q, k, v, table, starts, lengths, max_query=5, window=40, backend="reference")
+    want = define(q, np.asarray(starts), [290], keys, values, window=40)
     np.testing.assert_allclose(got, want, atol=3e-6)
 
 
@@ -148,6 +205,11 @@ def test_half_precision():
         ({"kv_lengths": jnp.zeros((2,), jnp.int16)}, "int32"),
         ({"kv_lengths": jnp.zeros((3,), jnp.int32)}, "kv_lengths [2]"),
         ({"page_table": jnp.zeros((2, 0), jnp.int32)}, "no columns"),
+        ({"sinks": jnp.zeros((5,))}, "sinks is float32 (5,): expected float32 [6]"),
+        ({"sinks": jnp.zeros((6,), jnp.bfloat16)}, "sinks is bfloat16 (6,): expected float32 [6]"),
+        ({"k_scales": jnp.zeros((2,))}, "must be None for pages of float32"),
+        ({f"{x}_pages": jnp.zeros((8, 2, 8, DIM), jnp.int8) for x in "kv"}, "need k_scales"),
+        ({"v_pages": jnp.zeros((8, 2, 8, DIM), jnp.int8)}, "v_pages"),
     ],
 )
 def test_bad_arguments_are_named(change, message):

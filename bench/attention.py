@@ -1,0 +1,163 @@
+"""The attention kernels against the device's limits and against PyTorch's and JAX's own.
+
+    python -m bench.attention --only decode,chunk
+    python -m bench.attention --only decode.64x4096 --no-torch --config '{"stages": 3}'
+
+Prints and records of each case: µs, % of the copy bandwidth measured in the same run, TFLOP/s. The
+output is checked against the float32 reference before it is timed.
+
+One jitted program runs the op once on each of several input sets, together far larger than the L2
+cache; every output is returned, so nothing is removed, and the commands are serialised, so nothing
+overlaps. Many such programs are enqueued before one wait. What a launch alone takes is timed the
+same way (`attention.decode.launch.us`) and not subtracted. The work list is built beforehand, as
+the engine builds one a step for all layers; what building it takes is in the detail. cuDNN and
+FlashAttention get the same work on contiguous keys and values, without a page table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bench import attention_cases, attention_parts, ceilings, parts, record
+from bench.parts import Part, emit
+from bench.record import Record
+
+SERIAL = "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
+CUDNN = ("torch_cudnn", "jax_cudnn")
+PREFILL = "attention.prefill.4x4096"
+DECODE = "attention.decode.64x4096"
+
+
+def make_parts(
+    only: Sequence[str] | None, *, backend: str = "auto", config: str = "", torch: bool = True
+) -> list[Part]:
+    """The kernels, JAX's cuDNN attention, and PyTorch's: a process each."""
+    words = ("--only", ",".join(only)) if only else ()
+    ours = (*words, "--backend", backend, *(("--config", config) if config else ()))
+    env = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {SERIAL}".strip()}
+    made = [
+        Part("attention", "bench.attention", ("--part", "ours", *ours), 300, env),
+        Part("attention.jax_cudnn", "bench.attention", ("--part", "jax_cudnn", *words), 180, env),
+    ]
+    if torch:
+        args = ("--part", "torch", *words)
+        made.append(Part("attention.torch", "bench.attention", args, 180, torch=True))
+    return made
+
+
+def derived(records: Sequence[Record]) -> list[Record]:
+    """Figures that compare two cases: the speed-up of quantised pages; prefill against cuDNN."""
+    us = {r.name.removesuffix(".us"): r.value for r in records if r.unit == "us" and r.value}
+    found = []
+    for kv in ("int8", "fp8"):
+        if (fast := us.get(f"{DECODE}.{kv}")) and (slow := us.get(DECODE)):
+            found.append(Record(f"{DECODE}.{kv}.speedup", slow / fast, "ratio", {"bf16_us": slow}))
+    cudnn = {name: us[f"{PREFILL}.{name}"] for name in CUDNN if f"{PREFILL}.{name}" in us}
+    if cudnn and (ours := us.get(PREFILL)):
+        best = min(cudnn.values())
+        found.append(Record(f"{PREFILL}.over_cudnn", best / ours, "ratio", {"cudnn_us": cudnn}))
+    return found
+
+
+def print_cases(run: record.Run) -> None:
+    """One line a case: µs, GB, % of copy, TFLOP/s, and the same of each baseline."""
+    values = {r.name: r for r in run.records}
+    print(f"{'case':<46} {'us':>10} {'MB':>9} {'% copy':>7} {'TFLOP/s':>8}  error")
+    for name, r in values.items():
+        if r.unit != "us" or r.value is None:
+            continue
+        stem = name.removesuffix(".us")
+        share, rate = (
+            values[n].value if (n := f"{stem}.{x}") in values else math.nan
+            for x in ("pct_copy", "tflops")
+        )
+        size = r.detail.get("bytes_per_step", math.nan) / 1e6
+        error = r.detail.get("relative_error", "")
+        print(f"{stem:<46} {r.value:>10.2f} {size:>9.1f} {share:>7.1f} {rate:>8.1f}  {error}")
+    for r in run.records:
+        if r.name.endswith((".speedup", ".over_cudnn")):
+            print(f"{r.name:<46} {r.value:>10.3f}")
+        if r.error:
+            print(f"FAILED {r.name}: {r.error}")
+            print("    " + str(r.detail.get("output_tail", ""))[-1200:].replace("\n", "\n    "))
+    for name, value in run.ceilings.items():
+        print(f"{name:<46} {value:>10.4g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="attention kernels against the device's limits")
+    parser.add_argument("--only", type=lambda text: text.split(","), help="starts of cases' names")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--config", default="", help="fields of the backend's Config, as JSON")
+    parser.add_argument("--no-torch", action="store_true")
+    parser.add_argument("--no-baselines", action="store_true", help="nor JAX's cuDNN")
+    parser.add_argument("--no-ceilings", action="store_true", help="no % of copy then")
+    parser.add_argument("--minutes", type=float)
+    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    parser.add_argument("--part", choices=("ours", "jax_cudnn", "torch"), help="in this process")
+    parser.add_argument("--records", type=Path)
+    args = parser.parse_args()
+    cases = attention_cases.select(args.only)
+    if args.part is not None:
+        run_part(args, cases)
+        return
+    if args.config:
+        json.loads(args.config)
+    run = record.start(parts.command_line("bench.attention"))
+    if run.device["kind"] == "cpu":
+        parser.error("there is no GPU here")
+    path = record.path_for(run, "attention", args.out)
+    torch = not (args.no_torch or args.no_baselines)
+    todo = [] if args.no_ceilings else ceilings.make_parts(tiny=False)[: 1 + torch]
+    made = make_parts(args.only, backend=args.backend, config=args.config, torch=torch)
+    todo += made[:1] if args.no_baselines else made
+    run = parts.run_parts(todo, run, path, minutes=args.minutes)
+    run = replace(run, records=(*run.records, *derived(run.records)))
+    parts.keep(run, path)
+    print_cases(run)
+    print(path)
+
+
+def run_part(args: argparse.Namespace, cases: list[attention_cases.Case]) -> None:
+    """What one of the processes does. A case that fails is recorded, and the next one runs."""
+
+    def attempt(name: str, measure: Any, *arguments: Any) -> None:
+        try:
+            for found in measure(*arguments):
+                emit(args.records, found)
+        except Exception as error:
+            told = f"{type(error).__name__}: {error}"[:600]
+            emit(args.records, Record(f"attention.{name}.failed", None, error=told))
+
+    if args.part == "ours":
+        import jax
+
+        parts.check_platform(jax.default_backend())
+        config = json.loads(args.config) if args.config else None
+        for case in (attention_cases.LAUNCH, *cases):
+            attempt(case.name, attention_parts.measure, case, args.backend, config)
+        if args.only is None or any(attention_cases.KV_WRITE.startswith(w) for w in args.only):
+            for kv in attention_cases.WIDTHS:
+                name = f"{attention_cases.KV_WRITE}.{kv}"
+                attempt(name, attention_parts.measure_kv_write, kv)
+        return
+    if args.part == "torch":
+        importlib.import_module("torch")  # one failure where it is missing, not one a case
+    backends = ("jax_cudnn",) if args.part == "jax_cudnn" else ("torch_cudnn", "torch_flash")
+    # Pages of 8 bits, or bits that may vary, are nothing that the baselines know.
+    for case in cases:
+        if case.kv == "bf16" and case.invariant:
+            for name in backends:
+                attempt(f"{case.name}.{name}", attention_parts.measure_baseline, case, name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The work list of one attention call: which tile of queries meets which split of the KV axis.
+
+Built on the device from the lengths, once a step, and walked by a persistent grid: one 128k request
+among 64 short ones launches no empty blocks.
+
+A *row* is one query head of one new token; rows of a KV head are packed token by token, so that a
+decode row, a verification and a prefill chunk are all just tiles of rows. A *split* is SPLIT tokens
+of the KV axis counted from position 0: where it is cut depends on a sequence's own positions alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.attention_common import SPLIT
+
+# Columns of `Work.units`.
+TOKEN, COUNT, POSITION, SEQUENCE, LOW, HIGH, FIRST, PARTS, PART, SLOT, TILE_ID, ZERO = range(12)
+FIELDS = 12
+
+
+class Work(NamedTuple):
+    """int32 arrays. `units` [U, FIELDS], heaviest first; `real` [1] of them are.
+
+    A unit is `COUNT` new tokens from row `TOKEN` of q on, the first at `POSITION` of sequence
+    `SEQUENCE`, against KV positions `LOW` up to `HIGH` (exclusive), split `FIRST` on. With
+    `PARTS` > 1 the unit is part number `PART` alone of a tile that several units share; `SLOT` is
+    the first of their scratch slots and `TILE_ID` names their counter. With `PARTS` 1 the unit
+    covers all of its tile's splits.
+    """
+
+    units: jax.Array
+    real: jax.Array
+
+
+def max_units(T: int, S: int, tile_tokens: int, max_kv: int, window: int | None) -> int:
+    """Bound of the units of a call: T tokens, S sequences of at most `max_kv` KV tokens each."""
+    parts = -(-max_kv // SPLIT)
+    if window is not None:
+        parts = min(parts, -(-(window + tile_tokens) // SPLIT) + 1)
+    return T // tile_tokens + 1 + S * parts
+
+
+def plan(
+    query_starts: jax.Array,
+    kv_lengths: jax.Array,
+    *,
+    T: int,
+    max_kv: int,
+    tile_tokens: int,
+    window: int | None = None,
+) -> Work:
+    """Cuts a ragged batch into units.
+
+    A sequence whose new tokens fit one tile is shared out, one unit a split: that is what keeps
+    every multiprocessor busy in decode. Longer ones make one unit a tile, which walks its splits in
+    order. Rows of q that belong to nobody make units without keys, which write zeros.
+
+    Args:
+        query_starts, kv_lengths: int32 [S + 1] and [S], as in `paged_attention`.
+        T: rows of q.
+        max_kv: most KV tokens a sequence can have (columns of the page table times page size).
+        tile_tokens: new tokens a tile.
+        window: as in `paged_attention`.
+    """
+    S = kv_lengths.shape[0]
+    U = max_units(T, S, tile_tokens, max_kv, window)
+    starts = jnp.concatenate([query_starts, jnp.full((1,), T, jnp.int32)])
+    new = starts[1:] - starts[:-1]  # [S + 1]: the last is what belongs to nobody
+    lengths = jnp.concatenate([kv_lengths, jnp.zeros((1,), jnp.int32)])
+
+    tiles = -(-new // tile_tokens)
+    tile_ends = jnp.cumsum(tiles)
+    tile = jnp.arange(min(T, T // tile_tokens + S + 1), dtype=jnp.int32)
+    seq = jnp.minimum(_owner(tile_ends, tile), S)
+    offset = (tile - (tile_ends - tiles)[seq]) * tile_tokens
+    count = jnp.clip(new[seq] - offset, 0, tile_tokens)
+    position = lengths[seq] - new[seq] + offset
+    high = jnp.where(seq < S, jnp.maximum(position + count, 0), 0)
+    low = jnp.zeros_like(high)
+    if window is not None:
+        low = jnp.minimum(jnp.maximum(position - window + 1, 0), high)
+    first = low // SPLIT
+    splits = jnp.maximum(-(-high // SPLIT) - first, 1)
+    parts = jnp.where(new[seq] > tile_tokens, 1, splits)
+    parts = jnp.where(tile < tile_ends[-1], parts, 0)
+
+    unit_ends = jnp.cumsum(parts)
+    unit = jnp.arange(U, dtype=jnp.int32)
+    of = jnp.minimum(_owner(unit_ends, unit), tile.shape[0] - 1)
+    slot = (unit_ends - parts)[of]
+    part = unit - slot
+    shared = parts[of] > 1
+    split = first[of] + part
+    unit_low = jnp.where(shared, jnp.maximum(low[of], split * SPLIT), low[of])
+    unit_high = jnp.where(shared, jnp.minimum(high[of], (split + 1) * SPLIT), high[of])
+    units = jnp.stack(
+        [
+            starts[seq[of]] + offset[of], count[of], position[of],
+            jnp.minimum(seq[of], S - 1), unit_low, unit_high,
+            jnp.where(shared, split, first[of]), parts[of], part, slot, of,
+            jnp.zeros_like(of),
+        ],
+        axis=1,
+    )  # fmt: skip
+    # Heaviest first, so that the last units to start are short. The part that folds its tile waits
+    # for the others: it must come after all of them, or blocks could wait for each other.
+    cost = unit_high - unit_low
+    first_cost = jnp.where(shared, cost[jnp.minimum(slot, U - 1)], cost)
+    cost = jnp.where(part == parts[of] - 1, jnp.minimum(cost, first_cost), cost)
+    cost = jnp.where(unit < unit_ends[-1], cost, -1)
+    order = jnp.argsort(-cost, stable=True)
+    return Work(units[order].astype(jnp.int32), unit_ends[-1:].astype(jnp.int32))
+
+
+def _owner(ends: jax.Array, index: jax.Array) -> jax.Array:
+    """Which of the ranges that end at `ends` (ascending) each index lies in."""
+    return jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32)

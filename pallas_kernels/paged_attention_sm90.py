@@ -1,0 +1,231 @@
+"""Paged attention for Hopper: TMA brings pages to shared memory, wgmma multiplies them.
+
+A persistent grid walks the work list of `attention_plan`. In each block one warpgroup issues
+copies, far ahead; the others compute, 64 query rows each, on the same keys and values.
+
+What fixes a row's bits, in decode, chunk, verification and whole prompt alike: KV tiles and splits
+cut at fixed positions; one matrix instruction shape; a running maximum that is an integer power of
+two, so that every rescaling is exact; splits merged left to right.
+
+Letters: T new tokens, S sequences, H query heads, K key/value heads, G = H / K, D head dim, N
+pages, P pages a sequence, U units of work, R rows of a unit in scratch memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import attention_plan as ap
+from pallas_kernels.attention_common import LOG2E, ROWS, SPLIT, kv_tile
+from pallas_kernels.attention_plan import Work
+from pallas_kernels.sm90_block import consume, produce
+from pallas_kernels.sm90_shapes import Config, Refs, Shape, Swizzle, Tile
+
+FEWEST_SMS = 78  # of any Hopper GPU (H20)
+
+
+def default_config(rows: int, D: int, quantised: bool) -> Config:
+    """The tuning for a call whose sequences have at most `rows` rows a KV head."""
+    if D > 128:
+        return Config(consumers=1, teams=1, stages=2)
+    if rows <= ROWS:
+        return Config(consumers=1, teams=2, stages=1 if D == 128 else 2)
+    if quantised:  # a tile is widened for one consumer at a time
+        return Config(consumers=1, teams=1, stages=2)
+    return Config(consumers=2, teams=1, stages=2, ping_pong=True)
+
+
+def make_plan(
+    query_starts: jax.Array, kv_lengths: jax.Array, *, T: int, H: int, K: int, D: int,
+    max_kv: int, max_query: int, window: int | None, quantised: bool = False,
+    config: Config | None = None,
+) -> Work:  # fmt: skip
+    """The work list that `attend` walks; the layers of a step with the same window share one."""
+    config = config or default_config(max_query * (H // K), D, quantised)
+    return ap.plan(
+        query_starts, kv_lengths, T=T, max_kv=max_kv,
+        tile_tokens=config.consumers * (ROWS // (H // K)), window=window,
+    )  # fmt: skip
+
+
+@partial(
+    jax.jit,
+    static_argnames=(
+        "max_query",
+        "scale",
+        "window",
+        "softcap",
+        "invariant",
+        "config",
+        "sm_count",
+        "on_gpu",
+    ),
+)
+def attend(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    query_starts: jax.Array,
+    kv_lengths: jax.Array,
+    *,
+    max_query: int,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: jax.Array | None = None,
+    k_scales: jax.Array | None = None,
+    v_scales: jax.Array | None = None,
+    plan: Work | None = None,
+    invariant: bool = True,
+    config: Config | None = None,
+    sm_count: int = FEWEST_SMS,
+    on_gpu: bool = True,
+) -> jax.Array:
+    """As `paged_attention`, whose checks have passed.
+
+    Args:
+        plan: of `make_plan`, for these lengths, `max_query` and window; built here if None.
+        invariant: False lets a unit of several splits run through them without merging.
+        config: tuning; by the shapes if None.
+        sm_count: multiprocessors of the device, at most: units wait for each other, so that all
+            blocks must be resident at once.
+        on_gpu: False runs what the interpreter can: one block, no semaphores.
+    """
+    T, H, D = q.shape
+    _, K, page_size, _ = k_pages.shape
+    P = page_table.shape[1]
+    G = H // K
+    quantised = k_pages.dtype != q.dtype
+    config = config or default_config(max_query * G, D, quantised)
+    if not on_gpu:  # without semaphores one team must walk all units in order
+        config = replace(config, teams=1)
+    tile_tokens = config.consumers * (ROWS // G)
+    if plan is None:
+        plan = make_plan(
+            query_starts, kv_lengths, T=T, H=H, K=K, D=D, max_kv=P * page_size,
+            max_query=max_query, window=window, config=config,
+        )  # fmt: skip
+    units = plan.units.shape[0]
+    scratch_rows = 0
+    if P * page_size > SPLIT:  # some tile may be shared
+        scratch_rows = -(-min(max_query, tile_tokens) * G // 8) * 8
+        scratch_rows = scratch_rows if config.consumers == 1 else config.consumers * ROWS
+    shape = Shape(
+        T=T, H=H, K=K, D=D, page_size=page_size, columns=P, max_units=units,
+        max_tiles=T // tile_tokens + page_table.shape[0] + 1, scratch_rows=scratch_rows,
+        dtype=q.dtype, kv_dtype=k_pages.dtype, scale=scale, window=window, softcap=softcap,
+        sinks=sinks is not None, token_scales=k_scales is not None and k_scales.ndim == 3,
+        box=min(max_query, ROWS // G, T), whole=max_query > tile_tokens,
+        merge=invariant and max_query > tile_tokens,
+        blocks=min(sm_count, -(-units * K // config.teams)) if on_gpu else 1,
+        config=config, on_gpu=on_gpu,
+    )  # fmt: skip
+    columns = jnp.arange(kv_tile(D), dtype=jnp.int32)
+    inputs = [plan.units, plan.real, columns, page_table, q, k_pages, v_pages]
+    if k_scales is not None and v_scales is not None:
+        inputs += [k_scales, v_scales]
+    if sinks is not None:  # one a row, in units of log2
+        of_row = jnp.arange(ROWS) % G
+        inputs.append((sinks * LOG2E).reshape(K, G)[:, of_row].astype(jnp.float32))
+    return _kernel(shape)(*inputs)[0]
+
+
+def _kernel(s: Shape) -> Any:
+    c = s.config
+    swizzled = (Tile((8, 64)), Swizzle(128))
+    bytes_ = (Tile((8, min(128, s.D))), Swizzle(min(128, s.D)))
+    floats = (Tile((8, 32)), Swizzle(128))
+    out_type = [jax.ShapeDtypeStruct((s.T, s.H, s.D), s.dtype)]
+    if s.scratch_rows:
+        slots = (s.max_units, s.K)
+        out_type += [
+            jax.ShapeDtypeStruct((*slots, s.scratch_rows, s.D), jnp.float32),
+            jax.ShapeDtypeStruct((*slots, 2, c.consumers * ROWS), jnp.float32),
+        ]
+    tiles = plgpu.SMEM(
+        (c.teams * c.stages, s.tile, s.D),
+        s.kv_dtype,
+        transforms=bytes_ if s.quantised else swizzled,
+    )
+    scales = plgpu.SMEM((c.teams * c.stages, s.tile), jnp.float32)
+    workers = c.teams * c.consumers
+    arrivals = s.copies * (2 if s.token_scales else 1)
+    filled = plgpu.Barrier(num_arrivals=arrivals, num_barriers=c.teams * c.stages)
+    freed = plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.teams * c.stages)
+    # A box of q's tokens lands in the first of 64 matrix rows of 128 bytes.
+    box = plgpu.SMEM((s.tokens, s.G, 64), s.dtype, transforms=(Swizzle(128),))
+    left = (ROWS - s.tokens * s.G) // 8  # whole KiB that alignment does not make up for
+    padding = [plgpu.SMEM((left * 1024,), jnp.int8)] if left else []
+    matrices = plgpu.SMEM((workers, s.D // 64, ROWS, 64), s.dtype, transforms=swizzled)
+    boxes = [box, *padding] * (workers * (s.D // 64))
+    wide = plgpu.SMEM((workers, s.tile, s.D), s.dtype, transforms=swizzled)
+    scratch: dict[str, Any] = {
+        # The same bytes as matrix rows, and as the tokens and heads that are copied there.
+        "queries": plgpu.RefUnion(matrices, boxes),
+        "k_smem": tiles,
+        "v_smem": tiles,
+        "staging": plgpu.RefUnion(
+            plgpu.SMEM((workers, ROWS, s.D), jnp.float32, transforms=floats),
+            plgpu.SMEM((workers, ROWS, s.D), s.dtype),
+            matrices,
+            boxes,
+            *([wide] if s.quantised and not s.merge else []),
+        ),
+        "q_full": plgpu.Barrier(num_arrivals=c.consumers * (s.D // 64), num_barriers=c.teams),
+        "q_free": plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.teams),
+        "k_full": filled,
+        "v_full": filled,
+        "k_free": freed,
+        "v_free": freed,
+    }
+    if c.ping_pong:
+        scratch["turn"] = plgpu.Barrier(num_arrivals=2)
+    if s.quantised and s.merge:
+        scratch["wide_smem"] = wide
+    if s.token_scales:
+        scratch |= {"k_scale_smem": scales, "v_scale_smem": scales}
+
+    def body(*refs: Any, **scoped: Any) -> None:
+        names = ["units", "real", "columns", "page_table", "q", "k_pages", "v_pages"]
+        names += ["k_scales", "v_scales"] if s.quantised else []
+        names += ["sinks"] if s.sinks else []
+        names += ["out"]
+        names += ["o_parts", "ml_parts"] if s.scratch_rows else []
+        if s.quantised and not s.merge:
+            scoped["wide_smem"] = scoped["staging"][4]
+        r = Refs(dict(zip(names, refs, strict=True)) | scoped)
+        warpgroup = lax.axis_index("warpgroup")
+
+        @pl.when(warpgroup >= workers)
+        def _copy() -> None:
+            if workers > 1:  # what it gives up, the others take
+                plgpu.set_max_registers(40, action="decrease")
+            produce(s, r, warpgroup - workers)
+
+        @pl.when(warpgroup < workers)
+        def _compute() -> None:
+            if workers > 1:
+                plgpu.set_max_registers(232 if c.teams == 1 else 216, action="increase")
+            consume(s, r, warpgroup)
+
+    return plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(s.blocks,),
+        grid_names=("block",),
+        num_threads=workers + c.teams,
+        thread_name="warpgroup",
+        # Rows are reduced within a warp: hardly any scratch memory is needed for it.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=256),
+        kernel_name="paged_attention",
+    )

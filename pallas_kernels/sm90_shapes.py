@@ -1,0 +1,179 @@
+"""What the parts of the Hopper attention kernel share: its static shape, refs and layouts.
+
+Letters: T new tokens, H query heads, K key/value heads, G = H / K, D head dim, P pages a sequence,
+R rows of a unit in scratch memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import attention_plan as ap
+from pallas_kernels.attention_common import NEG, ROWS, kv_tile
+
+# Pyright takes the transforms for abstract, and the accumulator for private.
+Tile: Any = plgpu.TilingTransform
+Swizzle: Any = plgpu.SwizzleTransform
+ACC: Any = plgpu.WGMMAAccumulatorRef
+WGMMA = plgpu.Layout.WGMMA
+# Eight neighbouring values to a lane, 64 columns of four rows to a warp: whole lines to and fro.
+WIDEN = plgpu.Layout.TILED(plgpu.Tiling(((16, 64), (4, 64), (8,))), (-5,), (-3, -2), -1)
+ROW = plgpu.Layout.WGMMA.reduce(1)
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+# A row of scratch memory to each warp, two neighbouring columns to each of its lanes.
+FOLD = plgpu.Layout.TILED(plgpu.Tiling(((4, 64), (2,))), (-3,), (-2,), -1)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tuning of one kernel. None of it changes a bit of the result.
+
+    Attributes:
+        consumers: warpgroups that compute the same unit, 64 rows each.
+        teams: units that a block works on at once, each with its own consumers and copies.
+        stages: KV tiles in flight for each team.
+        ping_pong: with two consumers, one multiplies while the other does its softmax.
+        defer: tell that a part is in memory only after the next unit, instead of waiting for it.
+    """
+
+    consumers: int = 1
+    teams: int = 1
+    stages: int = 2
+    ping_pong: bool = False
+    defer: bool = False
+
+    def __post_init__(self) -> None:
+        if self.stages < 1 or self.consumers < 1 or not 1 <= self.consumers * self.teams <= 2:
+            raise ValueError(f"{self}: expected stages >= 1, and consumers * teams of 1 or 2")
+        if self.ping_pong and self.consumers != 2:
+            raise ValueError(f"{self}: ping_pong needs 2 consumers")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Everything static that the kernel is specialised to."""
+
+    T: int
+    H: int
+    K: int
+    D: int
+    page_size: int
+    columns: int  # P
+    max_units: int
+    max_tiles: int
+    scratch_rows: int  # R; 0 when no unit can be part of a shared tile
+    dtype: Any
+    kv_dtype: Any
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: bool
+    token_scales: bool
+    box: int  # tokens of q that one copy brings
+    whole: bool  # some units may walk several splits
+    merge: bool  # and each is reduced from scratch, then merged
+    blocks: int
+    config: Config
+    on_gpu: bool
+
+    @property
+    def G(self) -> int:  # noqa: N802
+        return self.H // self.K
+
+    @property
+    def tile(self) -> int:
+        """KV tokens of a tile."""
+        return kv_tile(self.D)
+
+    @property
+    def tokens(self) -> int:
+        """New tokens of one consumer's rows."""
+        return ROWS // self.G
+
+    @property
+    def quantised(self) -> bool:
+        return self.kv_dtype != self.dtype
+
+    @property
+    def static_scales(self) -> bool:
+        return self.quantised and not self.token_scales
+
+    @property
+    def copies(self) -> int:
+        """Page copies that fill one tile of keys, or of values."""
+        return max(1, self.tile // self.page_size)
+
+
+class Place(NamedTuple):
+    """Who computes what: warpgroup, its team, its place there; the unit's fields and KV head.
+
+    `stage` is the worker again, as the index of its staging memory. `counters`: of parts in memory;
+    None where no tile is shared, or without a GPU.
+    """
+
+    worker: Any
+    team: Any
+    member: Any
+    fields: Any
+    head: Any
+    stage: Any
+    counters: Any
+
+
+class Refs:
+    """The kernel's refs by name; None for those that this variant lacks."""
+
+    def __init__(self, refs: dict[str, Any]) -> None:
+        self._refs = refs
+
+    def __getattr__(self, name: str) -> Any:
+        return self._refs.get(name)
+
+
+def count_items(s: Shape, r: Refs, team: Any) -> Any:
+    """How many units times KV heads this team walks: every so many, heaviest first."""
+    teams = s.blocks * s.config.teams
+    left = r.real[0] * s.K - (lax.axis_index("block") + team * s.blocks)
+    return lax.max(lax.div(left + teams - 1, jnp.int32(teams)), jnp.int32(0))
+
+
+def read_item(s: Shape, r: Refs, team: Any, i: Any) -> tuple[Any, Any]:
+    """(unit's fields, KV head) of this team's i-th item."""
+    at = lax.axis_index("block") + (team + i * s.config.teams) * s.blocks
+    if s.whole:  # units of one head share its keys: together they stay in L2
+        head, unit = lax.div(at, r.real[0]), lax.rem(at, r.real[0])
+    else:
+        head, unit = lax.rem(at, jnp.int32(s.K)), lax.div(at, jnp.int32(s.K))
+    return [r.units[unit, f] for f in range(ap.FIELDS)], head
+
+
+def tile_range(s: Shape, f: Any) -> tuple[Any, Any]:
+    """The first KV tile of a unit, and one past the last."""
+    return lax.div(f[ap.LOW], jnp.int32(s.tile)), lax.div(
+        f[ap.HIGH] + s.tile - 1, jnp.int32(s.tile)
+    )
+
+
+def nothing(s: Shape) -> tuple[Any, Any, Any]:
+    """(unnormalised output, running maximum, sum) before any key."""
+    return (
+        plgpu.layout_cast(jnp.zeros((ROWS, s.D), jnp.float32), WGMMA),
+        plgpu.layout_cast(jnp.full((ROWS,), NEG, jnp.float32), ROW),
+        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW),
+    )
+
+
+def across(rows: Any, columns: int) -> Any:
+    return lax.broadcast_in_dim(rows, (ROWS, columns), (0,))
+
+
+def box_of(s: Shape, boxes: Any, worker: int, part: int) -> Any:
+    """64 columns of a worker's rows as [tokens, G, 64]."""
+    parts = s.D // 64
+    apart = len(boxes) // (s.config.teams * s.config.consumers * parts)
+    return boxes[(worker * parts + part) * apart]

@@ -1,0 +1,111 @@
+"""What `paged_attention_sm80` must compile for: called by the ahead-of-time compile test.
+
+`sm90` stands for the same kernel forced on Hopper, where copies go through TMA.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import paged_attention_sm80
+
+
+@dataclass(frozen=True)
+class Case:
+    """One program to compile: `function` of arrays, static options bound; `args` are their shapes.
+
+    The same fields as `aot_cases.Case`.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+
+
+def cases(arch: Literal["sm80", "sm90"] = "sm80") -> list[Case]:
+    """Every head dim, page size, group, dtype and option, not their product."""
+    bf16, f16 = jnp.bfloat16, jnp.float16
+    case = functools.partial(_case, arch)
+    listed = [
+        case(f"d{d}-page{page}-{mode}", d=d, page=page, max_query=n)
+        for d in (64, 128, 256)
+        for page in (32, 64, 128)
+        for mode, n in (("decode", 1), ("chunk", 512))
+    ]
+    listed += [
+        case(f"group{g}-{mode}", group=g, max_query=n)
+        for g in (1, 2, 5, 7, 8, 16, 32)
+        for mode, n in (("decode", 1), ("chunk", 512))
+    ]
+    listed += [
+        case(f"{pages}-{scales}-d{d}-{jnp.dtype(q).name}", d=d, dtype=q, pages=pages, scales=scales)
+        for pages in ("int8", "float8_e4m3fn")
+        for scales in ("dynamic", "static")
+        for d in (64, 128, 256)
+        for q in (bf16, f16)
+    ]
+    listed += [
+        case("int8-chunk", pages="int8", scales="dynamic", max_query=512),
+        case("fp8-page32-chunk", pages="float8_e4m3fn", scales="dynamic", max_query=512, page=32),
+        case("f16", dtype=f16),
+        case("f16-d256-chunk", dtype=f16, d=256, max_query=512),
+        case("verify", max_query=5),
+        case("window", window=1000),
+        case("softcap-sinks-chunk", softcap=30.0, sinks=True, max_query=512),
+        case("everything", d=256, window=100, softcap=50.0, sinks=True, pages="float8_e4m3fn",
+             scales="dynamic", max_query=512),
+    ]  # fmt: skip
+    return listed
+
+
+def _case(
+    arch: Literal["sm80", "sm90"],
+    name: str,
+    *,
+    d: int = 128,
+    page: int = 64,
+    group: int = 4,
+    kv_heads: int = 2,
+    max_query: int = 1,
+    dtype: Any = jnp.bfloat16,
+    pages: str | None = None,
+    scales: Literal["dynamic", "static"] | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
+) -> Case:
+    sequences, columns, pool = 4, 4096 // page, 300
+    tokens = sequences * max_query
+    pool_shape = (pool, kv_heads, page, d)
+    pages_dtype = dtype if pages is None else jnp.dtype(pages)
+    shapes = [
+        ((tokens, kv_heads * group, d), dtype),
+        (pool_shape, pages_dtype),
+        (pool_shape, pages_dtype),
+        ((sequences, columns), jnp.int32),
+        ((sequences + 1,), jnp.int32),
+        ((sequences,), jnp.int32),
+    ]
+    names: list[str] = []
+    if scales is not None:
+        shape = pool_shape[:3] if scales == "dynamic" else (kv_heads,)
+        shapes += [(shape, jnp.float32)] * 2
+        names += ["k_scales", "v_scales"]
+    if sinks:
+        shapes.append(((kv_heads * group,), jnp.float32))
+        names.append("sinks")
+    config = replace(paged_attention_sm80.default_config(d), arch=arch)
+
+    def function(*args: jax.Array) -> jax.Array:
+        return paged_attention_sm80.attend(
+            *args[:6], max_query=max_query, scale=d**-0.5, window=window, softcap=softcap,
+            config=config, **dict(zip(names, args[6:], strict=True)),
+        )  # fmt: skip
+
+    return Case(name, function, tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes))

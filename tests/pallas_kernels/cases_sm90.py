@@ -1,0 +1,149 @@
+"""What `paged_attention_sm90` must compile for: called by the ahead-of-time compile test."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import paged_attention_sm90
+from tests.pallas_kernels.aot_cases import Case
+
+# New tokens of a sequence at most. The kernel is specialised by whether all query rows of a
+# sequence and KV head fit one tile (decode, verify), and by how many tokens one copy brings.
+MODES = {"decode": 1, "verify": 5, "chunk": 128, "prefill": 512}
+
+# Bytes of spill stores and loads together, as ptxas counts them in the program (not how often they
+# run): what was measured, so that any growth fails. To be lowered as the kernel is. A case that is
+# not here may not spill.
+SPILL_ALLOWANCE: dict[str, int] = {
+    "sm90-d64-page64-prefill": 48,
+    "sm90-d64-page32-prefill": 192,
+    "sm90-d64-page128-prefill": 36,
+    "sm90-d128-page64-decode": 112,
+    "sm90-d128-page64-prefill": 344,
+    "sm90-d128-page32-prefill": 296,
+    "sm90-d128-page128-prefill": 344,
+    "sm90-d256-page64-prefill": 868,
+    "sm90-d256-page32-prefill": 856,
+    "sm90-d256-page128-prefill": 848,
+    "sm90-group1-prefill": 200,
+    "sm90-group2-prefill": 256,
+    "sm90-group5-decode": 192,
+    "sm90-group5-prefill": 272,
+    "sm90-group7-prefill": 224,
+    "sm90-group8-prefill": 232,
+    "sm90-group16-prefill": 192,
+    "sm90-group32-prefill": 192,
+    "sm90-int8-token-d128-decode": 760,
+    "sm90-int8-token-d128-prefill": 304,
+    "sm90-int8-token-d256-prefill": 1260,
+    "sm90-float8_e4m3fn-token-d64-decode": 20,
+    "sm90-float8_e4m3fn-token-d128-decode": 716,
+    "sm90-float8_e4m3fn-token-d256-decode": 600,
+    "sm90-float8_e4m3fn-static-d128-decode": 464,
+    "sm90-float8_e4m3fn-static-d128-prefill": 196,
+    "sm90-float8_e4m3fn-static-d256-decode": 564,
+    "sm90-f16-decode": 112,
+    "sm90-f16-int8-token-decode": 776,
+    "sm90-int8-token-page32-verify": 832,
+    "sm90-fp8-token-page128-d256-decode": 600,
+    "sm90-window-decode": 112,
+    "sm90-everything-decode": 624,
+}
+
+
+def cases() -> list[Case]:
+    """Every head dim, page size, group, dtype and option, not their product."""
+    bf16, f16 = jnp.bfloat16, jnp.float16
+    listed = [
+        _case(f"sm90-d{d}-page{page}-{mode}", d=d, page=page, mode=mode)
+        for d in (64, 128, 256)
+        for page, mode in (
+            (64, "decode"), (64, "verify"), (64, "chunk"), (64, "prefill"), (32, "decode"),
+            (32, "prefill"), (128, "decode"), (128, "prefill"),
+        )
+    ]  # fmt: skip
+    listed += [
+        _case(f"sm90-group{g}-{mode}", group=g, mode=mode)
+        for g in (1, 2, 5, 7, 8, 16, 32)
+        for mode in ("decode", "prefill")
+    ]
+    listed += [
+        _case(f"sm90-{kv}-{scales}-d{d}-{mode}", d=d, mode=mode, pages=kv, scales=scales)
+        for kv in ("int8", "float8_e4m3fn")
+        for scales in ("token", "static")
+        for d in (64, 128, 256)
+        for mode in ("decode", "prefill")
+    ]
+    listed += [
+        _case("sm90-f16-decode", dtype=f16),
+        _case("sm90-f16-d256-prefill", dtype=f16, d=256, mode="prefill"),
+        _case("sm90-f16-int8-token-decode", dtype=f16, pages="int8", scales="token"),
+        _case("sm90-f16-fp8-static-prefill", dtype=f16, pages="float8_e4m3fn", scales="static",
+              mode="prefill"),
+        _case("sm90-int8-token-page32-verify", pages="int8", scales="token", page=32,
+              mode="verify"),
+        _case("sm90-fp8-token-page128-d256-decode", pages="float8_e4m3fn", scales="token",
+              page=128, d=256),
+        _case("sm90-window-decode", window=1000),
+        _case("sm90-window-prefill", window=1000, mode="prefill"),
+        _case("sm90-softcap-prefill", softcap=50.0, mode="prefill"),
+        _case("sm90-sinks-decode", sinks=True, d=64, group=8),
+        _case("sm90-sinks-window-prefill", sinks=True, d=64, group=8, window=128, mode="prefill"),
+        _case("sm90-window-softcap-d256-prefill", d=256, group=2, window=4096, softcap=50.0,
+              mode="prefill"),
+        _case("sm90-everything-decode", dtype=bf16, pages="float8_e4m3fn", scales="token",
+              window=100, softcap=50.0, sinks=True),
+        _case("sm90-everything-prefill", dtype=bf16, pages="int8", scales="token", window=100,
+              softcap=50.0, sinks=True, mode="prefill"),
+    ]  # fmt: skip
+    return listed
+
+
+def _case(
+    name: str,
+    *,
+    d: int = 128,
+    page: int = 64,
+    group: int = 4,
+    kv_heads: int = 2,
+    mode: str = "decode",
+    dtype: Any = jnp.bfloat16,
+    pages: str | None = None,
+    scales: Literal["token", "static"] | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: bool = False,
+) -> Case:
+    sequences, columns, pool, max_query = 4, 8192 // page, 600, MODES[mode]
+    pool_shape = (pool, kv_heads, page, d)
+    pages_dtype = dtype if pages is None else jnp.dtype(pages)
+    shapes = [
+        ((sequences * max_query, kv_heads * group, d), dtype),
+        (pool_shape, pages_dtype),
+        (pool_shape, pages_dtype),
+        ((sequences, columns), jnp.int32),
+        ((sequences + 1,), jnp.int32),
+        ((sequences,), jnp.int32),
+    ]
+    names: list[str] = []
+    if scales is not None:
+        shape = pool_shape[:3] if scales == "token" else (kv_heads,)
+        shapes += [(shape, jnp.float32)] * 2
+        names += ["k_scales", "v_scales"]
+    if sinks:
+        shapes.append(((kv_heads * group,), jnp.float32))
+        names.append("sinks")
+    attend = functools.partial(
+        paged_attention_sm90.attend, max_query=max_query, scale=d**-0.5, window=window,
+        softcap=softcap,
+    )  # fmt: skip
+
+    def function(*args: jax.Array) -> jax.Array:
+        return attend(*args[:6], **dict(zip(names, args[6:], strict=True)))
+
+    args = tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    return Case(name, function, args, SPILL_ALLOWANCE.get(name, 0))

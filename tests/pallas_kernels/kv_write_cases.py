@@ -1,0 +1,96 @@
+"""What `test_kv_write.py` compiles for GPUs that are not there.
+
+    python -m tests.pallas_kernels.kv_write_cases
+
+prints what a step that writes and then reads the pools, inside a loop as the decode steps do, needs
+beside its arguments: one JSON object a case. A pool that is copied would show there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from pallas_kernels.kv_write import kv_write
+from tests.pallas_kernels.aot import SPECS, TARGETS
+from tests.pallas_kernels.aot_cases import Case
+
+FORMATS = {
+    "bf16": (jnp.bfloat16, None),
+    "int8": (jnp.int8, "dynamic"),
+    "fp8": (jnp.float8_e4m3fn, "dynamic"),
+    "int8 static": (jnp.int8, "static"),
+    "fp8 static": (jnp.float8_e4m3fn, "static"),
+}
+SHAPES = ((8, 128), (1, 64), (2, 256), (5, 128), (32, 128))  # K, D
+PAGES, PAGE_SIZE = 1000, 64
+
+
+def arguments(K: int, D: int, name: str, tokens: int = 16) -> tuple[Any, ...]:
+    """Of `kv_write`, as shapes."""
+    dtype, scaling = FORMATS[name]
+    pages = jax.ShapeDtypeStruct((PAGES, K, PAGE_SIZE, D), dtype)
+    scales = None
+    if scaling is not None:
+        shape = (PAGES, K, PAGE_SIZE) if scaling == "dynamic" else (K,)
+        scales = jax.ShapeDtypeStruct(shape, jnp.float32)
+    new = jax.ShapeDtypeStruct((tokens, K, D), jnp.bfloat16)
+    return pages, pages, scales, scales, new, new, jax.ShapeDtypeStruct((tokens,), jnp.int32)
+
+
+def cases(arch: str) -> list[Case]:
+    """Every format at one shape, every shape at one format."""
+    wanted = [(*SHAPES[0], name) for name in FORMATS] + [(*s, "fp8") for s in SHAPES[1:]]
+    write = partial(kv_write, backend="mosaic")
+    return [
+        Case(f"kv_write {name} K={K} D={D}", write, arguments(K, D, name)) for K, D, name in wanted
+    ]
+
+
+def steps(
+    k_pages: Any, v_pages: Any, k_scales: Any, v_scales: Any, k: Any, v: Any, slots: Any, n: Any
+) -> Any:
+    """Writes, and reads what it wrote for the next write, n times."""
+
+    def body(carry: Any) -> Any:
+        i, pools, x = carry
+        pools = kv_write(*pools, k + x, v, slots, backend="mosaic")
+        read = sum(p[slots // PAGE_SIZE, :, slots % PAGE_SIZE].astype(x.dtype) for p in pools[:2])
+        return i + 1, pools, read
+
+    start = (jnp.int32(0), (k_pages, v_pages, k_scales, v_scales), k)
+    return lax.while_loop(lambda carry: carry[0] < n, body, start)
+
+
+def memory() -> Iterator[dict[str, Any]]:
+    from jax.experimental import topologies
+
+    jax.devices()  # finds the plugin
+    spec = (TARGETS / SPECS["sm90"][0]).read_text()
+    topology = topologies.get_topology_desc(platform="cuda", target_config=spec, topology="1x1x1")
+    mesh = jax.sharding.Mesh(np.array(topology.devices), ("gpu",))
+    there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    run = jax.jit(steps, in_shardings=there, out_shardings=there, donate_argnums=(0, 1, 2, 3))
+    for name in FORMATS:
+        args = arguments(8, 128, name)
+        with jax.default_device(topology.devices[0]):
+            compiled = run.lower(*args, jax.ShapeDtypeStruct((), jnp.int32)).compile()
+        needs = compiled.memory_analysis()
+        yield {
+            "name": name,
+            "pool_bytes": sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(args[:4])),
+            "donated_bytes": needs.alias_size_in_bytes,
+            "other_bytes": needs.temp_size_in_bytes,
+        }
+
+
+if __name__ == "__main__":
+    for row in memory():
+        print(json.dumps(row))
