@@ -82,7 +82,7 @@ def make_op(case: Case, backend: str, config: dict[str, Any] | None) -> Op:
     """The public op; with a config, the backend's `attend`, which alone takes one."""
     import jax
 
-    from pallas_kernels.paged_attention import paged_attention
+    from pallas_kernels.paged_attention import paged_attention, plan_attention
 
     if backend == "auto" and jax.default_backend() == "gpu":
         major = int(str(jax.devices()[0].compute_capability).split(".")[0])
@@ -94,7 +94,10 @@ def make_op(case: Case, backend: str, config: dict[str, Any] | None) -> Op:
     chosen = None if config is None else module.Config(**config)
 
     def plan(arrays: dict[str, Any]) -> Any:
-        if backend != "sm90" or not case.invariant:
+        if chosen is None:
+            names = ("q", "k_pages", "page_table", "query_starts", "kv_lengths")
+            return plan_attention(*(arrays[n] for n in names), **static, backend=backend)  # type: ignore
+        if backend != "sm90":
             return None
         columns = arrays["page_table"].shape[1]
         return module.make_plan(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.config import ModelConfig
-from pallas_kernels.kv_write import LARGEST, Pools
+from pallas_kernels.kv_quantise import LARGEST, Pools
 
 TRASH_PAGE = 0  # what inert tokens write to; never granted to a sequence
 

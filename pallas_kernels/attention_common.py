@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,17 @@ LOG2E = 1.4426950408889634
 def kv_tile(head_dim: int) -> int:
     """KV tokens multiplied at once. Part of what fixes a row's bits, so not a tuning value."""
     return 128 if head_dim <= 128 else 64
+
+
+def target_device() -> Any:
+    """The device that programs are compiled for."""
+    return jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def most_splits(max_kv: int, tile_tokens: int, window: int | None, split: int = SPLIT) -> int:
+    """Splits that the queries of one tile see at most, of sequences of at most `max_kv` tokens."""
+    splits = -(-max_kv // split)
+    return splits if window is None else min(splits, -(-(window + tile_tokens) // split) + 1)
 
 
 class Partial(NamedTuple):
@@ -48,7 +59,10 @@ class RowTiles(NamedTuple):
 def row_tiles(
     query_starts: jax.Array, kv_lengths: jax.Array, *, T: int, tile_tokens: int, max_query: int
 ) -> RowTiles:
-    """Cuts each sequence's new tokens into tiles; [S + 1] and [S], as in `paged_attention`."""
+    """Cuts each sequence's new tokens into tiles; [S + 1] and [S], as in `paged_attention`.
+
+    Those of a sequence are neighbours, in the order of its tokens.
+    """
     S = kv_lengths.shape[0]
     new = query_starts[1:] - query_starts[:-1]
     per_sequence = -(-new // tile_tokens)
@@ -57,7 +71,7 @@ def row_tiles(
 
     tiles = max(1, min(S * -(-max_query // tile_tokens), T // tile_tokens + S))
     tile = jnp.arange(tiles, dtype=jnp.int32)
-    of = jnp.searchsorted(ends, tile, side="right", method="compare_all").astype(jnp.int32)
+    of = owner_of(ends, tile)
     real = of < S
     of = jnp.minimum(of, S - 1)
     offset = (tile - starts[of]) * tile_tokens
@@ -66,10 +80,7 @@ def row_tiles(
     position = kv_lengths[of] - new[of] + offset
 
     token = jnp.arange(T, dtype=jnp.int32)
-    owner = (
-        jnp.searchsorted(query_starts, token, side="right", method="compare_all").astype(jnp.int32)
-        - 1
-    )
+    owner = owner_of(query_starts, token) - 1
     owned = owner < S
     owner = jnp.minimum(owner, S - 1)
     at = token - query_starts[owner]
@@ -78,6 +89,20 @@ def row_tiles(
         jnp.minimum(starts[owner] + at // tile_tokens, tiles - 1).astype(jnp.int32),
         at % tile_tokens, owned,
     )  # fmt: skip
+
+
+def owner_of(ends: jax.Array, index: jax.Array) -> jax.Array:
+    """Which of the ranges that end at `ends` (ascending) each index lies in."""
+    return jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32)
+
+
+def kv_range(tiles: RowTiles, window: int | None) -> tuple[jax.Array, jax.Array]:
+    """KV positions (low, high) that some row of each tile sees; high is exclusive. None: (0, 0)."""
+    seen = jnp.maximum(tiles.position + tiles.tokens, 0)
+    high = jnp.where(tiles.tokens > 0, seen, 0)
+    if window is None:
+        return jnp.zeros_like(high), high
+    return jnp.clip(tiles.position - window + 1, 0, high), high
 
 
 def power_of_two(x: jax.Array) -> jax.Array:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.attention_common import SPLIT
+from pallas_kernels.attention_common import SPLIT, kv_range, most_splits, owner_of, row_tiles
 
 # Columns of `Work.units`.
 TOKEN, COUNT, POSITION, SEQUENCE, LOW, HIGH, FIRST, PARTS, PART, SLOT, TILE_ID, ZERO = range(12)
@@ -38,10 +38,7 @@ class Work(NamedTuple):
 
 def max_units(T: int, S: int, tile_tokens: int, max_kv: int, window: int | None) -> int:
     """Bound of the units of a call: T tokens, S sequences of at most `max_kv` KV tokens each."""
-    parts = -(-max_kv // SPLIT)
-    if window is not None:
-        parts = min(parts, -(-(window + tile_tokens) // SPLIT) + 1)
-    return T // tile_tokens + 1 + S * parts
+    return T // tile_tokens + 1 + S * most_splits(max_kv, tile_tokens, window)
 
 
 def plan(
@@ -72,25 +69,16 @@ def plan(
     new = starts[1:] - starts[:-1]  # [S + 1]: the last is what belongs to nobody
     lengths = jnp.concatenate([kv_lengths, jnp.zeros((1,), jnp.int32)])
 
-    tiles = -(-new // tile_tokens)
-    tile_ends = jnp.cumsum(tiles)
-    tile = jnp.arange(min(T, T // tile_tokens + S + 1), dtype=jnp.int32)
-    seq = jnp.minimum(_owner(tile_ends, tile), S)
-    offset = (tile - (tile_ends - tiles)[seq]) * tile_tokens
-    count = jnp.clip(new[seq] - offset, 0, tile_tokens)
-    position = lengths[seq] - new[seq] + offset
-    high = jnp.where(seq < S, jnp.maximum(position + count, 0), 0)
-    low = jnp.zeros_like(high)
-    if window is not None:
-        low = jnp.minimum(jnp.maximum(position - window + 1, 0), high)
+    tiles = row_tiles(starts, lengths, T=T, tile_tokens=tile_tokens, max_query=T)
+    low, high = kv_range(tiles, window)
     first = low // SPLIT
     splits = jnp.maximum(-(-high // SPLIT) - first, 1)
-    parts = jnp.where(new[seq] > tile_tokens, 1, splits)
-    parts = jnp.where(tile < tile_ends[-1], parts, 0)
+    parts = jnp.where(new[tiles.sequence] > tile_tokens, 1, splits)
+    parts = jnp.where(tiles.tokens > 0, parts, 0)
 
     unit_ends = jnp.cumsum(parts)
     unit = jnp.arange(U, dtype=jnp.int32)
-    of = jnp.minimum(_owner(unit_ends, unit), tile.shape[0] - 1)
+    of = jnp.minimum(owner_of(unit_ends, unit), parts.shape[0] - 1)
     slot = (unit_ends - parts)[of]
     part = unit - slot
     shared = parts[of] > 1
@@ -99,8 +87,8 @@ def plan(
     unit_high = jnp.where(shared, jnp.minimum(high[of], (split + 1) * SPLIT), high[of])
     units = jnp.stack(
         [
-            starts[seq[of]] + offset[of], count[of], position[of],
-            jnp.minimum(seq[of], S - 1), unit_low, unit_high,
+            tiles.token[of], tiles.tokens[of], tiles.position[of],
+            jnp.minimum(tiles.sequence[of], S - 1), unit_low, unit_high,
             jnp.where(shared, split, first[of]), parts[of], part, slot, of,
             jnp.zeros_like(of),
         ],
@@ -114,8 +102,3 @@ def plan(
     cost = jnp.where(unit < unit_ends[-1], cost, -1)
     order = jnp.argsort(-cost, stable=True)
     return Work(units[order].astype(jnp.int32), unit_ends[-1:].astype(jnp.int32))
-
-
-def _owner(ends: jax.Array, index: jax.Array) -> jax.Array:
-    """Which of the ranges that end at `ends` (ascending) each index lies in."""
-    return jnp.searchsorted(ends, index, side="right", method="compare_all").astype(jnp.int32)

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.attention_common import target_device
 from pallas_kernels.attention_plan import Work
-from pallas_kernels.kv_write import LARGEST, check_scales
+from pallas_kernels.kv_quantise import LARGEST
+from pallas_kernels.kv_write import check_scales
 
 Backend = Literal["auto", "reference", "sm90", "sm80"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "sm90", "sm80")
@@ -30,11 +32,11 @@ PAGE_SIZES = (32, 64, 128)
 MAX_GROUP = 64  # query heads a KV head
 CHECK_PAGES = "JAXINFER_CHECK_PAGES"  # environment: 1 checks page ids on the device
 
-# The KV axis is cut every SPLIT tokens, counted from position 0. Each part is reduced by itself and
+# The KV axis is cut every PART tokens, counted from position 0. Each part is reduced by itself and
 # the parts are summed pairwise in position order. What one sequence's parts are, and how they are
 # summed, therefore depends on its own positions alone: a longer neighbour in the batch, or a wider
 # page table, only adds parts of weight zero at the end.
-SPLIT = 256
+PART = 256
 QUERY_BLOCK = 128  # queries scored at once: bounds the memory of the scores
 
 
@@ -110,7 +112,7 @@ def paged_attention(
 
         return paged_attention_sm90.attend(
             *arrays, **options, plan=plan, invariant=invariant,
-            sm_count=getattr(_device(), "core_count", 0) or paged_attention_sm90.FEWEST_SMS,
+            sm_count=getattr(target_device(), "core_count", 0) or paged_attention_sm90.FEWEST_SMS,
         )  # fmt: skip
     if chosen == "sm80":
         from pallas_kernels import paged_attention_sm80
@@ -173,14 +175,9 @@ def _choose(backend: Backend, q: jax.Array, k_pages: jax.Array) -> Backend:
     return "reference"
 
 
-def _device() -> Any:
-    """That programs are compiled for."""
-    return jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
-
-
 def _capability() -> float | None:
     """Compute capability of the device; None without a GPU."""
-    device = _device()
+    device = target_device()
     capability = getattr(device, "compute_capability", None)
     return float(capability) if device.platform in ("gpu", "cuda") and capability else None
 
@@ -242,7 +239,7 @@ def reference(
     rows = jnp.minimum(query_starts[:-1, None] + offset, T - 1)  # [S, Q]
     positions = jnp.where(offset < new[:, None], (kv_lengths - new)[:, None] + offset, -1)
 
-    length = -(-page_table.shape[1] * k_pages.shape[2] // SPLIT) * SPLIT
+    length = -(-page_table.shape[1] * k_pages.shape[2] // PART) * PART
     k = _gather(k_pages, page_table, length)  # [S, K, L, D]
     v = _gather(v_pages, page_table, length)
     slot = jnp.arange(length, dtype=jnp.int32)
@@ -304,7 +301,7 @@ def _attend(
     `k_by`, `v_by`: scales of k and v, [S, K, L], or None. `sinks`: [K, G].
     """
     S, Q, K, G, D = q.shape
-    parts = k.shape[2] // SPLIT
+    parts = k.shape[2] // PART
 
     def multiply(pattern: str, a: jax.Array, b: jax.Array) -> jax.Array:
         precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
@@ -314,27 +311,27 @@ def _attend(
     queries = q.transpose(0, 2, 1, 3, 4).reshape(S, K, 1, Q * G, D)
     queries = jnp.broadcast_to(queries, (S, K, parts, Q * G, D))
     # int8 and e4m3 are exact in any of q's dtypes; their scales then multiply float32 scores.
-    keys = k.reshape(S, K, parts, SPLIT, D).astype(q.dtype)
+    keys = k.reshape(S, K, parts, PART, D).astype(q.dtype)
     scores = multiply("skprd,skptd->skprt", queries, keys) * scale
     if k_by is not None:
-        scores *= k_by.reshape(S, K, parts, 1, SPLIT)
+        scores *= k_by.reshape(S, K, parts, 1, PART)
     if softcap is not None:
         scores = softcap * jnp.tanh(scores / softcap)
-    slot = jnp.arange(parts * SPLIT, dtype=jnp.int32).reshape(parts, 1, SPLIT)
+    slot = jnp.arange(parts * PART, dtype=jnp.int32).reshape(parts, 1, PART)
     at = jnp.repeat(positions, G, axis=1)[:, None, :, None]  # [S, 1, QG, 1]
     seen = slot <= at
     if window is not None:
         seen &= slot > at - window
-    scores = jnp.where(seen[:, None], scores, -jnp.inf)  # [S, K, parts, QG, SPLIT]
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)  # [S, K, parts, QG, PART]
 
     peak = jnp.max(scores, axis=-1)
     weights = jnp.exp(scores - _finite(peak)[..., None])
     total = jnp.sum(weights, axis=-1)
     kind = q.dtype
     if v_by is not None:
-        weights *= v_by.reshape(S, K, parts, 1, SPLIT)
+        weights *= v_by.reshape(S, K, parts, 1, PART)
         kind = jnp.float32  # float16 would lose the smaller weights times a small scale
-    v = v.reshape(S, K, parts, SPLIT, D).astype(kind)
+    v = v.reshape(S, K, parts, PART, D).astype(kind)
     values = multiply("skprt,skptd->skprd", weights.astype(kind), v)
     top = jnp.max(peak, axis=2)  # [S, K, QG]
     if sinks is not None:
@@ -451,8 +448,8 @@ def _check(
         raise ValueError("page_table, query_starts and kv_lengths must be int32")
     if not 1 <= max_query <= T:
         raise ValueError(f"max_query={max_query}: expected 1 to T={T}")
-    if SPLIT % page_size and page_size % SPLIT:
-        raise ValueError(f"page_size={page_size}: expected a divisor or a multiple of {SPLIT}")
+    if PART % page_size and page_size % PART:
+        raise ValueError(f"page_size={page_size}: expected a divisor or a multiple of {PART}")
     if window is not None and window < 1:
         raise ValueError(f"window={window}: expected at least 1, or None")
     if softcap is not None and softcap <= 0:

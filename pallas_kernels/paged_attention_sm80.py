@@ -29,8 +29,11 @@ from pallas_kernels.attention_common import (
     RowTiles,
     finish,
     fold,
+    kv_range,
+    most_splits,
     power_of_two,
     row_tiles,
+    target_device,
 )
 
 FLOOR = -(2.0**30)  # the running maximum's start: below every score, and an exact int32
@@ -73,8 +76,7 @@ def default_config(head_dim: int, arch: Arch | None = None) -> Config:
     `arch`: of `Config`; by default what the default device is.
     """
     if arch is None:
-        device = jax.config.jax_default_device or jax.devices()[0]
-        major, _, _ = str(getattr(device, "compute_capability", "9.0")).partition(".")
+        major, _, _ = str(getattr(target_device(), "compute_capability", "9.0")).partition(".")
         arch = "sm80" if int(major) < 9 else "sm90"
     return Config(block=64 if head_dim <= 64 else 32, arch=arch)
 
@@ -170,9 +172,7 @@ def _parallel_splits(
     config: Config,
 ) -> int:
     """Splits that run side by side; 1 where tiles are many already or memory would be too much."""
-    slots = -(-max_kv // config.split)
-    if window is not None:  # splits that the queries of one tile can see
-        slots = min(slots, -(-(window + tile_tokens) // config.split) + 1)
+    slots = most_splits(max_kv, tile_tokens, window, config.split)
     if max_rows > ROWS or slots * tile_bytes > config.scratch_bytes:
         return 1
     return slots
@@ -191,10 +191,7 @@ def _describe(
     Rows without a token have position -1: they see nothing.
     """
     split = static.config.split
-    high = jnp.where(tiles.tokens > 0, tiles.position + tiles.tokens, 0)
-    low = jnp.zeros_like(high)
-    if static.window is not None:
-        low = jnp.clip(tiles.position - static.window + 1, 0, high)
+    low, high = kv_range(tiles, static.window)
     meta = jnp.stack(
         [
             tiles.sequence, tiles.token * static.group, low, high, kv_lengths[tiles.sequence],

@@ -28,7 +28,7 @@ from pallas_kernels.sm90_shapes import (
     nothing,
     read_item,
     tile_range,
-)  # fmt: skip
+)
 
 # -- the warpgroup that copies -------------------------------------------------------------------
 

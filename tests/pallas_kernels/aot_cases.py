@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -56,3 +56,48 @@ def _doubling(columns: int, name: str = "double", ballast: int = 0) -> Case:
     scratch = [plgpu.SMEM((ballast,), jnp.uint8)] if ballast else []
     run = plgpu.kernel(kernel, out_type=shape, scratch_types=scratch)
     return Case(name, run, (shape,))
+
+
+def attention_case(
+    name: str,
+    attend: Callable[..., Any],
+    *,
+    max_kv: int,
+    max_query: int,
+    d: int = 128,
+    page: int = 64,
+    group: int = 4,
+    dtype: Any = jnp.bfloat16,
+    pages: str | None = None,
+    scales: Literal["token", "static"] | None = None,
+    sinks: bool = False,
+    spill_bytes: int = 0,
+) -> Case:
+    """Four sequences of up to `max_kv` tokens, 2 KV heads, a pool of 600 pages.
+
+    `attend` takes the arrays of `paged_attention`; sinks and scales by name.
+    """
+    sequences, kv_heads = 4, 2
+    pool = (600, kv_heads, page, d)
+    pages_dtype = dtype if pages is None else jnp.dtype(pages)
+    shapes = [
+        ((sequences * max_query, kv_heads * group, d), dtype),
+        (pool, pages_dtype),
+        (pool, pages_dtype),
+        ((sequences, max_kv // page), jnp.int32),
+        ((sequences + 1,), jnp.int32),
+        ((sequences,), jnp.int32),
+    ]
+    names: list[str] = []
+    if scales is not None:
+        shapes += [(pool[:3] if scales == "token" else (kv_heads,), jnp.float32)] * 2
+        names += ["k_scales", "v_scales"]
+    if sinks:
+        shapes.append(((kv_heads * group,), jnp.float32))
+        names.append("sinks")
+
+    def function(*args: jax.Array) -> Any:
+        return attend(*args[:6], **dict(zip(names, args[6:], strict=True)))
+
+    args = tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    return Case(name, function, args, spill_bytes)

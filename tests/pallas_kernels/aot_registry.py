@@ -9,8 +9,8 @@ from tests.pallas_kernels import aot_cases, cases_sm80, cases_sm90, kv_write_cas
 # The attention kernels take seconds to compile: what every run of the suite tries.
 QUICK_SM80 = (
     "d64-page32-decode", "d128-page64-decode", "d128-page64-chunk", "d128-page128-decode",
-    "d256-page64-chunk", "group5-decode", "group32-chunk", "int8-dynamic-d128-bfloat16",
-    "int8-dynamic-d256-bfloat16", "float8_e4m3fn-dynamic-d128-float16", "window", "everything",
+    "d256-page64-chunk", "group5-decode", "group32-chunk", "int8-token-d128-bfloat16",
+    "int8-token-d256-bfloat16", "float8_e4m3fn-token-d128-float16", "window", "everything",
 )  # fmt: skip
 QUICK_SM90 = (
     "sm90-d64-page32-decode", "sm90-d128-page64-decode", "sm90-d128-page64-prefill",

@@ -6,26 +6,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels import paged_attention_sm80
-
-
-@dataclass(frozen=True)
-class Case:
-    """One program to compile: `function` of arrays, static options bound; `args` are their shapes.
-
-    The same fields as `aot_cases.Case`.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
+from tests.pallas_kernels.aot_cases import Case, attention_case
 
 
 def cases(arch: Literal["sm80", "sm90"] = "sm80") -> list[Case]:
@@ -46,20 +33,20 @@ def cases(arch: Literal["sm80", "sm90"] = "sm80") -> list[Case]:
     listed += [
         case(f"{pages}-{scales}-d{d}-{jnp.dtype(q).name}", d=d, dtype=q, pages=pages, scales=scales)
         for pages in ("int8", "float8_e4m3fn")
-        for scales in ("dynamic", "static")
+        for scales in ("token", "static")
         for d in (64, 128, 256)
         for q in (bf16, f16)
     ]
     listed += [
-        case("int8-chunk", pages="int8", scales="dynamic", max_query=512),
-        case("fp8-page32-chunk", pages="float8_e4m3fn", scales="dynamic", max_query=512, page=32),
+        case("int8-chunk", pages="int8", scales="token", max_query=512),
+        case("fp8-page32-chunk", pages="float8_e4m3fn", scales="token", max_query=512, page=32),
         case("f16", dtype=f16),
         case("f16-d256-chunk", dtype=f16, d=256, max_query=512),
         case("verify", max_query=5),
         case("window", window=1000),
         case("softcap-sinks-chunk", softcap=30.0, sinks=True, max_query=512),
         case("everything", d=256, window=100, softcap=50.0, sinks=True, pages="float8_e4m3fn",
-             scales="dynamic", max_query=512),
+             scales="token", max_query=512),
     ]  # fmt: skip
     return listed
 
@@ -69,43 +56,13 @@ def _case(
     name: str,
     *,
     d: int = 128,
-    page: int = 64,
-    group: int = 4,
-    kv_heads: int = 2,
     max_query: int = 1,
-    dtype: Any = jnp.bfloat16,
-    pages: str | None = None,
-    scales: Literal["dynamic", "static"] | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    sinks: bool = False,
+    **shape: Any,
 ) -> Case:
-    sequences, columns, pool = 4, 4096 // page, 300
-    tokens = sequences * max_query
-    pool_shape = (pool, kv_heads, page, d)
-    pages_dtype = dtype if pages is None else jnp.dtype(pages)
-    shapes = [
-        ((tokens, kv_heads * group, d), dtype),
-        (pool_shape, pages_dtype),
-        (pool_shape, pages_dtype),
-        ((sequences, columns), jnp.int32),
-        ((sequences + 1,), jnp.int32),
-        ((sequences,), jnp.int32),
-    ]
-    names: list[str] = []
-    if scales is not None:
-        shape = pool_shape[:3] if scales == "dynamic" else (kv_heads,)
-        shapes += [(shape, jnp.float32)] * 2
-        names += ["k_scales", "v_scales"]
-    if sinks:
-        shapes.append(((kv_heads * group,), jnp.float32))
-        names.append("sinks")
-    config = replace(paged_attention_sm80.default_config(d), arch=arch)
-
-    def function(*args: jax.Array) -> jax.Array:
-        return paged_attention_sm80.attend(
-            *args[:6], max_query=max_query, scale=d**-0.5, window=window, softcap=softcap,
-            config=config, **dict(zip(names, args[6:], strict=True)),
-        )  # fmt: skip
-
-    return Case(name, function, tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+    attend = functools.partial(
+        paged_attention_sm80.attend, max_query=max_query, scale=d**-0.5, window=window,
+        softcap=softcap, config=replace(paged_attention_sm80.default_config(d), arch=arch),
+    )  # fmt: skip
+    return attention_case(name, attend, max_kv=4096, max_query=max_query, d=d, **shape)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from pallas_kernels import paged_attention_sm90
-from tests.pallas_kernels.aot_cases import Case
+from tests.pallas_kernels.aot_cases import Case, attention_case
 
 # New tokens of a sequence at most. The kernel is specialised by whether all query rows of a
 # sequence and KV head fit one tile (decode, verify), and by how many tokens one copy brings.
@@ -138,43 +137,16 @@ def _case(
     name: str,
     *,
     d: int = 128,
-    page: int = 64,
-    group: int = 4,
-    kv_heads: int = 2,
     mode: str = "decode",
-    dtype: Any = jnp.bfloat16,
-    pages: str | None = None,
-    scales: Literal["token", "static"] | None = None,
     window: int | None = None,
     softcap: float | None = None,
-    sinks: bool = False,
+    **shape: Any,
 ) -> Case:
-    sequences, columns, pool, max_query = 4, 8192 // page, 600, MODES[mode]
-    pool_shape = (pool, kv_heads, page, d)
-    pages_dtype = dtype if pages is None else jnp.dtype(pages)
-    shapes = [
-        ((sequences * max_query, kv_heads * group, d), dtype),
-        (pool_shape, pages_dtype),
-        (pool_shape, pages_dtype),
-        ((sequences, columns), jnp.int32),
-        ((sequences + 1,), jnp.int32),
-        ((sequences,), jnp.int32),
-    ]
-    names: list[str] = []
-    if scales is not None:
-        shape = pool_shape[:3] if scales == "token" else (kv_heads,)
-        shapes += [(shape, jnp.float32)] * 2
-        names += ["k_scales", "v_scales"]
-    if sinks:
-        shapes.append(((kv_heads * group,), jnp.float32))
-        names.append("sinks")
     attend = functools.partial(
-        paged_attention_sm90.attend, max_query=max_query, scale=d**-0.5, window=window,
+        paged_attention_sm90.attend, max_query=MODES[mode], scale=d**-0.5, window=window,
         softcap=softcap,
     )  # fmt: skip
-
-    def function(*args: jax.Array) -> jax.Array:
-        return attend(*args[:6], **dict(zip(names, args[6:], strict=True)))
-
-    args = tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes)
-    return Case(name, function, args, SPILL_ALLOWANCE.get(name, 0))
+    return attention_case(
+        name, attend, max_kv=8192, max_query=MODES[mode], d=d,
+        spill_bytes=SPILL_ALLOWANCE.get(name, 0), **shape,
+    )  # fmt: skip

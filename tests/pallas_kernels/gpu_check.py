@@ -219,6 +219,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ThreadPoolExecutor(args.jobs) as pool:
         last_start = began + 60 * args.minutes
         running = [pool.submit(_verdict, check, last_start, args.verbose) for check in todo]
+        if args.verbose:  # as they come: a hang must not take the others' verdicts with it
+            for future in running:
+                future.add_done_callback(lambda f: print("%-7s %-58s %s" % f.result(), flush=True))
         wait(running, 60 * args.minutes + args.patience)
         hung = any(not future.done() for future in running)
         results = [
@@ -229,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         order = {v: i for i, v in enumerate(("HANGS", "ERROR", "FAILED", "NOT RUN", "ok"))}
         for verdict, name, told in sorted(results, key=lambda row: order[row[0]]):
-            if verdict != "ok" or args.verbose:
+            if verdict != "ok":
                 print(f"{verdict:<7} {name:<58} {told}")
         counts = {v: n for v in order if (n := sum(row[0] == v for row in results))}
         device = jax.devices()[0].device_kind
