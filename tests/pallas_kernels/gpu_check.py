@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         running = [pool.submit(_verdict, check, last_start, args.verbose) for check in todo]
         if args.verbose:  # as they come: a hang must not take the others' verdicts with it
             for future in running:
-                future.add_done_callback(lambda f: print("%-7s %-58s %s" % f.result(), flush=True))
+                future.add_done_callback(lambda f: _tell(*f.result()))
         wait(running, 60 * args.minutes + args.patience)
         hung = any(not future.done() for future in running)
         results = [
@@ -233,7 +233,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         order = {v: i for i, v in enumerate(("HANGS", "ERROR", "FAILED", "NOT RUN", "ok"))}
         for verdict, name, told in sorted(results, key=lambda row: order[row[0]]):
             if verdict != "ok":
-                print(f"{verdict:<7} {name:<58} {told}")
+                _tell(verdict, name, told)
         counts = {v: n for v in order if (n := sum(row[0] == v for row in results))}
         device = jax.devices()[0].device_kind
         seconds = time.monotonic() - began
@@ -241,6 +241,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if hung:
             os._exit(1)  # threads that wait for the GPU cannot be ended otherwise
     return int(set(counts) != {"ok"})
+
+
+def _tell(verdict: str, name: str, told: str) -> None:
+    print(f"{verdict:<7} {name:<58} {told}", flush=True)
 
 
 def _verdict(check: Check, last_start: float, verbose: bool) -> tuple[str, str, str]:
