@@ -6,12 +6,12 @@
 Prints and records of each case: µs, % of the copy bandwidth measured in the same run, TFLOP/s. The
 output is checked against the float32 reference before it is timed.
 
-One jitted program runs the op once on each of several input sets, together far larger than the L2
-cache; every output is returned, so nothing is removed, and the commands are serialised, so nothing
-overlaps. Many such programs are enqueued before one wait. What a launch alone takes is timed the
-same way (`attention.decode.launch.us`) and not subtracted. The work list is built beforehand, as
-the engine builds one a step for all layers; what building it takes is in the detail. cuDNN and
-FlashAttention get the same work on contiguous keys and values, without a page table.
+One program runs the op on several input sets in turn, together far larger than the L2 cache, over
+and over, each call after the one before it: the device is timed, not what it costs to launch.
+`attention.decode.launch.us` is the least that a call takes, timed the same way and not subtracted.
+The work list is built beforehand, as the engine builds one a step for all layers; what building it
+takes is in the detail. cuDNN and FlashAttention get the same work on contiguous keys and values,
+without a page table.
 """
 
 from __future__ import annotations

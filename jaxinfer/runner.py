@@ -34,6 +34,9 @@ from pallas_kernels.paged_attention import Backend
 
 logger = logging.getLogger(__name__)
 
+# Decode steps between two looks at whether any row is still running. For each look the host waits
+# for the device, and then the device for the host; steps without a row to run cost as much as any.
+STEPS_UNSEEN = 4
 SCORE_BLOCK = 64  # rows of logits at once when a whole prompt is scored
 
 # A row's bits must not depend on how many rows it is computed with. cuBLAS by its own heuristics
@@ -135,7 +138,7 @@ def decode_step(
     config: ModelConfig,
     key: StepKey,
 ) -> tuple[PagedCache, SeqState, Sampled]:
-    """Up to `plan.steps` decode steps of rows 0 to `key.size`; stops when no row is running."""
+    """`plan.steps` decode steps of rows 0 to `key.size`; fewer when no row is left running."""
     R, N = key.size, key.max_steps
     seq = seq._replace(active=seq.active & ~plan.released)
     options = AttentionOptions(1, key.backend, key.invariant)
@@ -166,23 +169,27 @@ def decode_step(
         cache, seq, sampled = one(cache, seq)
         return cache, seq, jax.tree.map(lambda x: x[None], sampled)
 
+    unseen = min(N, STEPS_UNSEEN)
+    room = -(-N // unseen) * unseen
     shapes = jax.eval_shape(lambda c, s: one(c, s)[2], cache, seq)
-    empty = jax.tree.map(lambda s: jnp.full((N, *s.shape), -1, s.dtype), shapes)
+    empty = jax.tree.map(lambda s: jnp.full((room, *s.shape), -1, s.dtype), shapes)
 
     def more(carry: tuple[Array, PagedCache, SeqState, Sampled]) -> Array:
         step, _, seq, _ = carry
         return (step < plan.steps) & jnp.any(seq.active[:R])
 
-    def body(
-        carry: tuple[Array, PagedCache, SeqState, Sampled],
-    ) -> tuple[Array, PagedCache, SeqState, Sampled]:
-        step, cache, seq, sampled = carry
-        cache, seq, new = one(cache, seq)
+    def body(carry: tuple[Array, PagedCache, SeqState, Sampled]) -> Any:
+        return lax.fori_loop(0, unseen, lambda _, carry: step_or_rest(*carry), carry)
+
+    def step_or_rest(step: Array, cache: PagedCache, seq: SeqState, sampled: Sampled) -> Any:
+        running, due = seq.active, step < plan.steps
+        cache, seq, new = one(cache, seq._replace(active=running & due))
+        seq = seq._replace(active=jnp.where(due, seq.active, running))
         sampled = jax.tree.map(lambda all_, x: all_.at[step].set(x), sampled, new)
         return step + 1, cache, seq, sampled
 
     _, cache, seq, sampled = lax.while_loop(more, body, (jnp.int32(0), cache, seq, empty))
-    return cache, seq, sampled
+    return cache, seq, jax.tree.map(lambda x: x[:N], sampled)
 
 
 def _order(

@@ -20,10 +20,13 @@ from pallas_kernels.attention_common import SPLIT, kv_range, most_splits, owner_
 # Columns of `Work.units`.
 TOKEN, COUNT, POSITION, SEQUENCE, LOW, HIGH, FIRST, PARTS, PART, SLOT, TILE_ID, ZERO = range(12)
 FIELDS = 12
+COLUMNS = 128  # at least any KV tile
 
 
 class Work(NamedTuple):
     """int32 arrays. `units` [U, FIELDS], heaviest first; `real` [1] of them are.
+
+    `columns` [COLUMNS] counts from 0, for kernels that had rather load that than compute it.
 
     A unit is `COUNT` new tokens from row `TOKEN` of q on, the first at `POSITION` of sequence
     `SEQUENCE`, against KV positions `LOW` up to `HIGH` (exclusive), split `FIRST` on. With
@@ -34,6 +37,7 @@ class Work(NamedTuple):
 
     units: jax.Array
     real: jax.Array
+    columns: jax.Array
 
 
 def max_units(T: int, S: int, tile_tokens: int, max_kv: int, window: int | None) -> int:
@@ -101,4 +105,5 @@ def plan(
     cost = jnp.where(part == parts[of] - 1, jnp.minimum(cost, first_cost), cost)
     cost = jnp.where(unit < unit_ends[-1], cost, -1)
     order = jnp.argsort(-cost, stable=True)
-    return Work(units[order].astype(jnp.int32), unit_ends[-1:].astype(jnp.int32))
+    columns = jnp.arange(COLUMNS, dtype=jnp.int32)
+    return Work(units[order].astype(jnp.int32), unit_ends[-1:].astype(jnp.int32), columns)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import attention_plan as ap
-from pallas_kernels.attention_common import LOG2E, ROWS, SPLIT, kv_tile
+from pallas_kernels.attention_common import LOG2E, ROWS, SPLIT
 from pallas_kernels.attention_plan import Work
 from pallas_kernels.sm90_block import consume, produce
 from pallas_kernels.sm90_shapes import Config, Refs, Shape, Swizzle, Tile
@@ -129,8 +129,7 @@ def attend(
         blocks=min(sm_count, -(-units * K // config.teams)) if on_gpu else 1,
         config=config, on_gpu=on_gpu,
     )  # fmt: skip
-    columns = jnp.arange(kv_tile(D), dtype=jnp.int32)
-    inputs = [plan.units, plan.real, columns, page_table, q, k_pages, v_pages]
+    inputs = [*plan, page_table, q, k_pages, v_pages]
     if k_scales is not None and v_scales is not None:
         inputs += [k_scales, v_scales]
     if sinks is not None:  # one a row, in units of log2

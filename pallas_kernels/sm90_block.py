@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -42,8 +42,8 @@ def produce(s: Shape, r: Refs, team: Any) -> None:
         following = read_item(s, r, team, lax.min(i + 1, items - 1))  # on its way meanwhile
 
         def tile(j: Any, carry: Any) -> Any:
-            copied, queries = carry
-            pages = _pages(s, r, f, j)  # read before there is room to copy to
+            copied, queries, pages = carry
+            ahead = _pages(s, r, f, j + 1)  # a tile early: no copy waits for them
             slot = team * stages + lax.rem(copied, jnp.int32(stages))
             pl.when(copied >= stages)(lambda: plgpu.barrier_wait(r.k_free.at[slot]))
             _copy_tile(s, r, f, head, j, pages, slot, "k")
@@ -56,9 +56,10 @@ def produce(s: Shape, r: Refs, team: Any) -> None:
 
             pl.when(copied >= stages)(lambda: plgpu.barrier_wait(r.v_free.at[slot]))
             _copy_tile(s, r, f, head, j, pages, slot, "v")
-            return copied + 1, jnp.where(j == first, queries + 1, queries)
+            return copied + 1, jnp.where(j == first, queries + 1, queries), ahead
 
-        return (*following, *lax.fori_loop(first, end, tile, (copied, queries)))
+        carry = (copied, queries, _pages(s, r, f, first))
+        return (*following, *lax.fori_loop(first, end, tile, carry)[:2])
 
     begin = (*read_item(s, r, team, 0), jnp.int32(0), jnp.int32(0))
     *_, copied, queries = lax.fori_loop(0, items, item, begin)
@@ -169,11 +170,7 @@ def consume(s: Shape, r: Refs, worker: Any) -> None:
             if s.config.ping_pong:
                 pl.when(member == 1)(lambda: _take_turn(r))
 
-        attend_split = partial(_attend_split, s, r, at, position)
-        if s.merge:
-            acc, m, total, done = _walk_splits(s, r, at, attend_split, done)
-        else:
-            acc, m, total, done = attend_split(first, end, done)
+        acc, m, total, done = _attend(s, r, at, position, done)
 
         @pl.when(end > first)
         def _end() -> None:
@@ -193,77 +190,66 @@ def _slot(s: Shape, team: Any, done: Any) -> Any:
     return team * s.config.stages + lax.rem(done, jnp.int32(s.config.stages))
 
 
-def _walk_splits(s: Shape, r: Refs, at: Place, attend_split: Any, done: Any) -> Any:
-    """A unit's splits in order, each from scratch, merged into what came before."""
-    per_split, f = SPLIT // s.tile, at.fields
-    first, end = tile_range(s, f)
-    last = lax.max(lax.div(end + per_split - 1, jnp.int32(per_split)), f[ap.FIRST] + 1) - 1
-    running = r.staging[0].at[at.stage]
+class Sums(NamedTuple):
+    """What a unit's rows have gathered; `merged_peak`, `merged_total` of the splits before.
 
-    def split(i: Any, carry: Any) -> Any:
-        _, m_before, total_before, done = carry
-        low = lax.max(first, i * per_split)
-        high = lax.min(end, (i + 1) * per_split)
-        acc, m, total, done = attend_split(low, high, done)
-        m_after = jnp.maximum(m_before, m)
-        before, now = jnp.exp2(m_before - m_after), jnp.exp2(m - m_after)
-        total = total_before * before + total * now
+    `acc` [ROWS, D] is not normalised; the others [ROWS]. Values merged so far wait in staging
+    memory. `done` counts tiles.
+    """
 
-        def merge() -> Any:
-            return running[...] * across(before, s.D) + acc * across(now, s.D)
-
-        acc = lax.cond(i > f[ap.FIRST], merge, lambda: acc)
-
-        @pl.when(i < last)
-        def _keep() -> None:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            running[...] = acc
-
-        return acc, m_after, total, done
-
-    return lax.fori_loop(f[ap.FIRST], last + 1, split, (*nothing(s), done))
+    acc: Any
+    peak: Any
+    total: Any
+    done: Any
+    merged_peak: Any = None
+    merged_total: Any = None
 
 
-def _attend_split(
-    s: Shape, r: Refs, at: Place, position: Any, low: Any, high: Any, done: Any
-) -> Any:
-    """Tiles low to high of one split: (unnormalised output, maximum, sum, tiles done)."""
+def _attend(s: Shape, r: Refs, at: Place, position: Any, done: Any) -> tuple[Any, Any, Any, Any]:
+    """(unnormalised output, maximum, sum, tiles done) of a unit: its tiles, in order."""
     scale = jnp.float32(s.scale)
     if s.static_scales:
         scale = scale * r.k_scales[at.head]
     tile = partial(_attend_tile, s, r, at, position, scale)
-    carry = (*nothing(s), done)
+    sums = Sums(*nothing(s), done)
+    if s.merge:
+        sums = sums._replace(merged_peak=sums.peak, merged_total=sums.total)
     # Tiles that every row sees in full need no mask.
-    f, clear = at.fields, low
-    unmasked = lax.div(f[ap.POSITION] + 1, jnp.int32(s.tile))
+    f = at.fields
+    first, end = tile_range(s, f)
+    clear, unmasked = first, lax.div(f[ap.POSITION] + 1, jnp.int32(s.tile))
     if s.window is not None:
         seen_by_all = f[ap.POSITION] + s.config.consumers * s.tokens - s.window
         clear = lax.div(seen_by_all + s.tile - 1, jnp.int32(s.tile))
-        clear = lax.min(lax.max(clear, low), high)
-        carry = lax.fori_loop(low, clear, partial(tile, masked=True), carry)
-    unmasked = lax.max(lax.min(unmasked, high), clear)
-    carry = lax.fori_loop(clear, unmasked, partial(tile, masked=False), carry)
-    return lax.fori_loop(unmasked, high, partial(tile, masked=True), carry)
+        clear = lax.min(lax.max(clear, first), end)
+        sums = lax.fori_loop(first, clear, partial(tile, masked=True), sums)
+    unmasked = lax.max(lax.min(unmasked, end), clear)
+    sums = lax.fori_loop(clear, unmasked, partial(tile, masked=False), sums)
+    sums = lax.fori_loop(unmasked, end, partial(tile, masked=True), sums)
+    if s.merge:
+        sums = _merge(s, r, at, sums, _split_of(s, end - 1))
+    return sums.acc, sums.peak, sums.total, sums.done
 
 
 def _attend_tile(
-    s: Shape, r: Refs, at: Place, position: Any, scale: Any, j: Any, carry: Any, *, masked: bool
-) -> Any:
-    acc, m, total, done = carry
-    slot, end = _slot(s, at.team, done), tile_range(s, at.fields)[1]
+    s: Shape, r: Refs, at: Place, position: Any, scale: Any, j: Any, sums: Sums, *, masked: bool
+) -> Sums:
+    slot, (first, end) = _slot(s, at.team, sums.done), tile_range(s, at.fields)
     x, scale = _scores(s, r, at, slot, scale)
     pl.when(j == end - 1)(lambda: plgpu.barrier_arrive(r.q_free.at[at.team]))
+    if s.merge:  # here, while the other consumer multiplies
+        new_split = (j > first) & (lax.rem(j, jnp.int32(SPLIT // s.tile)) == 0)
+        sums = lax.cond(new_split, partial(_set_aside, s, r, at, j), lambda same: same, sums)
     seen = _seen(s, r, position, j) if masked else None
     if seen is not None:
         x = jnp.where(seen, x, -jnp.inf)
 
     # Masked or not, the same multiply-add meets each score: scaled once, here, and nowhere else.
-    m_before = m
-    m = jnp.maximum(m, jnp.round(x.max(axis=1) * scale))
-    fade = jnp.exp2(m_before - m)
+    m = jnp.maximum(sums.peak, jnp.round(x.max(axis=1) * scale))
+    fade = jnp.exp2(sums.peak - m)
     p = jnp.exp2(x * scale - across(m, s.tile))
-    total = total * fade + p.sum(axis=1)
-    acc = acc * across(fade, s.D)
+    total = sums.total * fade + p.sum(axis=1)
+    acc = sums.acc * across(fade, s.D)
     if s.token_scales:
         plgpu.barrier_wait(r.v_full.at[slot])
         p = p * _scale_row(s, r.v_scale_smem.at[slot])
@@ -284,13 +270,39 @@ def _attend_tile(
         _clear_unwritten(s, at.fields, j, values)
 
     def await_keys() -> None:  # the next tile's, under cover of this product
-        next_keys = r.k_full.at[_slot(s, at.team, done + 1)]
+        next_keys = r.k_full.at[_slot(s, at.team, sums.done + 1)]
         pl.when(j + 1 < end)(lambda: plgpu.barrier_wait(next_keys))
 
     acc = _add_product(s, acc, p, values, await_keys)
     if not s.quantised:
         plgpu.barrier_arrive(r.v_free.at[slot])
-    return acc, m, total, done + 1
+    return sums._replace(acc=acc, peak=m, total=total, done=sums.done + 1)
+
+
+def _split_of(s: Shape, j: Any) -> Any:
+    return lax.div(j, jnp.int32(SPLIT // s.tile))
+
+
+def _merge(s: Shape, r: Refs, at: Place, sums: Sums, split: Any) -> Sums:
+    """`split`, which the sums are of, after the unit's splits before it."""
+    peak = jnp.maximum(sums.merged_peak, sums.peak)
+    before, now = jnp.exp2(sums.merged_peak - peak), jnp.exp2(sums.peak - peak)
+    total = sums.merged_total * before + sums.total * now
+
+    def merge() -> Any:
+        merged = r.staging[0].at[at.stage]
+        return merged[...] * across(before, s.D) + sums.acc * across(now, s.D)
+
+    acc = lax.cond(split > at.fields[ap.FIRST], merge, lambda: sums.acc)
+    return sums._replace(acc=acc, peak=peak, total=total)
+
+
+def _set_aside(s: Shape, r: Refs, at: Place, j: Any, sums: Sums) -> Sums:
+    """Merges the split that ended before tile j; the next begins from scratch."""
+    merged = _merge(s, r, at, sums, _split_of(s, j) - 1)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    r.staging[0].at[at.stage][...] = merged.acc
+    return Sums(*nothing(s), sums.done, merged.peak, merged.total)
 
 
 def _scores(s: Shape, r: Refs, at: Place, slot: Any, scale: Any) -> tuple[Any, Any]:
@@ -323,7 +335,7 @@ def _scores(s: Shape, r: Refs, at: Place, slot: Any, scale: Any) -> tuple[Any, A
 def _seen(s: Shape, r: Refs, position: Any, j: Any) -> Any:
     """Which slots of KV tile j each row attends to, [ROWS, tile]."""
     # Loaded, not computed: computed, they would be held in registers through everything.
-    slots = plgpu.load(r.columns, layout=COLUMN, optimized=False)
+    slots = plgpu.load(r.columns.at[pl.ds(0, s.tile)], layout=COLUMN, optimized=False)
     slots = lax.broadcast_in_dim(slots, (ROWS, s.tile), (1,))
     at = across(position - j * s.tile, s.tile)
     seen = slots <= at

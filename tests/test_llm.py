@@ -653,6 +653,7 @@ MANY = [[i + 1, *range(50, 50 + i % 7)] for i in range(11)]
         {"max_num_seqs": 1},
         {"max_num_seqs": 3},
         {"max_num_seqs": 8, "max_steps": 1},
+        {"max_num_seqs": 8, "max_steps": 6},  # not a multiple of the steps between two looks
         {"policy": "static"},
         {"page_size": 8, "kv_cache_bytes": 6 * 4096},  # five pages: two requests at a time
     ],
