@@ -31,6 +31,7 @@ from bench.parts import Part, emit
 from bench.record import Record
 
 SERIAL = "--xla_gpu_command_buffer_scheduling_mode=SERIALIZE"
+UNTUNED = "--xla_gpu_autotune_level=0"  # our part's matrix products only check: no time for them
 CUDNN = ("torch_cudnn", "jax_cudnn")
 PREFILL = "attention.prefill.4x4096"
 DECODE = "attention.decode.64x4096"
@@ -42,9 +43,12 @@ def make_parts(
     """The kernels, JAX's cuDNN attention, and PyTorch's: a process each."""
     words = ("--only", ",".join(only)) if only else ()
     ours = (*words, "--backend", backend, *(("--config", config) if config else ()))
-    env = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {SERIAL}".strip()}
+    ours_env, env = (
+        {"XLA_FLAGS": " ".join(filter(None, (os.environ.get("XLA_FLAGS"), *flags)))}
+        for flags in ((SERIAL, UNTUNED), (SERIAL,))
+    )
     made = [
-        Part("attention", "bench.attention", ("--part", "ours", *ours), 300, env),
+        Part("attention", "bench.attention", ("--part", "ours", *ours), 300, ours_env),
         Part("attention.jax_cudnn", "bench.attention", ("--part", "jax_cudnn", *words), 180, env),
     ]
     if torch:

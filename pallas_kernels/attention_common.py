@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,6 @@ LOG2E = 1.4426950408889634
 def kv_tile(head_dim: int) -> int:
     """KV tokens multiplied at once. Part of what fixes a row's bits, so not a tuning value."""
     return 128 if head_dim <= 128 else 64
-
-
-def target_device() -> Any:
-    """The device that programs are compiled for."""
-    return jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def most_splits(max_kv: int, tile_tokens: int, window: int | None, split: int = SPLIT) -> int:

@@ -15,6 +15,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.device import SUPPORTED, capability
 from pallas_kernels.kv_quantise import LARGEST, Pools, quantise
 
 Backend = Literal["auto", "reference", "mosaic"]
@@ -45,8 +46,8 @@ def kv_write(
         kv_index: int32 [T], the slot page * page_size + slot of each token. Only slots of page 0,
             the trash page, may occur more than once. Not checked: they lie in the pools.
         backend: `mosaic`: one kernel launch, on a GPU from sm_80 on (or in Pallas's GPU
-            interpreter), for head dims in `MOSAIC_DIMS`. `auto` is `reference` until the kernel
-            has been measured on a GPU.
+            interpreter), for head dims in `MOSAIC_DIMS`. `auto` is that where it can run, and
+            `reference` elsewhere; both write the same values.
 
     Returns:
         (k_pages, v_pages, k_scales, v_scales), written.
@@ -55,14 +56,22 @@ def kv_write(
         ValueError: shapes, dtypes or a backend that do not fit, named with what would.
     """
     _check(k_pages, v_pages, k_scales, v_scales, k_new, v_new, kv_index, backend)
-    fits = k_new.shape[2] in MOSAIC_DIMS
-    if backend == "mosaic" and not fits:
-        raise ValueError(f"backend='mosaic': k_new has D={k_new.shape[2]}, expected {MOSAIC_DIMS}")
-    if backend != "mosaic":
+    if _choose(backend, k_new.shape[2]) == "reference":
         return reference(k_pages, v_pages, k_scales, v_scales, k_new, v_new, kv_index)
     from pallas_kernels import kv_write_mosaic  # importing Mosaic changes the environment
 
     return kv_write_mosaic.write(k_pages, v_pages, k_scales, v_scales, k_new, v_new, kv_index)
+
+
+def _choose(backend: Backend, D: int) -> Backend:
+    fits = D in MOSAIC_DIMS
+    if backend == "mosaic" and not fits:
+        raise ValueError(f"backend='mosaic': k_new has D={D}, expected {MOSAIC_DIMS}")
+    if backend != "auto":
+        return backend
+    found = capability()
+    runs = found is not None and SUPPORTED[0] <= found < SUPPORTED[1]
+    return "mosaic" if fits and runs else "reference"
 
 
 def reference(

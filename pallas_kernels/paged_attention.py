@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention_common import target_device
 from pallas_kernels.attention_plan import Work
+from pallas_kernels.device import SUPPORTED, capability, target_device
 from pallas_kernels.kv_quantise import LARGEST
 from pallas_kernels.kv_write import check_scales
 
@@ -154,32 +154,25 @@ def _choose(backend: Backend, q: jax.Array, k_pages: jax.Array) -> Backend:
         raise ValueError(f"backend={backend!r}: expected one of {BACKENDS}")
     if backend == "reference":
         return backend
-    capability = _capability()
+    found = capability()
     why_not = _unsupported(q, k_pages)
     if backend != "auto":
         needed = {"sm90": (9, 10), "sm80": (8, 10)}[backend]  # wgmma is Hopper's alone
-        if capability is None or not needed[0] <= capability < needed[1]:
+        if found is None or not needed[0] <= found < needed[1]:
             raise ValueError(
                 f"backend={backend!r} needs a GPU of compute capability {needed[0]}; here "
-                f"{'is none' if capability is None else f'it is {capability}'}"
+                f"{'is none' if found is None else f'it is {found}'}"
             )
         if why_not:
             raise ValueError(f"backend={backend!r}: {why_not}")
         return backend
-    if capability is None:
+    if found is None:
         return "reference"
-    if not why_not and 8 <= capability < 10:
-        return "sm90" if capability >= 9 else "sm80"
-    why_not = why_not or f"no kernel for compute capability {capability}"
+    if not why_not and SUPPORTED[0] <= found < SUPPORTED[1]:
+        return "sm90" if found >= 9 else "sm80"
+    why_not = why_not or f"no kernel for compute capability {found}"
     _say_once(f"paged_attention: backend 'reference' (plain XLA) is used: {why_not}")
     return "reference"
-
-
-def _capability() -> float | None:
-    """Compute capability of the device; None without a GPU."""
-    device = target_device()
-    capability = getattr(device, "compute_capability", None)
-    return float(capability) if device.platform in ("gpu", "cuda") and capability else None
 
 
 def _unsupported(q: jax.Array, k_pages: jax.Array) -> str | None:

@@ -33,8 +33,8 @@ from pallas_kernels.attention_common import (
     most_splits,
     power_of_two,
     row_tiles,
-    target_device,
 )
+from pallas_kernels.device import target_device
 
 FLOOR = -(2.0**30)  # the running maximum's start: below every score, and an exact int32
 CHUNK = 64  # columns of a 128-byte swizzled 16-bit tile: the grain of the head dim

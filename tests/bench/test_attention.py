@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -79,6 +81,20 @@ def test_inputs_and_check(kv: str) -> None:
     out[-1] = -out[-1]  # a row of the last sequence, which is always looked at
     with pytest.raises(RuntimeError, match="relative error"):
         attention_parts.check(case, arrays, out)
+
+
+def test_every_round_of_every_input_is_run() -> None:
+    """Each round takes what the one before it returned: none can be left out."""
+
+    def step(arrays: dict[str, Any], more: Any) -> dict[str, Any]:
+        return {"q": 2 * arrays["q"] + arrays["x"] + more}
+
+    inputs = [({"q": jnp.float32(i), "x": jnp.float32(1)}, jnp.float32(i)) for i in range(3)]
+    want = [float(i) for i in range(3)]
+    for _ in range(6):
+        want = [2 * q + 1 + i for i, q in enumerate(want)]
+    got = attention_parts.in_turn(step, 6)(inputs)
+    assert [float(own["q"]) for own in got] == want
 
 
 def test_timing_records() -> None:

@@ -24,6 +24,7 @@ from tests.pallas_kernels.aot_cases import Case
 
 FORMATS = {
     "bf16": (jnp.bfloat16, None),
+    "f32": (jnp.float32, None),
     "int8": (jnp.int8, "dynamic"),
     "fp8": (jnp.float8_e4m3fn, "dynamic"),
     "int8 static": (jnp.int8, "static"),

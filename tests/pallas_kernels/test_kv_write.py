@@ -18,6 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pallas_kernels import kv_write as op
 from pallas_kernels.kv_quantise import calibrate, quantise
 from pallas_kernels.kv_write import BACKENDS, kv_write
 from tests.pallas_kernels.aot import ROOT, compile_in_subprocess, plugin_path
@@ -118,6 +119,17 @@ def test_head_dims_that_no_warp_divides():
     check(args, write(args, "reference"))
     with pytest.raises(ValueError, match="backend='mosaic': k_new has D=24, expected"):
         kv_write(*args, backend="mosaic")
+
+
+@pytest.mark.parametrize(
+    ("capability", "D", "kernel"),
+    [(None, 64, False), (9.0, 64, True), (8.0, 256, True), (9.0, 24, False), (7.5, 64, False)],
+)
+def test_auto_takes_the_kernel_where_it_runs(capability, D, kernel, monkeypatch):
+    monkeypatch.setattr(op, "capability", lambda: capability)
+    args = case(2, D, jnp.int8, "dynamic")
+    jaxpr = str(jax.make_jaxpr(lambda *args: kv_write(*args))(*args))
+    assert ("Ref<gmem>" in jaxpr) == kernel  # pools as references, written in place
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
@@ -245,7 +257,7 @@ def test_the_pools_are_written_in_place():
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(rows) == 5
+    assert len(rows) == 6
     for row in rows:
         assert row["donated_bytes"] >= row["pool_bytes"]
         assert row["other_bytes"] < 0.1 * row["pool_bytes"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import paged_attention as op
 from pallas_kernels.kv_quantise import quantise
 from pallas_kernels.paged_attention import paged_attention, whole_prompt_attention
 
@@ -198,6 +201,8 @@ def test_half_precision():
         ({"max_query": 99}, "max_query=99"),
         ({"window": 0}, "window=0"),
         ({"softcap": -1.0}, "softcap=-1.0"),
+        ({"scale": 0.0}, "scale=0.0"),
+        ({"scale": -0.5}, "scale=-0.5"),
         ({"q": jnp.zeros((5, 5, DIM))}, "5 heads"),
         ({"q": jnp.zeros((5, 6, 8))}, "of 8"),
         ({"q": jnp.zeros((5, 6, DIM), jnp.float16)}, "float16"),
@@ -219,6 +224,60 @@ def test_bad_arguments_are_named(change, message):
     with pytest.raises(ValueError, match=r".") as raised:
         paged_attention(**(options | change))
     assert message in str(raised.value)
+
+
+@pytest.mark.parametrize("backend", ["sm90", "sm80"])
+def test_a_kernel_asked_for_by_name_needs_its_gpu(backend, monkeypatch):
+    args, _, _ = case(7, [9, 20], [2, 3], 8)
+    monkeypatch.setattr(op, "capability", lambda: None)
+    with pytest.raises(ValueError, match=f"backend='{backend}' needs a GPU .* is none"):
+        paged_attention(*args, max_query=3, backend=backend)
+    monkeypatch.setattr(op, "capability", lambda: 7.5)
+    with pytest.raises(ValueError, match=r"capability [89]; here it is 7\.5"):
+        paged_attention(*args, max_query=3, backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("q", "pages", "message"),
+    [
+        ((6, 128), (2, 64, 128), "q is float32: expected bfloat16 or float16"),
+        ((6, 96), (2, 64, 96), "head_dim 96: expected one of (64, 128, 256)"),
+        ((6, 128), (2, 16, 128), "page_size 16: expected one of (32, 64, 128)"),
+        ((65, 128), (1, 64, 128), "65 query heads a KV head: expected at most 64"),
+    ],
+)
+def test_what_the_kernels_take(q, pages, message, monkeypatch):
+    """By name: an error that says so. By `auto`: `reference`, said once."""
+    dtype = jnp.float32 if "float32" in message else jnp.bfloat16
+    pool = jnp.zeros((2, *pages), dtype)
+    zero, one = jnp.zeros((1,), jnp.int32), jnp.ones((1,), jnp.int32)
+    args = (
+        jnp.zeros((1, *q), dtype), pool, pool, zero[None], jnp.array([0, 1], jnp.int32), one,
+    )  # fmt: skip
+    monkeypatch.setattr(op, "capability", lambda: 9.0)
+    with pytest.raises(ValueError, match=r".") as raised:
+        paged_attention(*args, max_query=1, backend="sm90")
+    assert message in str(raised.value)
+    said = []
+    monkeypatch.setattr(op, "_say_once", said.append)
+    assert paged_attention(*args, max_query=1).shape == args[0].shape
+    assert len(said) == 1
+    assert message in said[0]
+
+
+@pytest.mark.parametrize("bad", [-1, 99])
+def test_page_ids_are_checked_on_demand(bad, monkeypatch):
+    args, _, _ = case(7, [20], [3], 8)
+    q, k, v, table, starts, lengths = args
+    wrong = table.at[0, 1].set(bad)
+    spare = jnp.concatenate([table, jnp.full((1, 1), bad, jnp.int32)], axis=1)  # not read
+    monkeypatch.setenv(op.CHECK_PAGES, "1")
+    run = jax.jit(partial(paged_attention, max_query=3, backend="reference"))
+    np.testing.assert_array_equal(
+        run(q, k, v, spare, starts, lengths), run(q, k, v, table, starts, lengths)
+    )
+    with pytest.raises(Exception, match=rf"page_table\[0, 1\] = {bad}: expected 0 to"):
+        jax.block_until_ready(run(q, k, v, wrong, starts, lengths))
 
 
 @pytest.mark.gpu

@@ -1,0 +1,21 @@
+"""Which device programs are compiled for, and what it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+SUPPORTED = (8, 10)  # compute capabilities from here to there, exclusive: A100 to H200
+
+
+def target_device() -> Any:
+    """The device that programs are compiled for."""
+    return jax.config.jax_default_device or jax.local_devices()[0]  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def capability() -> float | None:
+    """Compute capability of the device; None without a GPU."""
+    device = target_device()
+    found = getattr(device, "compute_capability", None)
+    return float(found) if device.platform in ("gpu", "cuda") and found else None
