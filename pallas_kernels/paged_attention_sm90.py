@@ -26,7 +26,8 @@ from jax import lax
 from pallas_kernels import attention_plan as ap
 from pallas_kernels.attention_common import LOG2E, ROWS, SPLIT
 from pallas_kernels.attention_plan import Work
-from pallas_kernels.sm90_block import consume, produce
+from pallas_kernels.sm90_block import attend_in_turn, consume, produce
+from pallas_kernels.sm90_overlap import attend_overlapped
 from pallas_kernels.sm90_shapes import Config, Refs, Shape, Swizzle, Tile
 
 FEWEST_SMS = 78  # of any Hopper GPU (H20)
@@ -40,7 +41,7 @@ def default_config(rows: int, D: int, quantised: bool) -> Config:
         return Config(consumers=1, teams=2, stages=1 if D == 128 else 2)
     if quantised:  # a tile is widened for one consumer at a time
         return Config(consumers=1, teams=1, stages=2)
-    return Config(consumers=2, teams=1, stages=2, ping_pong=True)
+    return Config(consumers=2, teams=1, stages=2, overlap=True, ping_pong=True)
 
 
 def make_plan(
@@ -187,7 +188,7 @@ def _kernel(s: Shape) -> Any:
         "v_free": freed,
     }
     if c.ping_pong:
-        scratch["turn"] = plgpu.Barrier(num_arrivals=2)
+        scratch["turn"] = plgpu.Barrier(num_arrivals=1, num_barriers=2)
     if s.quantised and s.merge:
         scratch["wide_smem"] = wide
     if s.token_scales:
@@ -214,7 +215,7 @@ def _kernel(s: Shape) -> Any:
         def _compute() -> None:
             if workers > 1:
                 plgpu.set_max_registers(232 if c.teams == 1 else 216, action="increase")
-            consume(s, r, warpgroup)
+            consume(s, r, warpgroup, attend_overlapped if c.overlap else attend_in_turn)
 
     return plgpu.kernel(
         body,

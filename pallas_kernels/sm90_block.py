@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -135,8 +136,13 @@ def _copy_tile(
 
 # -- the warpgroups that compute -----------------------------------------------------------------
 
+# (shape, refs, place, positions of the rows, tiles done so far) to (unnormalised output [ROWS, D],
+# maximum and sum [ROWS], tiles done).
+Attend = Callable[[Shape, Refs, Place, Any, Any], tuple[Any, Any, Any, Any]]
 
-def consume(s: Shape, r: Refs, worker: Any) -> None:
+
+def consume(s: Shape, r: Refs, worker: Any, attend: Attend) -> None:
+    """Walks the team's units; `attend` computes one: `attend_in_turn` or another like it."""
     team, member = lax.div(worker, jnp.int32(s.config.consumers)), jnp.int32(0)
     if s.config.consumers > 1:
         member = lax.rem(worker, jnp.int32(s.config.consumers))
@@ -163,29 +169,25 @@ def consume(s: Shape, r: Refs, worker: Any) -> None:
             if s.quantised:  # wide tiles may share memory with results on their way out
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_wait(r.q_full.at[team])
-            plgpu.barrier_wait(r.k_full.at[_slot(s, team, done)])
+            plgpu.barrier_wait(r.k_full.at[slot_of(s, team, done)])
             if not s.on_gpu:
                 for w in range(s.config.consumers):
                     pl.when(worker == w)(partial(_regroup, s, r, w))
-            if s.config.ping_pong:
-                pl.when(member == 1)(lambda: _take_turn(r))
 
-        acc, m, total, done = _attend(s, r, at, position, done)
-
-        @pl.when(end > first)
-        def _end() -> None:
-            if s.config.ping_pong:
-                pl.when(member == 0)(lambda: _take_turn(r))
-
+        acc, m, total, done = attend(s, r, at, position, done)
         return done, finish(s, r, at, acc, m, total, pending)
 
+    if s.config.ping_pong:
+        pl.when(member == 1)(lambda: plgpu.barrier_arrive(r.turn.at[0]))  # the other one begins
     begin = (jnp.int32(0), jnp.int32(-1))
     _, pending = lax.fori_loop(0, count_items(s, r, team), item, begin)
+    if s.config.ping_pong:
+        pl.when(member == 0)(lambda: plgpu.barrier_wait(r.turn.at[0]))
     signal(counters, pending)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _slot(s: Shape, team: Any, done: Any) -> Any:
+def slot_of(s: Shape, team: Any, done: Any) -> Any:
     """Where a team finds its next tile after `done`."""
     return team * s.config.stages + lax.rem(done, jnp.int32(s.config.stages))
 
@@ -205,50 +207,56 @@ class Sums(NamedTuple):
     merged_total: Any = None
 
 
-def _attend(s: Shape, r: Refs, at: Place, position: Any, done: Any) -> tuple[Any, Any, Any, Any]:
+def attend_in_turn(
+    s: Shape, r: Refs, at: Place, position: Any, done: Any
+) -> tuple[Any, Any, Any, Any]:
     """(unnormalised output, maximum, sum, tiles done) of a unit: its tiles, in order."""
-    scale = jnp.float32(s.scale)
-    if s.static_scales:
-        scale = scale * r.k_scales[at.head]
-    tile = partial(_attend_tile, s, r, at, position, scale)
-    sums = Sums(*nothing(s), done)
+    tile = partial(_attend_tile, s, r, at, position, scale_of(s, r, at))
+    sums = walk(s, at.fields, tile, begin_sums(s, done))
     if s.merge:
-        sums = sums._replace(merged_peak=sums.peak, merged_total=sums.total)
-    # Tiles that every row sees in full need no mask.
-    f = at.fields
+        sums = merge(s, r, at, sums, split_of(s, tile_range(s, at.fields)[1] - 1))
+    return sums.acc, sums.peak, sums.total, sums.done
+
+
+def scale_of(s: Shape, r: Refs, at: Place) -> Any:
+    scale = jnp.float32(s.scale)
+    return scale * r.k_scales[at.head] if s.static_scales else scale
+
+
+def begin_sums(s: Shape, done: Any) -> Sums:
+    sums = Sums(*nothing(s), done)
+    return sums._replace(merged_peak=sums.peak, merged_total=sums.total) if s.merge else sums
+
+
+def walk(s: Shape, f: Any, tile: Any, carry: Any, begin: Any = None) -> Any:
+    """`carry` after `tile(j, carry, masked=…)` of every KV tile of a unit, or from `begin` on.
+
+    Tiles that every row sees in full need no mask.
+    """
     first, end = tile_range(s, f)
+    first = first if begin is None else begin
     clear, unmasked = first, lax.div(f[ap.POSITION] + 1, jnp.int32(s.tile))
     if s.window is not None:
         seen_by_all = f[ap.POSITION] + s.config.consumers * s.tokens - s.window
         clear = lax.div(seen_by_all + s.tile - 1, jnp.int32(s.tile))
         clear = lax.min(lax.max(clear, first), end)
-        sums = lax.fori_loop(first, clear, partial(tile, masked=True), sums)
+        carry = lax.fori_loop(first, clear, partial(tile, masked=True), carry)
     unmasked = lax.max(lax.min(unmasked, end), clear)
-    sums = lax.fori_loop(clear, unmasked, partial(tile, masked=False), sums)
-    sums = lax.fori_loop(unmasked, end, partial(tile, masked=True), sums)
-    if s.merge:
-        sums = _merge(s, r, at, sums, _split_of(s, end - 1))
-    return sums.acc, sums.peak, sums.total, sums.done
+    carry = lax.fori_loop(clear, unmasked, partial(tile, masked=False), carry)
+    return lax.fori_loop(unmasked, end, partial(tile, masked=True), carry)
 
 
 def _attend_tile(
     s: Shape, r: Refs, at: Place, position: Any, scale: Any, j: Any, sums: Sums, *, masked: bool
 ) -> Sums:
-    slot, (first, end) = _slot(s, at.team, sums.done), tile_range(s, at.fields)
+    slot, (first, end) = slot_of(s, at.team, sums.done), tile_range(s, at.fields)
     x, scale = _scores(s, r, at, slot, scale)
     pl.when(j == end - 1)(lambda: plgpu.barrier_arrive(r.q_free.at[at.team]))
-    if s.merge:  # here, while the other consumer multiplies
+    if s.merge:
         new_split = (j > first) & (lax.rem(j, jnp.int32(SPLIT // s.tile)) == 0)
-        sums = lax.cond(new_split, partial(_set_aside, s, r, at, j), lambda same: same, sums)
-    seen = _seen(s, r, position, j) if masked else None
-    if seen is not None:
-        x = jnp.where(seen, x, -jnp.inf)
-
-    # Masked or not, the same multiply-add meets each score: scaled once, here, and nowhere else.
-    m = jnp.maximum(sums.peak, jnp.round(x.max(axis=1) * scale))
-    fade = jnp.exp2(sums.peak - m)
-    p = jnp.exp2(x * scale - across(m, s.tile))
-    total = sums.total * fade + p.sum(axis=1)
+        sums = lax.cond(new_split, partial(set_aside, s, r, at, j), lambda same: same, sums)
+    seen = seen_slots(s, r, position, j) if masked else None
+    p, m, total, fade = softmax(s, x, scale, seen, sums.peak, sums.total)
     acc = sums.acc * across(fade, s.D)
     if s.token_scales:
         plgpu.barrier_wait(r.v_full.at[slot])
@@ -256,34 +264,44 @@ def _attend_tile(
         if seen is not None:
             p = jnp.where(seen, p, 0.0)  # the scale of a slot nobody wrote may be NaN
     p = p.astype(s.dtype)
-    if s.config.ping_pong:
-        acc, total, m, p = lax.optimization_barrier((acc, total, m, p))
-        plgpu.barrier_arrive(r.turn)
     if not s.token_scales:
         plgpu.barrier_wait(r.v_full.at[slot])
-    if s.config.ping_pong:
-        plgpu.barrier_wait(r.turn)
     values = r.v_smem.at[slot]
     if s.quantised:
         values = _widened(s, r, at, values, r.v_free.at[slot])
     if masked:
-        _clear_unwritten(s, at.fields, j, values)
+        clear_unwritten(s, at.fields, j, values)
 
     def await_keys() -> None:  # the next tile's, under cover of this product
-        next_keys = r.k_full.at[_slot(s, at.team, sums.done + 1)]
+        next_keys = r.k_full.at[slot_of(s, at.team, sums.done + 1)]
         pl.when(j + 1 < end)(lambda: plgpu.barrier_wait(next_keys))
 
-    acc = _add_product(s, acc, p, values, await_keys)
+    acc = add_product(s, acc, p, values, await_keys)
     if not s.quantised:
         plgpu.barrier_arrive(r.v_free.at[slot])
     return sums._replace(acc=acc, peak=m, total=total, done=sums.done + 1)
 
 
-def _split_of(s: Shape, j: Any) -> Any:
+def softmax(
+    s: Shape, x: Any, scale: Any, seen: Any, peak: Any, total: Any
+) -> tuple[Any, Any, Any, Any]:
+    """(weights [ROWS, tile], maximum, sum, what earlier sums fade by) of a tile's scores `x`.
+
+    Masked or not, the same multiply-add meets each score: scaled once, here, and nowhere else.
+    """
+    if seen is not None:
+        x = jnp.where(seen, x, -jnp.inf)
+    m = jnp.maximum(peak, jnp.round(x.max(axis=1) * scale))
+    fade = jnp.exp2(peak - m)
+    p = jnp.exp2(x * scale - across(m, s.tile))
+    return p, m, total * fade + p.sum(axis=1), fade
+
+
+def split_of(s: Shape, j: Any) -> Any:
     return lax.div(j, jnp.int32(SPLIT // s.tile))
 
 
-def _merge(s: Shape, r: Refs, at: Place, sums: Sums, split: Any) -> Sums:
+def merge(s: Shape, r: Refs, at: Place, sums: Sums, split: Any) -> Sums:
     """`split`, which the sums are of, after the unit's splits before it."""
     peak = jnp.maximum(sums.merged_peak, sums.peak)
     before, now = jnp.exp2(sums.merged_peak - peak), jnp.exp2(sums.peak - peak)
@@ -297,9 +315,9 @@ def _merge(s: Shape, r: Refs, at: Place, sums: Sums, split: Any) -> Sums:
     return sums._replace(acc=acc, peak=peak, total=total)
 
 
-def _set_aside(s: Shape, r: Refs, at: Place, j: Any, sums: Sums) -> Sums:
+def set_aside(s: Shape, r: Refs, at: Place, j: Any, sums: Sums) -> Sums:
     """Merges the split that ended before tile j; the next begins from scratch."""
-    merged = _merge(s, r, at, sums, _split_of(s, j) - 1)
+    merged = merge(s, r, at, sums, split_of(s, j) - 1)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     r.staging[0].at[at.stage][...] = merged.acc
     return Sums(*nothing(s), sums.done, merged.peak, merged.total)
@@ -313,11 +331,7 @@ def _scores(s: Shape, r: Refs, at: Place, slot: Any, scale: Any) -> tuple[Any, A
         keys = _widened(s, r, at, keys, r.k_free.at[slot])
 
     def multiply(acc: Any) -> Any:
-        for part in range(s.D // 64):
-            columns = keys.at[:, pl.ds(part * 64, 64)]
-            plgpu.wgmma(acc, r.queries[0].at[at.worker, part], columns.transpose((1, 0)))
-        if s.config.ping_pong:
-            _take_turn(r)
+        add_scores(s, r, at, keys, acc)
         return acc[...]
 
     x = pl.run_scoped(multiply, ACC((ROWS, s.tile), jnp.float32))
@@ -325,6 +339,18 @@ def _scores(s: Shape, r: Refs, at: Place, slot: Any, scale: Any) -> tuple[Any, A
         plgpu.barrier_arrive(r.k_free.at[slot])
     if of_keys is not None:
         x = x * of_keys
+    return capped(s, x, scale)
+
+
+def add_scores(s: Shape, r: Refs, at: Place, keys: Any, acc: Any) -> None:
+    """Begins to add to `acc` [ROWS, tile] the products of queries and `keys` [tile, D]."""
+    for part in range(s.D // 64):
+        columns = keys.at[:, pl.ds(part * 64, 64)]
+        plgpu.wgmma(acc, r.queries[0].at[at.worker, part], columns.transpose((1, 0)))
+
+
+def capped(s: Shape, x: Any, scale: Any) -> tuple[Any, Any]:
+    """Products and their scale after the soft cap, if there is one; the scale is to base 2."""
     if s.softcap is None:
         return x, scale * LOG2E
     # tanh by exp2: the hardware's tanh is too coarse once multiplied by the cap.
@@ -332,7 +358,7 @@ def _scores(s: Shape, r: Refs, at: Place, slot: Any, scale: Any) -> tuple[Any, A
     return 1.0 - 2.0 / (1.0 + e), jnp.float32(s.softcap * LOG2E)
 
 
-def _seen(s: Shape, r: Refs, position: Any, j: Any) -> Any:
+def seen_slots(s: Shape, r: Refs, position: Any, j: Any) -> Any:
     """Which slots of KV tile j each row attends to, [ROWS, tile]."""
     # Loaded, not computed: computed, they would be held in registers through everything.
     slots = plgpu.load(r.columns.at[pl.ds(0, s.tile)], layout=COLUMN, optimized=False)
@@ -352,7 +378,7 @@ def _widened(s: Shape, r: Refs, at: Place, tile: Any, free: Any) -> Any:
     return r.wide_smem.at[at.worker]
 
 
-def _add_product(s: Shape, acc: Any, p: Any, values: Any, meanwhile: Any) -> Any:
+def add_product(s: Shape, acc: Any, p: Any, values: Any, meanwhile: Any) -> Any:
     """acc + p · values, p from registers; `meanwhile` runs before the result is there."""
     if not s.on_gpu:
         meanwhile()
@@ -365,17 +391,12 @@ def _add_product(s: Shape, acc: Any, p: Any, values: Any, meanwhile: Any) -> Any
     return pl.run_state(multiply)(ACC.init(acc))
 
 
-def _take_turn(r: Refs) -> None:
-    plgpu.barrier_arrive(r.turn)
-    plgpu.barrier_wait(r.turn)
-
-
 def _scale_row(s: Shape, scales: Any) -> Any:
     row = plgpu.load(scales, layout=COLUMN)
     return lax.broadcast_in_dim(row, (ROWS, s.tile), (1,))
 
 
-def _clear_unwritten(s: Shape, f: Any, j: Any, values: Any) -> None:
+def clear_unwritten(s: Shape, f: Any, j: Any, values: Any) -> None:
     """Zeroes values of slots that nobody may read: 0 * NaN is NaN."""
     low, high = f[ap.LOW] - j * s.tile, f[ap.HIGH] - j * s.tile
 

@@ -37,21 +37,23 @@ class Config:
         consumers: warpgroups that compute the same unit, 64 rows each.
         teams: units that a block works on at once, each with its own consumers and copies.
         stages: KV tiles in flight for each team.
-        ping_pong: with two consumers, one multiplies while the other does its softmax.
+        overlap: multiply a tile's values during the next tile's softmax; not of 8-bit pages.
+        ping_pong: with two consumers and overlap, they issue their products by turns.
         defer: tell that a part is in memory only after the next unit, instead of waiting for it.
     """
 
     consumers: int = 1
     teams: int = 1
     stages: int = 2
+    overlap: bool = False
     ping_pong: bool = False
     defer: bool = False
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.consumers < 1 or not 1 <= self.consumers * self.teams <= 2:
             raise ValueError(f"{self}: expected stages >= 1, and consumers * teams of 1 or 2")
-        if self.ping_pong and self.consumers != 2:
-            raise ValueError(f"{self}: ping_pong needs 2 consumers")
+        if self.ping_pong and not (self.consumers == 2 and self.overlap):
+            raise ValueError(f"{self}: ping_pong needs 2 consumers and overlap")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,158 @@
+"""A unit of the Hopper attention kernel with both products in flight at once.
+
+A tile's softmax runs while the tensor core multiplies the values of the tile before. What is added
+to what, and in which order, is as in `attend_in_turn`; so are the bits.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.attention_common import ROWS, SPLIT
+from pallas_kernels.sm90_block import (
+    Sums,
+    add_product,
+    add_scores,
+    begin_sums,
+    capped,
+    clear_unwritten,
+    merge,
+    scale_of,
+    seen_slots,
+    set_aside,
+    slot_of,
+    softmax,
+    split_of,
+    walk,
+)
+from pallas_kernels.sm90_shapes import ACC, Place, Refs, Shape, across, nothing, tile_range
+
+
+def attend_overlapped(
+    s: Shape, r: Refs, at: Place, position: Any, done: Any
+) -> tuple[Any, Any, Any, Any]:
+    """As `attend_in_turn`, for pages of the queries' type."""
+    first, end = tile_range(s, at.fields)
+    scale = scale_of(s, r, at)
+    sums = begin_sums(s, done)
+
+    def unit() -> Sums:
+        begun, p = _begin(s, r, at, position, scale, first, sums)
+        tile = partial(_tile, s, r, at, position, scale)
+        now, p = walk(s, at.fields, tile, (begun, p), begin=first + 1)
+        before = slot_of(s, at.team, now.done - 1)
+        acc = add_product(s, now.acc, p, r.v_smem.at[before], lambda: None)
+        plgpu.barrier_arrive(r.v_free.at[before])
+        now = now._replace(acc=acc)
+        return merge(s, r, at, now, split_of(s, end - 1)) if s.merge else now
+
+    sums = lax.cond(end > first, unit, lambda: sums)
+    return sums.acc, sums.peak, sums.total, sums.done
+
+
+def _begin(
+    s: Shape, r: Refs, at: Place, position: Any, scale: Any, j: Any, sums: Sums
+) -> tuple[Sums, Any]:
+    """The weights of a unit's first tile, whose values are not multiplied yet."""
+    slot = slot_of(s, at.team, sums.done)
+
+    def multiply(scores: Any) -> Any:
+        _await_turn(s, r, at)
+        add_scores(s, r, at, r.k_smem.at[slot], scores)
+        _give_turn(s, r, at)
+        return scores[...]
+
+    x = pl.run_scoped(multiply, ACC((ROWS, s.tile), jnp.float32))
+    _free_operands(s, r, at, j, slot)
+    x, scale = capped(s, x, scale)
+    seen = seen_slots(s, r, position, j)
+    p, m, total, _ = softmax(s, x, scale, seen, sums.peak, sums.total)
+    _await_values(s, r, at, j, slot, masked=True)
+    return sums._replace(peak=m, total=total, done=sums.done + 1), p.astype(s.dtype)
+
+
+def _tile(
+    s: Shape, r: Refs, at: Place, position: Any, scale: Any, j: Any, carry: tuple[Sums, Any], *,
+    masked: bool,
+) -> tuple[Sums, Any]:  # fmt: skip
+    """Tile j's weights, and tile j - 1's values multiplied by its own."""
+    sums, p_before = carry
+    slot, before = (slot_of(s, at.team, sums.done + i) for i in (0, -1))
+    peak, total, new_split = sums.peak, sums.total, None
+    if s.merge:
+        new_split = lax.rem(j, jnp.int32(SPLIT // s.tile)) == 0
+        peak, total = lax.cond(new_split, lambda: nothing(s)[1:], lambda: (sums.peak, sums.total))
+    plgpu.barrier_wait(r.k_full.at[slot])
+
+    def weigh(x: Any) -> tuple[Any, Any, Any, Any]:
+        _free_operands(s, r, at, j, slot)
+        x, base2 = capped(s, x, scale)
+        seen = seen_slots(s, r, position, j) if masked else None
+        p, *rest = softmax(s, x, base2, seen, peak, total)
+        return p.astype(s.dtype), *rest
+
+    def multiply(scores: Any, acc: Any) -> tuple[Any, Any]:
+        acc[...] = sums.acc
+        _await_turn(s, r, at)
+        add_scores(s, r, at, r.k_smem.at[slot], scores)
+        plgpu.wgmma(acc, p_before, r.v_smem.at[before])
+        _give_turn(s, r, at)
+        weighed = weigh(plgpu.wgmma_accumulator_load(scores, wait_n=1))
+        return weighed, acc[...]
+
+    if s.on_gpu:
+        accumulators = ACC((ROWS, s.tile), jnp.float32), ACC((ROWS, s.D), jnp.float32)
+        (p, m, total, fade), acc = pl.run_scoped(multiply, *accumulators)
+    else:
+        (p, m, total, fade), acc = _on_cpu(s, r, at, slot, before, weigh, sums, p_before)
+    plgpu.barrier_arrive(r.v_free.at[before])
+    sums = sums._replace(acc=acc)
+    if s.merge:
+        sums = lax.cond(new_split, partial(set_aside, s, r, at, j), lambda same: same, sums)
+    _await_values(s, r, at, j, slot, masked=masked)
+    acc = sums.acc * across(fade, s.D)
+    return sums._replace(acc=acc, peak=m, total=total, done=sums.done + 1), p
+
+
+def _on_cpu(
+    s: Shape, r: Refs, at: Place, slot: Any, before: Any, weigh: Any, sums: Sums, p_before: Any
+) -> tuple[Any, Any]:
+    """The interpreter has no product with its left side in registers."""
+
+    def multiply(scores: Any) -> Any:
+        _await_turn(s, r, at)
+        add_scores(s, r, at, r.k_smem.at[slot], scores)
+        _give_turn(s, r, at)
+        return scores[...]
+
+    weighed = weigh(pl.run_scoped(multiply, ACC((ROWS, s.tile), jnp.float32)))
+    return weighed, add_product(s, sums.acc, p_before, r.v_smem.at[before], lambda: None)
+
+
+def _free_operands(s: Shape, r: Refs, at: Place, j: Any, slot: Any) -> None:
+    """Tile j's keys are multiplied; after the last tile the queries are free too."""
+    plgpu.barrier_arrive(r.k_free.at[slot])
+    last = tile_range(s, at.fields)[1] - 1
+    pl.when(j == last)(lambda: plgpu.barrier_arrive(r.q_free.at[at.team]))
+
+
+def _await_values(s: Shape, r: Refs, at: Place, j: Any, slot: Any, *, masked: bool) -> None:
+    plgpu.barrier_wait(r.v_full.at[slot])
+    if masked:
+        clear_unwritten(s, at.fields, j, r.v_smem.at[slot])
+
+
+def _await_turn(s: Shape, r: Refs, at: Place) -> None:
+    if s.config.ping_pong:
+        plgpu.barrier_wait(r.turn.at[at.member])
+
+
+def _give_turn(s: Shape, r: Refs, at: Place) -> None:
+    if s.config.ping_pong:
+        plgpu.barrier_arrive(r.turn.at[1 - at.member])
