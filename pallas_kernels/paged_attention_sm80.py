@@ -153,13 +153,23 @@ def attend(
         k_pages, v_pages = (lax.bitcast_convert_type(x, jnp.int8) for x in (k_pages, v_pages))
 
     meta, row_positions = _describe(tiles, kv_lengths, static)
-    packed = q.reshape(T, K, G, D).transpose(1, 0, 2, 3).reshape(K, T * G, D)
-    # A tile always reads ROWS rows; TMA wants whole tiles of 8.
-    packed = jnp.pad(packed, ((0, 0), (0, ROWS + -T * G % 8), (0, 0)))
+    packed = _pack(q.reshape(T, K, G, D), tiles.token, min(max_query, tile_tokens))
     scales = () if k_scales is None else (k_scales, v_scales)
     partial = _call(static, n_tiles, packed, k_pages, v_pages, page_table, meta, row_positions,
                     scales)  # fmt: skip
     return _unpack(partial, tiles, meta, sinks, static).astype(q.dtype)
+
+
+def _pack(q: jax.Array, first: jax.Array, tokens: int) -> jax.Array:
+    """[T, K, G, D] → the rows of each tile, [K, tiles, rows, D], rows a multiple of 32.
+
+    A copy into SMEM tiles of 8 rows must start at a multiple of 8 rows: TMA fills up with zeros.
+    cp.async wants four such tiles at once.
+    """
+    T, K, G, D = q.shape
+    token = jnp.minimum(first[:, None] + jnp.arange(tokens), T - 1)
+    packed = jnp.moveaxis(q[token], 2, 0).reshape(K, len(first), tokens * G, D)
+    return jnp.pad(packed, ((0, 0), (0, 0), (0, -tokens * G % 32), (0, 0)))
 
 
 def _parallel_splits(
@@ -179,7 +189,7 @@ def _parallel_splits(
 
 
 # Columns of the tiles' descriptions.
-SEQUENCE, FIRST_ROW, LOW, HIGH, LENGTH, FIRST_SPLIT, END_SPLIT = range(7)
+SEQUENCE, LOW, HIGH, LENGTH, FIRST_SPLIT, END_SPLIT = range(6)
 
 
 def _describe(
@@ -194,8 +204,8 @@ def _describe(
     low, high = kv_range(tiles, static.window)
     meta = jnp.stack(
         [
-            tiles.sequence, tiles.token * static.group, low, high, kv_lengths[tiles.sequence],
-            low // split, -(-high // split), jnp.zeros_like(low),
+            tiles.sequence, low, high, kv_lengths[tiles.sequence], low // split, -(-high // split),
+            jnp.zeros_like(low), jnp.zeros_like(low),
         ],
         axis=1,
     )  # fmt: skip
@@ -273,7 +283,7 @@ def _call(
 class _Inputs(NamedTuple):
     """GMEM refs."""
 
-    q: Ref  # [K, T * G + padding, D]
+    q: Ref  # [K, tiles, rows, D]
     k: Ref  # [N, K, page_size, D]
     v: Ref
     table: Ref  # [S, P]
@@ -378,9 +388,9 @@ def _kernel(static: _Static, x: _Inputs, out: _Outputs, smem: _Scratch) -> None:
 
     @pl.when(first < end)
     def _() -> None:
-        row = x.meta[tile, FIRST_ROW]
         barrier = smem.q_ready
-        _start_copy(static.config, x.q.at[head, pl.ds(row, ROWS)], smem.q, barrier)
+        into = smem.q.at[pl.ds(0, x.q.shape[2])]  # whatever is in rows after these, none is used
+        _start_copy(static.config, x.q.at[head, tile], into, barrier)
         _wait_copy(static.config, barrier, 0)
 
         @pl.loop(first, end)
