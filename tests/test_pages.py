@@ -1,4 +1,4 @@
-"""The page pool: grants and releases against a set, and every refusal."""
+"""The page pool against a model of sets and dicts, and every refusal."""
 
 from __future__ import annotations
 
@@ -7,35 +7,178 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxinfer.pages import allocate, create, pages_for, release
-
-
-@given(
-    num_pages=st.integers(2, 12),
-    operations=st.lists(st.tuples(st.booleans(), st.integers(0, 12)), max_size=30),
+from jaxinfer.pages import (
+    allocate,
+    check,
+    create,
+    find,
+    fork,
+    page_keys,
+    pages_for,
+    publish,
+    release,
+    share,
 )
-def test_pool_is_a_set_of_free_pages(num_pages, operations):
-    """Grants are disjoint, never page 0, lowest first; nothing is lost; inputs are unchanged."""
-    pool, free, granted = create(num_pages), set(range(1, num_pages)), []
-    for take, amount in operations:
-        before = pool.free.copy()
-        if take and amount <= len(free):
-            after, pages = allocate(pool, amount)
+
+PAGE = 4
+
+
+def ids(*pages):
+    return np.array(pages, np.int32)
+
+
+class Model:
+    """What a pool must do, one page at a time."""
+
+    def __init__(self, num_pages):
+        self.held = []  # pages of each sequence
+        self.blank = set(range(1, num_pages))
+        self.known = {}  # key -> page
+        self.order = []  # pages known and not held, the next to go first
+
+    def holders(self, page):
+        return sum(page in pages for pages in self.held)
+
+    def key_of(self, page):
+        return next((key for key, other in self.known.items() if other == page), None)
+
+    def allocate(self, count):
+        blank = sorted(self.blank)[:count]
+        evicted = self.order[: count - len(blank)]
+        self.order = self.order[len(evicted) :]
+        self.blank -= set(blank)
+        self.known = {key: page for key, page in self.known.items() if page not in evicted}
+        return blank + evicted
+
+    def hold(self, pages):
+        self.order = [page for page in self.order if page not in pages]
+        self.held.append(list(pages))
+
+    def release(self, i):
+        pages = self.held.pop(i)
+        for page in reversed(pages):
+            if not self.holders(page):
+                if self.key_of(page) is None:
+                    self.blank.add(page)
+                else:
+                    self.order.append(page)
+
+    def publish(self, pages, keys):
+        for page, key in zip(pages, keys, strict=True):
+            if key not in self.known and self.key_of(page) is None:
+                self.known[key] = page
+
+    def find(self, keys):
+        found = []
+        for key in keys:
+            if key not in self.known:
+                break
+            found.append(self.known[key])
+        return found
+
+
+def hashable(keys):
+    return [tuple(key) for key in keys.tolist()]
+
+
+@given(data=st.data(), num_pages=st.integers(2, 14))
+def test_pool_against_its_model(data, num_pages):
+    """Sequences over a tiny alphabet begin alike often; they come, share, publish, fork and go."""
+    pool, model = create(num_pages), Model(num_pages)
+    for _ in range(data.draw(st.integers(0, 25))):
+        before, contents = pool, [x.copy() for x in pool if isinstance(x, np.ndarray)]
+        action = data.draw(st.sampled_from(["begin", "begin", "grow", "fork", "end"]))
+        if action == "begin":
+            text = data.draw(st.lists(st.integers(0, 1), max_size=20))
+            keys = page_keys(np.array(text), PAGE)
+            found = find(pool, keys)
+            assert found.tolist() == model.find(hashable(keys))
+            wanted = pages_for(len(text), PAGE) - len(found)
+            shared = share(pool, found)
+            if wanted > shared.available:
+                continue
+            pool, own = allocate(shared, wanted)
+            model.hold(found.tolist())
+            own_of_model = model.allocate(wanted)
+            assert own.tolist() == own_of_model
+            model.held[-1] += own_of_model
+            pages = np.concatenate([found, own])
             assert pages.dtype == np.int32
-            assert pages.tolist() == sorted(free)[:amount]
-            free -= set(pages.tolist())
-            granted.append(pages)
-        elif granted:
-            pages = granted.pop(amount % len(granted))
-            after = release(pool, pages)
-            free |= set(pages.tolist())
-        else:
+            pool = publish(pool, pages[: len(keys)], keys)
+            model.publish(pages.tolist()[: len(keys)], hashable(keys))
+        elif not model.held:
             continue
-        assert not after.free.flags.writeable
-        np.testing.assert_array_equal(pool.free, before)
-        pool = after
-        assert pool.available == len(free)
-        assert set(np.flatnonzero(pool.free).tolist()) == free
+        elif action == "grow":
+            if not pool.available:
+                continue
+            i = data.draw(st.integers(0, len(model.held) - 1))
+            pool, own = allocate(pool, 1)
+            more = model.allocate(1)
+            assert own.tolist() == more
+            model.held[i] += more
+        elif action == "fork":
+            pages = model.held[data.draw(st.integers(0, len(model.held) - 1))]
+            full = data.draw(st.integers(0, len(pages)))
+            if len(pages) - full > pool.available:
+                continue
+            pool, new, copied = fork(pool, ids(*pages), full)
+            assert new[:full].tolist() == pages[:full]
+            assert copied.tolist() == pages[full:]
+            model.hold(pages[:full])
+            model.held[-1] += model.allocate(len(pages) - full)
+            assert new.tolist() == model.held[-1]
+        else:
+            i = data.draw(st.integers(0, len(model.held) - 1))
+            pool = release(pool, ids(*model.held[i]))
+            model.release(i)
+        check(pool, [ids(*pages) for pages in model.held])
+        assert pool.available == len(model.blank) + len(model.order)
+        unchanged = [x for x in before if isinstance(x, np.ndarray)]
+        assert all(np.array_equal(a, b) for a, b in zip(unchanged, contents, strict=True))
+        assert not any(x.flags.writeable for x in pool if isinstance(x, np.ndarray))
+
+
+def test_what_is_let_go_of_first_goes_first_and_ends_before_beginnings():
+    keys = page_keys(np.arange(12), PAGE)
+    pool, pages = allocate(create(6), 3)
+    pool = release(publish(pool, pages, keys), pages)
+    pool, other = allocate(pool, 2)  # blank ones
+    assert not set(other) & set(pages)
+    assert find(pool, keys).tolist() == pages.tolist()
+    pool, more = allocate(pool, 1)
+    assert more.tolist() == [pages[2]]
+    assert find(pool, keys).tolist() == pages[:2].tolist()
+
+
+def test_a_remembered_page_is_held_again():
+    keys = page_keys(np.arange(4), PAGE)
+    pool, pages = allocate(create(3), 1)
+    pool = release(publish(pool, pages, keys), pages)
+    pool = share(pool, find(pool, keys))
+    assert pool.available == 1
+    pool, other = allocate(pool, 1)
+    assert other.tolist() != pages.tolist()
+    assert find(pool, keys).tolist() == pages.tolist()
+
+
+def test_keys_name_all_tokens_before_them_and_the_salt():
+    text = np.arange(3 * PAGE + 1)
+    keys = hashable(page_keys(text, PAGE))
+    assert len(keys) == 3
+    changed = text.copy()
+    changed[0] += 1
+    assert not set(keys) & set(hashable(page_keys(changed, PAGE)))
+    assert not set(keys) & set(hashable(page_keys(text, PAGE, salt=b"adapter")))
+    assert hashable(page_keys(text[: 2 * PAGE], PAGE)) == keys[:2]
+    assert hashable(page_keys(text.astype(np.int64), PAGE)) == keys
+    assert len(page_keys(text[: PAGE - 1], PAGE)) == 0
+
+
+def test_a_key_that_agrees_by_half_is_not_found():
+    pool, pages = allocate(create(4), 1)
+    keys = page_keys(np.arange(4), PAGE)
+    pool = publish(pool, pages, keys)
+    assert not len(find(pool, keys ^ np.array([0, 1], np.uint64)))
 
 
 def test_create_needs_two_pages():
@@ -50,22 +193,53 @@ def test_allocate_more_than_is_free():
 
 
 @pytest.mark.parametrize("pages", [[0], [4], [-1], [1, 4]])
-def test_release_out_of_range(pages):
+@pytest.mark.parametrize("function", [share, release])
+def test_pages_out_of_range(function, pages):
     pool, _ = allocate(create(4), 3)
     with pytest.raises(ValueError, match="expected 1 to 3"):
-        release(pool, np.array(pages, np.int32))
+        function(pool, ids(*pages))
 
 
-@pytest.mark.parametrize("pages", [[3], [1, 3], [1, 1]])
+@pytest.mark.parametrize("function", [share, release])
+def test_a_page_named_twice(function):
+    pool, _ = allocate(create(4), 2)
+    with pytest.raises(ValueError, match="named twice"):
+        function(pool, ids(1, 1))
+
+
+@pytest.mark.parametrize("pages", [[3], [1, 3]])
 def test_release_twice(pages):
     pool, _ = allocate(create(4), 2)
     with pytest.raises(ValueError, match="free already"):
-        release(pool, np.array(pages, np.int32))
+        release(pool, ids(*pages))
+
+
+def test_share_what_nobody_knows():
+    with pytest.raises(ValueError, match="neither held nor remembered"):
+        share(create(4), ids(2))
+
+
+def test_publish_what_nobody_holds_or_what_is_known_otherwise():
+    keys = page_keys(np.arange(4), PAGE)
+    with pytest.raises(ValueError, match="held by nobody"):
+        publish(create(4), ids(2), keys)
+    pool, pages = allocate(create(4), 1)
+    pool = publish(pool, pages, keys)
+    assert publish(pool, pages, keys) is pool
+    with pytest.raises(ValueError, match="known by another key"):
+        publish(pool, pages, page_keys(np.arange(1, 5), PAGE))
 
 
 def test_release_nothing():
     pool = create(3)
-    assert release(pool, np.empty(0, np.int32)).available == pool.available == 2
+    assert release(pool, ids()).available == pool.available == 2
+
+
+def test_check_sees_a_leak():
+    pool, pages = allocate(create(4), 2)
+    check(pool, [pages])
+    with pytest.raises(AssertionError, match="hold"):
+        check(pool, [pages[:1]])
 
 
 @pytest.mark.parametrize(("tokens", "pages"), [(0, 0), (1, 1), (8, 1), (9, 2), (64, 8)])
