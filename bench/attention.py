@@ -23,6 +23,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +40,24 @@ DECODE = "attention.decode.64x4096"
 
 def make_parts(
     only: Sequence[str] | None, *, backend: str = "auto", config: str = "", torch: bool = True
-) -> list[Part]:
-    """The kernels, JAX's cuDNN attention, and PyTorch's: a process each."""
-    words = ("--only", ",".join(only)) if only else ()
-    ours = (*words, "--backend", backend, *(("--config", config) if config else ()))
+) -> list[Part | list[Part]]:
+    """A process for each case of ours, together; JAX's cuDNN attention, and PyTorch's."""
     ours_env, env = (
         {"XLA_FLAGS": " ".join(filter(None, (os.environ.get("XLA_FLAGS"), *flags)))}
         for flags in ((SERIAL, UNTUNED), (SERIAL,))
     )
-    made = [
-        Part("attention", "bench.attention", ("--part", "ours", *ours), 300, ours_env),
-        Part("attention.jax_cudnn", "bench.attention", ("--part", "jax_cudnn", *words), 180, env),
+    ours_env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # they share the GPU's memory
+    options = ("--backend", backend, *(("--config", config) if config else ()))
+    names = [attention_cases.LAUNCH.name, *(case.name for case in attention_cases.select(only))]
+    if only is None or any(attention_cases.KV_WRITE.startswith(word) for word in only):
+        names += [f"{attention_cases.KV_WRITE}.{kv}" for kv in attention_cases.WIDTHS]
+    ours = [
+        Part(f"attention.{name}", "bench.attention", ("--part", name, *options), 300, ours_env)
+        for name in names
     ]
+    words = ("--only", ",".join(only)) if only else ()
+    args = ("--part", "jax_cudnn", *words)
+    made = [ours, Part("attention.jax_cudnn", "bench.attention", args, 180, env)]
     if torch:
         args = ("--part", "torch", *words)
         made.append(Part("attention.torch", "bench.attention", args, 180, torch=True))
@@ -106,7 +113,7 @@ def main() -> None:
     parser.add_argument("--no-ceilings", action="store_true", help="no % of copy then")
     parser.add_argument("--minutes", type=float)
     parser.add_argument("--out", type=Path, default=record.RESULTS)
-    parser.add_argument("--part", choices=("ours", "jax_cudnn", "torch"), help="in this process")
+    parser.add_argument("--part", help="in this process: jax_cudnn, torch, or a case of ours")
     parser.add_argument("--records", type=Path)
     args = parser.parse_args()
     cases = attention_cases.select(args.only)
@@ -130,6 +137,19 @@ def main() -> None:
     print(path)
 
 
+def _time_ours(args: argparse.Namespace) -> list[Record]:
+    if args.part.startswith(attention_cases.KV_WRITE):
+        timed = attention_parts.prepare_kv_write(
+            args.part.removeprefix(f"{attention_cases.KV_WRITE}.")
+        )
+    else:
+        config = json.loads(args.config) if args.config else None
+        every = {case.name: case for case in (attention_cases.LAUNCH, *attention_cases.CASES)}
+        timed = attention_parts.prepare(every[args.part], args.backend, config)
+    with parts.turn():
+        return timed()
+
+
 def run_part(args: argparse.Namespace, cases: list[attention_cases.Case]) -> None:
     """What one of the processes does. A case that fails is recorded, and the next one runs."""
 
@@ -141,17 +161,11 @@ def run_part(args: argparse.Namespace, cases: list[attention_cases.Case]) -> Non
             told = f"{type(error).__name__}: {error}"[:600]
             emit(args.records, Record(f"attention.{name}.failed", None, error=told))
 
-    if args.part == "ours":
+    if args.part not in ("jax_cudnn", "torch"):
         import jax
 
         parts.check_platform(jax.default_backend())
-        config = json.loads(args.config) if args.config else None
-        for case in (attention_cases.LAUNCH, *cases):
-            attempt(case.name, attention_parts.measure, case, args.backend, config)
-        if args.only is None or any(attention_cases.KV_WRITE.startswith(w) for w in args.only):
-            for kv in attention_cases.WIDTHS:
-                name = f"{attention_cases.KV_WRITE}.{kv}"
-                attempt(name, attention_parts.measure_kv_write, kv)
+        attempt(args.part, partial(_time_ours, args))
         return
     if args.part == "torch":
         importlib.import_module("torch")  # one failure where it is missing, not one a case

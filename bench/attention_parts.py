@@ -128,7 +128,12 @@ def make_op(case: Case, backend: str, config: dict[str, Any] | None) -> Op:
 
 
 def measure(case: Case, backend: str, config: dict[str, Any] | None) -> list[Record]:
-    """Checks, then times, one case of ours.
+    """Checks, then times, one case of ours; raises as `prepare`."""
+    return prepare(case, backend, config)()
+
+
+def prepare(case: Case, backend: str, config: dict[str, Any] | None) -> Callable[[], list[Record]]:
+    """Compiles and checks one case of ours. What is returned times it.
 
     Raises:
         RuntimeError: the output is further from the reference than it may be.
@@ -141,15 +146,20 @@ def measure(case: Case, backend: str, config: dict[str, Any] | None) -> list[Rec
     plans = [plan(arrays) for arrays in sets]
     attend = jax.jit(op.attend)  # lowered once for all sets
     error = check(case, sets[0], np.asarray(attend(sets[0], plans[0])))
-    inputs = list(zip(sets, plans, strict=True))
-    seconds = seconds_in_turn(lambda arrays, plan: {"q": attend(arrays, plan)}, inputs)
     detail: dict[str, Any] = {"relative_error": float(f"{error:.3g}"), "backend": backend}
-    if plans[0] is not None:
-        seconds_of_plan = seconds_in_turn(partial(_replan, op), [(sets[0],)])
-        detail["plan_us"] = round(1e6 * seconds_of_plan, 2)
     if config is not None:
         detail["config"] = config
-    return timing_records(case, seconds, detail)
+    inputs = list(zip(sets, plans, strict=True))
+    time_step = in_turn(lambda arrays, plan: {"q": attend(arrays, plan)}, inputs)
+    planned = plans[0] is not None
+    time_plan = in_turn(partial(_replan, op), [(sets[0],)]) if planned else None
+
+    def timed() -> list[Record]:
+        if time_plan is not None:
+            detail["plan_us"] = round(1e6 * time_plan(), 2)
+        return timing_records(case, time_step(), detail)
+
+    return timed
 
 
 def _replan(op: Op, arrays: dict[str, Any]) -> dict[str, Any]:
@@ -160,37 +170,40 @@ def _replan(op: Op, arrays: dict[str, Any]) -> dict[str, Any]:
     return {"kv_lengths": lengths + jnp.minimum(op.plan(arrays).real[0], 0)}
 
 
-def seconds_in_turn(step: Callable[..., dict[str, Any]], inputs: list[tuple[Any, ...]]) -> float:
-    """Of one `step`, which `in_turn` runs over and over."""
+def in_turn(
+    step: Callable[..., dict[str, Any]], inputs: list[tuple[Any, ...]]
+) -> Callable[[], float]:
+    """Compiles a program that runs `step` of each input over and over. Returns what times it: the
+    seconds of one step. The host launches it all once, so that they are the device's."""
     import jax
 
-    program = in_turn(step, ROUNDS)
-    seconds = seconds_per_call(lambda _: program(inputs), jax.block_until_ready, **CALLS)
-    return seconds / (ROUNDS * len(inputs))
+    program = jax.jit(partial(run_in_turn, step, rounds=ROUNDS)).lower(inputs).compile()
+
+    def seconds() -> float:
+        whole = seconds_per_call(lambda _: program(inputs), jax.block_until_ready, **CALLS)
+        return whole / (ROUNDS * len(inputs))
+
+    return seconds
 
 
-def in_turn(
-    step: Callable[..., dict[str, Any]], rounds: int
-) -> Callable[[list[tuple[Any, ...]]], Any]:
-    """One program: `rounds` times, an even number, `step` of each tuple (arrays, …) of its inputs.
+def run_in_turn(
+    step: Callable[..., dict[str, Any]], inputs: list[tuple[Any, ...]], *, rounds: int
+) -> list[dict[str, Any]]:
+    """`rounds` times, an even number, `step` of each tuple (arrays, …) of `inputs`.
 
     What a step returns replaces arrays of the same names in that tuple's next round, so that no
-    step can be left out, moved or shared. The host launches it all once: what is timed is the
-    device, as in a step of a model.
+    step can be left out, moved or shared.
     """
     import jax
 
-    def run(inputs: list[tuple[Any, ...]]) -> Any:
-        def once(own: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            pairs = zip(inputs, own, strict=True)
-            return [step(arrays | new, *rest) for (arrays, *rest), new in pairs]
+    def once(own: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        pairs = zip(inputs, own, strict=True)
+        return [step(arrays | new, *rest) for (arrays, *rest), new in pairs]
 
-        names = jax.eval_shape(step, *inputs[0])
-        begin = [{name: arrays[name] for name in names} for arrays, *_ in inputs]
-        # Two rounds at a time: the second writes to where the first read from, without a copy.
-        return jax.lax.fori_loop(0, rounds // 2, lambda _, own: once(once(own)), begin)
-
-    return jax.jit(run)
+    names = jax.eval_shape(step, *inputs[0])
+    begin = [{name: arrays[name] for name in names} for arrays, *_ in inputs]
+    # Two rounds at a time: the second writes to where the first read from, without a copy.
+    return jax.lax.fori_loop(0, rounds // 2, lambda _, own: once(once(own)), begin)
 
 
 def check(case: Case, arrays: dict[str, Any], out: np.ndarray) -> float:
@@ -238,8 +251,12 @@ def check(case: Case, arrays: dict[str, Any], out: np.ndarray) -> float:
     return error
 
 
-def measure_kv_write(kv: str) -> list[Record]:
-    """64 tokens into a pool, in place: every call updates what the call before it returned."""
+def prepare_kv_write(kv: str) -> Callable[[], list[Record]]:
+    """64 tokens into a pool, in place: every call updates what the call before it returned.
+
+    Raises:
+        RuntimeError: what is written differs from what the reference writes.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -277,10 +294,13 @@ def measure_kv_write(kv: str) -> list[Record]:
         held[0] = run(held[0], new, index)
         return held[0]
 
-    seconds = seconds_per_call(step, jax.block_until_ready, **CALLS) / inner
-    moved = attention_cases.kv_write_bytes(kv, tokens)
-    name = f"attention.{attention_cases.KV_WRITE}.{kv}.us"
-    return [Record(name, 1e6 * seconds, "us", {"bytes_per_step": moved, "chained": inner})]
+    def timed() -> list[Record]:
+        seconds = seconds_per_call(step, jax.block_until_ready, **CALLS) / inner
+        moved = attention_cases.kv_write_bytes(kv, tokens)
+        name = f"attention.{attention_cases.KV_WRITE}.{kv}.us"
+        return [Record(name, 1e6 * seconds, "us", {"bytes_per_step": moved, "chained": inner})]
+
+    return timed
 
 
 def measure_baseline(case: Case, name: str) -> list[Record]:

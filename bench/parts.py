@@ -7,6 +7,7 @@ record; the next part runs all the same. The result file is rewritten after ever
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -16,7 +17,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -24,6 +27,9 @@ from bench import record
 from bench.record import ROOT, Record, Run
 
 STARTED = "BENCH_PART_STARTED"  # environment: time.time() at which the part's process was made
+TURNS = "BENCH_TURNS"  # environment: a folder in which processes say that they are ready
+TURNS_OF = "BENCH_TURNS_OF"  # environment: how many there are
+PATIENCE_S = 150.0  # for the others to be ready
 TORCH_PYTHON = "BENCH_TORCH_PYTHON"  # environment: the interpreter that has torch
 ERROR_CHARS = 2000
 UNITS = {"ms": 1e-3, "us": 1e-6}  # seconds
@@ -85,23 +91,75 @@ def run_part(part: Part) -> list[Record]:
     """Runs one part to its end. Never raises for what goes wrong inside it."""
     began = time.time()
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        records, log = Path(folder) / "records", Path(folder) / "log"
-        python = (os.environ.get(TORCH_PYTHON) if part.torch else None) or sys.executable
-        command = [python, "-m", part.module, *part.args, "--records", str(records)]
-        env = {**os.environ, "PYTHONUNBUFFERED": "1", **part.env, STARTED: repr(began)}
-        with log.open("w") as output:
-            process = subprocess.Popen(
-                command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )  # fmt: skip
-            error = _wait(process, part.timeout_s)
-        lines = records.read_text().splitlines() if records.exists() else []
-        found = [Record(**json.loads(line)) for line in lines if line.endswith("}")]
-        if error is not None:
-            tail = _without_paths(log.read_text(errors="replace"))[-ERROR_CHARS:]
-            detail = {"command": shlex.join(command[1:-2]), "output_tail": tail}
-            found.append(Record(f"{part.name}.failed", None, detail=detail, error=error))
-    print(f"[{part.name}] {time.time() - began:.1f} s, {error or 'done'}", flush=True)
+        process = _begin(part, Path(folder))
+        error = _wait(process, part.timeout_s)
+        return _found(part, Path(folder), error, time.time() - began)
+
+
+def run_together(parts: Sequence[Part]) -> list[Record]:
+    """Runs parts side by side, as `run_part`; those that time something do so in a `turn`."""
+    began = time.time()
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        turns, found = Path(folder) / "turns", []
+        turns.mkdir()
+        env = {TURNS: str(turns), TURNS_OF: str(len(parts))}
+        processes = []
+        for i, part in enumerate(parts):
+            (own := Path(folder) / str(i)).mkdir()
+            processes.append(_begin(replace(part, env={**part.env, **env}), own))
+        with ThreadPoolExecutor(len(parts)) as pool:
+
+            def ended(i: int) -> str | None:
+                error = _wait(processes[i], parts[i].timeout_s)
+                (turns / str(processes[i].pid)).touch()  # nobody need wait for it
+                return error
+
+            for i, error in enumerate(pool.map(ended, range(len(parts)))):
+                found += _found(parts[i], Path(folder) / str(i), error, time.time() - began)
+        return found
+
+
+@contextmanager
+def turn() -> Iterator[None]:
+    """Waits until all processes of `run_together` are ready, then for this one's turn.
+
+    What is timed in it has the device, and the processors, to itself. Elsewhere it does nothing.
+    """
+    folder = os.environ.get(TURNS)
+    if folder is None:
+        yield
+        return
+    (Path(folder) / str(os.getpid())).touch()
+    latest = time.monotonic() + PATIENCE_S
+    while len(os.listdir(folder)) < int(os.environ[TURNS_OF]) and time.monotonic() < latest:
+        time.sleep(0.1)
+    with Path(f"{folder}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _begin(part: Part, folder: Path) -> subprocess.Popen[bytes]:
+    """Starts a part, which writes to `records` and `log` in `folder`."""
+    python = (os.environ.get(TORCH_PYTHON) if part.torch else None) or sys.executable
+    command = [python, "-m", part.module, *part.args, "--records", str(folder / "records")]
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", **part.env, STARTED: repr(time.time())}
+    with (folder / "log").open("w") as output:
+        return subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+
+
+def _found(part: Part, folder: Path, error: str | None, seconds: float) -> list[Record]:
+    records = folder / "records"
+    lines = records.read_text().splitlines() if records.exists() else []
+    found = [Record(**json.loads(line)) for line in lines if line.endswith("}")]
+    if error is not None:
+        tail = _without_paths((folder / "log").read_text(errors="replace"))[-ERROR_CHARS:]
+        command = shlex.join(["-m", part.module, *part.args])
+        detail = {"command": command, "output_tail": tail}
+        found.append(Record(f"{part.name}.failed", None, detail=detail, error=error))
+    print(f"[{part.name}] {seconds:.1f} s, {error or 'done'}", flush=True)
     return found
 
 
@@ -127,23 +185,32 @@ def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> str | None:
     return None if code == 0 else f"exit code {code}"
 
 
-def run_parts(parts: Sequence[Part], run: Run, path: Path, *, minutes: float | None = None) -> Run:
+def run_parts(
+    parts: Sequence[Part | Sequence[Part]],
+    run: Run,
+    path: Path,
+    *,
+    minutes: float | None = None,
+) -> Run:
     """Runs `parts` in order and writes the result file after each.
 
     Args:
-        parts: what to run.
+        parts: what to run; those of an inner sequence run together.
         run: from `record.start`.
         path: of the result file; where the environment names a folder `OUT`, a copy goes there.
         minutes: parts that would start later than this are recorded as failed, and the one that
             runs then is ended.
     """
     deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
-    for part in parts:
+    for item in parts:
         left = deadline - time.monotonic()
+        group = [item] if isinstance(item, Part) else item
+        group = [replace(part, timeout_s=min(part.timeout_s, left)) for part in group]
         if left <= 0:
-            found = [Record(f"{part.name}.failed", None, error="not started: out of time")]
+            late = "not started: out of time"
+            found = [Record(f"{part.name}.failed", None, error=late) for part in group]
         else:
-            found = run_part(replace(part, timeout_s=min(part.timeout_s, left)))
+            found = run_part(group[0]) if isinstance(item, Part) else run_together(group)
         run = _add(run, found)
         keep(run, path)
     return run

@@ -33,7 +33,12 @@ KV_HEADS = 8
 GRIDS: dict[str, dict[str, dict[str, list[Any]]]] = {
     "sm90": {
         "decode": {"teams": [1, 2], "stages": [1, 2, 3], "defer": [False, True]},
-        "prefill": {"consumers": [1, 2], "stages": [1, 2], "ping_pong": [False, True]},
+        "prefill": {
+            "consumers": [1, 2],
+            "stages": [1, 2],
+            "overlap": [False, True],
+            "ping_pong": [False, True],
+        },
     },
     "sm80": {"decode": {"stages": [2, 3, 4]}, "prefill": {"stages": [2, 3, 4]}},
 }
@@ -66,10 +71,15 @@ def keys(archs: Sequence[str], only: str = "") -> list[Key]:
 
 
 def configs(key: Key) -> list[dict[str, Any]]:
-    """The combinations of the grid. One consumer cannot alternate with another."""
+    """The combinations of the grid. One consumer cannot alternate with another.
+
+    8-bit pages cannot overlap; see `paged_attention_sm90`.
+    """
     grid = GRIDS[key.arch][key.kind]
     made = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    return [c for c in made if not c.get("ping_pong") or c.get("consumers", 1) == 2]
+    if key.kv != "bf16":
+        made = [c for c in made if not c.get("overlap")]
+    return [c for c in made if not c.get("ping_pong") or (c["consumers"] == 2 and c["overlap"])]
 
 
 def read(path: Path = PATH) -> dict[Key, dict[str, Any]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -93,7 +95,7 @@ def test_every_round_of_every_input_is_run() -> None:
     want = [float(i) for i in range(3)]
     for _ in range(6):
         want = [2 * q + 1 + i for i, q in enumerate(want)]
-    got = attention_parts.in_turn(step, 6)(inputs)
+    got = jax.jit(partial(attention_parts.run_in_turn, step, rounds=6))(inputs)
     assert [float(own["q"]) for own in got] == want
 
 

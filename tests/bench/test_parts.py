@@ -66,6 +66,36 @@ def test_later_parts_run_after_a_failed_one(
     assert record.read(tmp_path / "out" / "run.json") == run
 
 
+TURN_PROGRAM = """
+import os, sys
+from bench import parts
+if "--fail" in sys.argv:
+    raise SystemExit("no such thing")
+def note(what):
+    with open(os.environ["JOURNAL"], "a") as file:
+        file.write(f"{what} {os.getpid()}\\n")
+note("ready")
+with parts.turn():
+    note("begin")
+    note("end")
+"""
+
+
+def test_parts_that_run_together_take_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "made_up_turn.py").write_text(TURN_PROGRAM)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(record.ROOT)]))
+    journal = tmp_path / "journal"
+    monkeypatch.setenv("JOURNAL", str(journal))
+    group = [Part(f"p{i}", "made_up_turn", timeout_s=60) for i in range(4)]
+    found = parts.run_together([*group, Part("bad", "made_up_turn", ("--fail",), timeout_s=60)])
+    assert [r.name for r in found] == ["bad.failed"]
+    lines = [line.split() for line in journal.read_text().splitlines()]
+    assert [what for what, _ in lines] == ["ready"] * 4 + ["begin", "end"] * 4
+    assert all(a[1] == b[1] for a, b in zip(lines[4::2], lines[5::2], strict=True))
+
+
 def test_no_time_left_is_recorded(program: str, tmp_path: Path) -> None:
     run = Run("2026-01-01T00:00:00+00:00", {"kind": "cpu"}, {}, "cmd")
     run = parts.run_parts([Part("late", program)], run, tmp_path / "run.json", minutes=0)

@@ -3,7 +3,7 @@
     python -m tests.pallas_kernels.gpu_check --quick --backend sm90
 
 Prints a table, failures first; exit code 1 if there are any. `test_paged_attention_gpu.py` runs
-the same checks one by one. Compiling is most of the time, so checks run in several threads.
+the same checks one by one. Compiling is most of the time, so several processes run checks.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from itertools import cycle, pairwise, product
+from multiprocessing import active_children, get_context
 from typing import Any
 
 import jax
@@ -209,49 +210,61 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="checks whose names contain this")
     parser.add_argument("--minutes", type=float, default=3.0, help="start no check after this")
     parser.add_argument("--patience", type=float, default=60.0, help="seconds, then it hangs")
-    parser.add_argument("--jobs", type=int, default=6, help="threads")
+    parser.add_argument("--jobs", type=int, default=6, help="processes")
     parser.add_argument("--verbose", action="store_true", help="what passed, too, and tracebacks")
     args = parser.parse_args(argv)
     began = time.monotonic()
-    use_compilation_cache(default_cache_directory())
-    todo = [c for b in args.backend or BACKENDS for c in checks(b, quick=args.quick)]
-    todo = [check for check in todo if args.only in check.name]
-    with ThreadPoolExecutor(args.jobs) as pool:
-        last_start = began + 60 * args.minutes
-        running = [pool.submit(_verdict, check, last_start, args.verbose) for check in todo]
-        if args.verbose:  # as they come: a hang must not take the others' verdicts with it
-            for future in running:
-                future.add_done_callback(lambda f: _tell(*f.result()))
-        wait(running, 60 * args.minutes + args.patience)
-        hung = any(not future.done() for future in running)
-        results = [
-            future.result()
-            if future.done()
-            else ("HANGS", check.name, "or waits for one that does")
-            for check, future in zip(todo, running, strict=True)
-        ]
-        order = {v: i for i, v in enumerate(("HANGS", "ERROR", "FAILED", "NOT RUN", "ok"))}
-        for verdict, name, told in sorted(results, key=lambda row: order[row[0]]):
-            if verdict != "ok":
-                _tell(verdict, name, told)
-        counts = {v: n for v in order if (n := sum(row[0] == v for row in results))}
-        device = jax.devices()[0].device_kind
-        seconds = time.monotonic() - began
-        print(f"{counts} of {len(results)} on {device} in {seconds:.0f} s", flush=True)
-        if hung:
-            os._exit(1)  # threads that wait for the GPU cannot be ended otherwise
+    # Processes share the GPU. Threads would not do: lowering a kernel holds Python's lock.
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    todo = [
+        (backend, args.quick, check.name)
+        for backend in args.backend or BACKENDS
+        for check in checks(backend, quick=args.quick)
+        if args.only in check.name
+    ]
+    jobs = min(args.jobs, len(todo))
+    pool = ProcessPoolExecutor(jobs, get_context("spawn"), _begin_worker)
+    last_start = began + 60 * args.minutes  # the clock is the machine's, not the process's
+    running = [pool.submit(_verdict, *what, last_start, args.verbose) for what in todo]
+    if args.verbose:  # as they come: a hang must not take the others' verdicts with it
+        for future in running:
+            future.add_done_callback(lambda f: _tell(*f.result()))
+    wait(running, 60 * args.minutes + args.patience)
+    results = [
+        future.result() if future.done() else ("HANGS", name, "or waits for one that does")
+        for (*_, name), future in zip(todo, running, strict=True)
+    ]
+    order = {v: i for i, v in enumerate(("HANGS", "ERROR", "FAILED", "NOT RUN", "ok"))}
+    for verdict, name, told in sorted(results, key=lambda row: order[row[0]]):
+        if verdict != "ok":
+            _tell(verdict, name, told)
+    counts = {v: n for v in order if (n := sum(row[0] == v for row in results))}
+    device, seconds = jax.devices()[0].device_kind, time.monotonic() - began
+    print(f"{counts} of {len(results)} on {device} in {seconds:.0f} s", flush=True)
+    if "HANGS" in counts:
+        for process in active_children():  # what waits for the GPU ends in no other way
+            process.kill()
+        os._exit(1)
+    pool.shutdown()
     return int(set(counts) != {"ok"})
+
+
+def _begin_worker() -> None:
+    use_compilation_cache(default_cache_directory())
 
 
 def _tell(verdict: str, name: str, told: str) -> None:
     print(f"{verdict:<7} {name:<58} {told}", flush=True)
 
 
-def _verdict(check: Check, last_start: float, verbose: bool) -> tuple[str, str, str]:
+def _verdict(
+    backend: str, quick: bool, name: str, last_start: float, verbose: bool
+) -> tuple[str, str, str]:
     """(verdict, name, what it says)."""
     began = time.monotonic()
     if began > last_start:
-        return "NOT RUN", check.name, "out of time"
+        return "NOT RUN", name, "out of time"
+    check = next(check for check in checks(backend, quick=quick) if check.name == name)
     try:
         verdict, told = "ok", check.run()
     except AssertionError as error:
