@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -11,14 +11,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import attention_plan as ap
+from pallas_kernels import sm90_quantised as quantised
 from pallas_kernels.attention_common import LOG2E, ROWS, SPLIT
 from pallas_kernels.sm90_results import finish, signal
+from pallas_kernels.sm90_sums import (
+    Sums,
+    add_product,
+    merge,
+    set_aside,
+    slot_of,
+    split_of,
+    total_of,
+)
 from pallas_kernels.sm90_shapes import (
     ACC,
     COLUMN,
     ROW,
     WGMMA,
-    WIDEN,
     Place,
     Refs,
     Shape,
@@ -155,15 +164,16 @@ def consume(s: Shape, r: Refs, worker: Any) -> None:
         # The zero, which the compiler cannot see through, keeps it from computing addresses that
         # are needed once a unit ahead of everything, and spilling them.
         at = Place(worker, team, member, f, head, worker + f[ap.ZERO], counters)
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
-        position = f[ap.POSITION] + member * s.tokens + lax.div(row, jnp.int32(s.G))
+        if s.quantised:
+            position = quantised.positions(s, f[ap.POSITION] + member * s.tokens)
+        else:
+            row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
+            position = f[ap.POSITION] + member * s.tokens + lax.div(row, jnp.int32(s.G))
 
         @pl.when(end > first)
         def _begin() -> None:
-            if s.quantised:  # wide tiles may share memory with results on their way out
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_wait(r.q_full.at[team])
-            plgpu.barrier_wait(r.k_full.at[_slot(s, team, done)])
+            plgpu.barrier_wait(r.k_full.at[slot_of(s, team, done)])
             if not s.on_gpu:
                 for w in range(s.config.consumers):
                     pl.when(worker == w)(partial(_regroup, s, r, w))
@@ -185,35 +195,17 @@ def consume(s: Shape, r: Refs, worker: Any) -> None:
     plgpu.wait_smem_to_gmem(0)
 
 
-def _slot(s: Shape, team: Any, done: Any) -> Any:
-    """Where a team finds its next tile after `done`."""
-    return team * s.config.stages + lax.rem(done, jnp.int32(s.config.stages))
-
-
-class Sums(NamedTuple):
-    """What a unit's rows have gathered; `merged_peak`, `merged_total` of the splits before.
-
-    `acc` [ROWS, D] is not normalised; the others [ROWS]. Values merged so far wait in staging
-    memory. `done` counts tiles.
-    """
-
-    acc: Any
-    peak: Any
-    total: Any
-    done: Any
-    merged_peak: Any = None
-    merged_total: Any = None
-
-
 def _attend(s: Shape, r: Refs, at: Place, position: Any, done: Any) -> tuple[Any, Any, Any, Any]:
     """(unnormalised output, maximum, sum, tiles done) of a unit: its tiles, in order."""
     scale = jnp.float32(s.scale)
     if s.static_scales:
         scale = scale * r.k_scales[at.head]
-    tile = partial(_attend_tile, s, r, at, position, scale)
+    attend_tile = quantised.attend_tile if s.quantised else _attend_tile
+    tile = partial(attend_tile, s, r, at, position, scale)
     sums = Sums(*nothing(s), done)
     if s.merge:
-        sums = sums._replace(merged_peak=sums.peak, merged_total=sums.total)
+        none = jnp.zeros_like(sums.peak) if s.quantised else sums.total
+        sums = sums._replace(merged_peak=sums.peak, merged_total=none)
     # Tiles that every row sees in full need no mask.
     f = at.fields
     first, end = tile_range(s, f)
@@ -227,19 +219,20 @@ def _attend(s: Shape, r: Refs, at: Place, position: Any, done: Any) -> tuple[Any
     sums = lax.fori_loop(clear, unmasked, partial(tile, masked=False), sums)
     sums = lax.fori_loop(unmasked, end, partial(tile, masked=True), sums)
     if s.merge:
-        sums = _merge(s, r, at, sums, _split_of(s, end - 1))
-    return sums.acc, sums.peak, sums.total, sums.done
+        sums = merge(s, r, at, sums, split_of(s, end - 1))
+        return sums.acc, sums.peak, sums.total, sums.done
+    return sums.acc, sums.peak, total_of(s, r, at, sums), sums.done
 
 
 def _attend_tile(
     s: Shape, r: Refs, at: Place, position: Any, scale: Any, j: Any, sums: Sums, *, masked: bool
 ) -> Sums:
-    slot, (first, end) = _slot(s, at.team, sums.done), tile_range(s, at.fields)
+    slot, (first, end) = slot_of(s, at.team, sums.done), tile_range(s, at.fields)
     x, scale = _scores(s, r, at, slot, scale)
     pl.when(j == end - 1)(lambda: plgpu.barrier_arrive(r.q_free.at[at.team]))
     if s.merge:  # here, while the other consumer multiplies
         new_split = (j > first) & (lax.rem(j, jnp.int32(SPLIT // s.tile)) == 0)
-        sums = lax.cond(new_split, partial(_set_aside, s, r, at, j), lambda same: same, sums)
+        sums = lax.cond(new_split, partial(set_aside, s, r, at, j), lambda same: same, sums)
     seen = _seen(s, r, position, j) if masked else None
     if seen is not None:
         x = jnp.where(seen, x, -jnp.inf)
@@ -250,67 +243,29 @@ def _attend_tile(
     p = jnp.exp2(x * scale - across(m, s.tile))
     total = sums.total * fade + p.sum(axis=1)
     acc = sums.acc * across(fade, s.D)
-    if s.token_scales:
-        plgpu.barrier_wait(r.v_full.at[slot])
-        p = p * _scale_row(s, r.v_scale_smem.at[slot])
-        if seen is not None:
-            p = jnp.where(seen, p, 0.0)  # the scale of a slot nobody wrote may be NaN
     p = p.astype(s.dtype)
     if s.config.ping_pong:
         acc, total, m, p = lax.optimization_barrier((acc, total, m, p))
         plgpu.barrier_arrive(r.turn)
-    if not s.token_scales:
-        plgpu.barrier_wait(r.v_full.at[slot])
+    plgpu.barrier_wait(r.v_full.at[slot])
     if s.config.ping_pong:
         plgpu.barrier_wait(r.turn)
     values = r.v_smem.at[slot]
-    if s.quantised:
-        values = _widened(s, r, at, values, r.v_free.at[slot])
     if masked:
         _clear_unwritten(s, at.fields, j, values)
 
     def await_keys() -> None:  # the next tile's, under cover of this product
-        next_keys = r.k_full.at[_slot(s, at.team, sums.done + 1)]
+        next_keys = r.k_full.at[slot_of(s, at.team, sums.done + 1)]
         pl.when(j + 1 < end)(lambda: plgpu.barrier_wait(next_keys))
 
-    acc = _add_product(s, acc, p, values, await_keys)
-    if not s.quantised:
-        plgpu.barrier_arrive(r.v_free.at[slot])
+    acc = add_product(s, acc, p, values, await_keys)
+    plgpu.barrier_arrive(r.v_free.at[slot])
     return sums._replace(acc=acc, peak=m, total=total, done=sums.done + 1)
-
-
-def _split_of(s: Shape, j: Any) -> Any:
-    return lax.div(j, jnp.int32(SPLIT // s.tile))
-
-
-def _merge(s: Shape, r: Refs, at: Place, sums: Sums, split: Any) -> Sums:
-    """`split`, which the sums are of, after the unit's splits before it."""
-    peak = jnp.maximum(sums.merged_peak, sums.peak)
-    before, now = jnp.exp2(sums.merged_peak - peak), jnp.exp2(sums.peak - peak)
-    total = sums.merged_total * before + sums.total * now
-
-    def merge() -> Any:
-        merged = r.staging[0].at[at.stage]
-        return merged[...] * across(before, s.D) + sums.acc * across(now, s.D)
-
-    acc = lax.cond(split > at.fields[ap.FIRST], merge, lambda: sums.acc)
-    return sums._replace(acc=acc, peak=peak, total=total)
-
-
-def _set_aside(s: Shape, r: Refs, at: Place, j: Any, sums: Sums) -> Sums:
-    """Merges the split that ended before tile j; the next begins from scratch."""
-    merged = _merge(s, r, at, sums, _split_of(s, j) - 1)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    r.staging[0].at[at.stage][...] = merged.acc
-    return Sums(*nothing(s), sums.done, merged.peak, merged.total)
 
 
 def _scores(s: Shape, r: Refs, at: Place, slot: Any, scale: Any) -> tuple[Any, Any]:
     """Products of queries and keys, [ROWS, tile], and what makes them logarithms to base 2."""
     keys = r.k_smem.at[slot]
-    of_keys = _scale_row(s, r.k_scale_smem.at[slot]) if s.token_scales else None
-    if s.quantised:
-        keys = _widened(s, r, at, keys, r.k_free.at[slot])
 
     def multiply(acc: Any) -> Any:
         for part in range(s.D // 64):
@@ -321,10 +276,7 @@ def _scores(s: Shape, r: Refs, at: Place, slot: Any, scale: Any) -> tuple[Any, A
         return acc[...]
 
     x = pl.run_scoped(multiply, ACC((ROWS, s.tile), jnp.float32))
-    if not s.quantised:
-        plgpu.barrier_arrive(r.k_free.at[slot])
-    if of_keys is not None:
-        x = x * of_keys
+    plgpu.barrier_arrive(r.k_free.at[slot])
     if s.softcap is None:
         return x, scale * LOG2E
     # tanh by exp2: the hardware's tanh is too coarse once multiplied by the cap.
@@ -342,37 +294,9 @@ def _seen(s: Shape, r: Refs, position: Any, j: Any) -> Any:
     return seen if s.window is None else seen & (slots > at - s.window)
 
 
-def _widened(s: Shape, r: Refs, at: Place, tile: Any, free: Any) -> Any:
-    """A tile of 8-bit values as 16-bit ones, exactly, where wgmma can read them."""
-    x = plgpu.load(tile, layout=WIDEN)
-    x = x.astype(s.dtype) if s.kv_dtype == jnp.int8 else x.astype(jnp.float16).astype(s.dtype)
-    r.wide_smem.at[at.worker][...] = x
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(free)
-    return r.wide_smem.at[at.worker]
-
-
-def _add_product(s: Shape, acc: Any, p: Any, values: Any, meanwhile: Any) -> Any:
-    """acc + p · values, p from registers; `meanwhile` runs before the result is there."""
-    if not s.on_gpu:
-        meanwhile()
-        return acc + jnp.dot(p, values[...], preferred_element_type=jnp.float32)
-
-    def multiply(ref: Any) -> None:
-        plgpu.wgmma(ref, p, values)
-        meanwhile()
-
-    return pl.run_state(multiply)(ACC.init(acc))
-
-
 def _take_turn(r: Refs) -> None:
     plgpu.barrier_arrive(r.turn)
     plgpu.barrier_wait(r.turn)
-
-
-def _scale_row(s: Shape, scales: Any) -> Any:
-    row = plgpu.load(scales, layout=COLUMN)
-    return lax.broadcast_in_dim(row, (ROWS, s.tile), (1,))
 
 
 def _clear_unwritten(s: Shape, f: Any, j: Any, values: Any) -> None:

@@ -1,0 +1,85 @@
+"""What the rows of a unit gather from tile to tile, and how splits are merged in one block."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import attention_plan as ap
+from pallas_kernels import sm90_fragments as fragments
+from pallas_kernels.attention_common import SPLIT
+from pallas_kernels.sm90_shapes import ACC, Place, Refs, Shape, along, nothing
+
+
+def slot_of(s: Shape, team: Any, done: Any) -> Any:
+    """Where a team finds its next tile after `done`."""
+    return team * s.config.stages + lax.rem(done, jnp.int32(s.config.stages))
+
+
+class Sums(NamedTuple):
+    """What a unit's rows have gathered; `merged_peak`, `merged_total` of the splits before.
+
+    `acc` [ROWS, D] is not normalised; the others [ROWS]. Values merged so far wait in staging
+    memory. `done` counts tiles. With quantised pages rows are columns: `acc` [D, rows], and `total`
+    [32, rows] is in parts.
+    """
+
+    acc: Any
+    peak: Any
+    total: Any
+    done: Any
+    merged_peak: Any = None
+    merged_total: Any = None
+
+
+def split_of(s: Shape, j: Any) -> Any:
+    return lax.div(j, jnp.int32(SPLIT // s.tile))
+
+
+def merge(s: Shape, r: Refs, at: Place, sums: Sums, split: Any) -> Sums:
+    """`split`, which the sums are of, after the unit's splits before it."""
+    peak = jnp.maximum(sums.merged_peak, sums.peak)
+    before, now = jnp.exp2(sums.merged_peak - peak), jnp.exp2(sums.peak - peak)
+    total = sums.merged_total * before + total_of(s, r, at, sums) * now
+
+    def add() -> Any:
+        return _merged(s, r, at)[...] * along(s, before) + sums.acc * along(s, now)
+
+    acc = lax.cond(split > at.fields[ap.FIRST], add, lambda: sums.acc)
+    return sums._replace(acc=acc, peak=peak, total=total)
+
+
+def total_of(s: Shape, r: Refs, at: Place, sums: Sums) -> Any:
+    """The sum of each row's weights, [ROWS]."""
+    if s.quantised:
+        return fragments.column_sum(s, sums.total, r.exchange.at[at.worker])
+    return sums.total
+
+
+def _merged(s: Shape, r: Refs, at: Place) -> Any:
+    return r.staging[4 if s.quantised else 0].at[at.stage]
+
+
+def set_aside(s: Shape, r: Refs, at: Place, j: Any, sums: Sums) -> Sums:
+    """Merges the split that ended before tile j; the next begins from scratch."""
+    merged = merge(s, r, at, sums, split_of(s, j) - 1)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    _merged(s, r, at)[...] = merged.acc
+    return Sums(*nothing(s), sums.done, merged.peak, merged.total)
+
+
+def add_product(s: Shape, acc: Any, p: Any, values: Any, meanwhile: Any) -> Any:
+    """acc + p · values, p from registers; `meanwhile` runs before the result is there."""
+    if not s.on_gpu:
+        meanwhile()
+        return acc + jnp.dot(p, values[...], preferred_element_type=jnp.float32)
+
+    def multiply(ref: Any) -> None:
+        plgpu.wgmma(ref, p, values)
+        meanwhile()
+
+    return pl.run_state(multiply)(ACC.init(acc))
