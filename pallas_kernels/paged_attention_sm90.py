@@ -24,13 +24,26 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import attention_plan as ap
+from pallas_kernels import sm90_quantised, sm90_rows
 from pallas_kernels.attention_common import LOG2E, ROWS, SPLIT
 from pallas_kernels.attention_plan import Work
-from pallas_kernels.sm90_block import attend_in_turn, consume, produce
+from pallas_kernels.sm90_block import consume, produce
+from pallas_kernels.sm90_fragments import permuted
 from pallas_kernels.sm90_overlap import attend_overlapped
-from pallas_kernels.sm90_shapes import Config, Refs, Shape, Swizzle, Tile
+from pallas_kernels.sm90_shapes import (
+    BITS16,
+    Config,
+    Refs,
+    Shape,
+    Swizzle,
+    Tile,
+    bytes_of,
+    unit_rows,
+)
+from pallas_kernels.sm90_sums import attend_in_turn
 
 FEWEST_SMS = 78  # of any Hopper GPU (H20)
+COPIER_REGISTERS = 40
 
 
 def default_config(rows: int, D: int, quantised: bool) -> Config:
@@ -50,10 +63,11 @@ def make_plan(
     config: Config | None = None,
 ) -> Work:  # fmt: skip
     """The work list that `attend` walks; the layers of a step with the same window share one."""
-    config = config or default_config(max_query * (H // K), D, quantised)
+    G = H // K
+    config = config or default_config(max_query * G, D, quantised)
     return ap.plan(
         query_starts, kv_lengths, T=T, max_kv=max_kv,
-        tile_tokens=config.consumers * (ROWS // (H // K)), window=window,
+        tile_tokens=config.consumers * (unit_rows(max_query, G, quantised) // G), window=window,
     )  # fmt: skip
 
 
@@ -107,13 +121,16 @@ def attend(
     G = H // K
     quantised = k_pages.dtype != q.dtype
     config = config or default_config(max_query * G, D, quantised)
+    if quantised and config.overlap:
+        raise ValueError(f"{config}: overlap is not for 8-bit pages")
     if not on_gpu:  # without semaphores one team must walk all units in order
         config = replace(config, teams=1)
-    tile_tokens = config.consumers * (ROWS // G)
+    rows = unit_rows(max_query, G, quantised)
+    tile_tokens = config.consumers * (rows // G)
     if plan is None:
         plan = make_plan(
             query_starts, kv_lengths, T=T, H=H, K=K, D=D, max_kv=P * page_size,
-            max_query=max_query, window=window, config=config,
+            max_query=max_query, window=window, quantised=quantised, config=config,
         )  # fmt: skip
     units = plan.units.shape[0]
     scratch_rows = 0
@@ -125,11 +142,13 @@ def attend(
         max_tiles=T // tile_tokens + page_table.shape[0] + 1, scratch_rows=scratch_rows,
         dtype=q.dtype, kv_dtype=k_pages.dtype, scale=scale, window=window, softcap=softcap,
         sinks=sinks is not None, token_scales=k_scales is not None and k_scales.ndim == 3,
-        box=min(max_query, ROWS // G, T), whole=max_query > tile_tokens,
+        rows=rows, box=min(max_query, ROWS // G, T), whole=max_query > tile_tokens,
         merge=invariant and max_query > tile_tokens,
         blocks=min(sm_count, -(-units * K // config.teams)) if on_gpu else 1,
         config=config, on_gpu=on_gpu,
     )  # fmt: skip
+    if quantised and on_gpu:
+        q = permuted(q)
     inputs = [*plan, page_table, q, k_pages, v_pages]
     if k_scales is not None and v_scales is not None:
         inputs += [k_scales, v_scales]
@@ -139,10 +158,15 @@ def attend(
     return _kernel(shape)(*inputs)[0]
 
 
+def _consumer_registers(workers: int, copiers: int) -> int:
+    """What is left of the launch's registers, which are the same for all, in steps of 8."""
+    all_ = workers + copiers
+    at_launch = 65536 // (128 * all_) // 8 * 8
+    return min(232, (at_launch * all_ - copiers * COPIER_REGISTERS) // workers // 8 * 8)
+
+
 def _kernel(s: Shape) -> Any:
     c = s.config
-    swizzled = (Tile((8, 64)), Swizzle(128))
-    bytes_ = (Tile((8, min(128, s.D))), Swizzle(min(128, s.D)))
     floats = (Tile((8, 32)), Swizzle(128))
     out_type = [jax.ShapeDtypeStruct((s.T, s.H, s.D), s.dtype)]
     if s.scratch_rows:
@@ -154,7 +178,7 @@ def _kernel(s: Shape) -> Any:
     tiles = plgpu.SMEM(
         (c.teams * c.stages, s.tile, s.D),
         s.kv_dtype,
-        transforms=bytes_ if s.quantised else swizzled,
+        transforms=bytes_of(s.D) if s.quantised else BITS16,
     )
     scales = plgpu.SMEM((c.teams * c.stages, s.tile), jnp.float32)
     workers = c.teams * c.consumers
@@ -163,22 +187,23 @@ def _kernel(s: Shape) -> Any:
     freed = plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.teams * c.stages)
     # A box of q's tokens lands in the first of 64 matrix rows of 128 bytes.
     box = plgpu.SMEM((s.tokens, s.G, 64), s.dtype, transforms=(Swizzle(128),))
-    left = (ROWS - s.tokens * s.G) // 8  # whole KiB that alignment does not make up for
+    left = (s.rows - s.tokens * s.G) // 8  # whole KiB that alignment does not make up for
     padding = [plgpu.SMEM((left * 1024,), jnp.int8)] if left else []
-    matrices = plgpu.SMEM((workers, s.D // 64, ROWS, 64), s.dtype, transforms=swizzled)
+    matrices = plgpu.SMEM((workers, s.D // 64, s.rows, 64), s.dtype, transforms=BITS16)
     boxes = [box, *padding] * (workers * (s.D // 64))
-    wide = plgpu.SMEM((workers, s.tile, s.D), s.dtype, transforms=swizzled)
+    # Of columns: what splits were merged to waits as wgmma has it.
+    merged = plgpu.SMEM((workers, s.D, s.rows), jnp.float32, transforms=floats)
     scratch: dict[str, Any] = {
         # The same bytes as matrix rows, and as the tokens and heads that are copied there.
         "queries": plgpu.RefUnion(matrices, boxes),
         "k_smem": tiles,
         "v_smem": tiles,
         "staging": plgpu.RefUnion(
-            plgpu.SMEM((workers, ROWS, s.D), jnp.float32, transforms=floats),
-            plgpu.SMEM((workers, ROWS, s.D), s.dtype),
+            plgpu.SMEM((workers, s.rows, s.D), jnp.float32, transforms=floats),
+            plgpu.SMEM((workers, s.rows, s.D), s.dtype),
             matrices,
             boxes,
-            *([wide] if s.quantised and not s.merge else []),
+            *([merged] if s.quantised and s.merge else []),
         ),
         "q_full": plgpu.Barrier(num_arrivals=c.consumers * (s.D // 64), num_barriers=c.teams),
         "q_free": plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.teams),
@@ -189,10 +214,14 @@ def _kernel(s: Shape) -> Any:
     }
     if c.ping_pong:
         scratch["turn"] = plgpu.Barrier(num_arrivals=1, num_barriers=2)
-    if s.quantised and s.merge:
-        scratch["wide_smem"] = wide
+    if s.quantised:
+        scratch["weights"] = plgpu.SMEM((workers, s.rows, s.tile), s.dtype, transforms=BITS16)
+        scratch["exchange"] = plgpu.SMEM((workers, s.rows, 4), jnp.float32)
     if s.token_scales:
         scratch |= {"k_scale_smem": scales, "v_scale_smem": scales}
+
+    way = sm90_quantised if s.quantised else sm90_rows
+    attend = attend_overlapped if c.overlap else partial(attend_in_turn, way)
 
     def body(*refs: Any, **scoped: Any) -> None:
         names = ["units", "real", "columns", "page_table", "q", "k_pages", "v_pages"]
@@ -200,22 +229,20 @@ def _kernel(s: Shape) -> Any:
         names += ["sinks"] if s.sinks else []
         names += ["out"]
         names += ["o_parts", "ml_parts"] if s.scratch_rows else []
-        if s.quantised and not s.merge:
-            scoped["wide_smem"] = scoped["staging"][4]
         r = Refs(dict(zip(names, refs, strict=True)) | scoped)
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup >= workers)
         def _copy() -> None:
             if workers > 1:  # what it gives up, the others take
-                plgpu.set_max_registers(40, action="decrease")
+                plgpu.set_max_registers(COPIER_REGISTERS, action="decrease")
             produce(s, r, warpgroup - workers)
 
         @pl.when(warpgroup < workers)
         def _compute() -> None:
             if workers > 1:
-                plgpu.set_max_registers(232 if c.teams == 1 else 216, action="increase")
-            consume(s, r, warpgroup, attend_overlapped if c.overlap else attend_in_turn)
+                plgpu.set_max_registers(_consumer_registers(workers, c.teams), action="increase")
+            consume(s, r, warpgroup, attend)
 
     return plgpu.kernel(
         body,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -12,24 +12,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import attention_plan as ap
-from pallas_kernels.attention_common import LOG2E, ROWS, SPLIT
 from pallas_kernels.sm90_results import finish, signal
 from pallas_kernels.sm90_shapes import (
-    ACC,
-    COLUMN,
-    ROW,
-    WGMMA,
-    WIDEN,
     Place,
     Refs,
     Shape,
-    across,
     box_of,
     count_items,
-    nothing,
     read_item,
     tile_range,
 )
+from pallas_kernels.sm90_sums import slot_of
 
 # -- the warpgroup that copies -------------------------------------------------------------------
 
@@ -136,13 +129,13 @@ def _copy_tile(
 
 # -- the warpgroups that compute -----------------------------------------------------------------
 
-# (shape, refs, place, positions of the rows, tiles done so far) to (unnormalised output [ROWS, D],
-# maximum and sum [ROWS], tiles done).
-Attend = Callable[[Shape, Refs, Place, Any, Any], tuple[Any, Any, Any, Any]]
+# (shape, refs, place, tiles done so far) → (unnormalised output, each row's maximum and sum, tiles
+# done).
+Attend = Callable[[Shape, Refs, Place, Any], tuple[Any, Any, Any, Any]]
 
 
 def consume(s: Shape, r: Refs, worker: Any, attend: Attend) -> None:
-    """Walks the team's units; `attend` computes one: `attend_in_turn` or another like it."""
+    """Walks the team's units; `attend` computes each."""
     team, member = lax.div(worker, jnp.int32(s.config.consumers)), jnp.int32(0)
     if s.config.consumers > 1:
         member = lax.rem(worker, jnp.int32(s.config.consumers))
@@ -161,20 +154,16 @@ def consume(s: Shape, r: Refs, worker: Any, attend: Attend) -> None:
         # The zero, which the compiler cannot see through, keeps it from computing addresses that
         # are needed once a unit ahead of everything, and spilling them.
         at = Place(worker, team, member, f, head, worker + f[ap.ZERO], counters)
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
-        position = f[ap.POSITION] + member * s.tokens + lax.div(row, jnp.int32(s.G))
 
         @pl.when(end > first)
         def _begin() -> None:
-            if s.quantised:  # wide tiles may share memory with results on their way out
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_wait(r.q_full.at[team])
             plgpu.barrier_wait(r.k_full.at[slot_of(s, team, done)])
             if not s.on_gpu:
                 for w in range(s.config.consumers):
                     pl.when(worker == w)(partial(_regroup, s, r, w))
 
-        acc, m, total, done = attend(s, r, at, position, done)
+        acc, m, total, done = attend(s, r, at, done)
         return done, finish(s, r, at, acc, m, total, pending)
 
     if s.config.ping_pong:
@@ -185,227 +174,3 @@ def consume(s: Shape, r: Refs, worker: Any, attend: Attend) -> None:
         pl.when(member == 0)(lambda: plgpu.barrier_wait(r.turn.at[0]))
     signal(counters, pending)
     plgpu.wait_smem_to_gmem(0)
-
-
-def slot_of(s: Shape, team: Any, done: Any) -> Any:
-    """Where a team finds its next tile after `done`."""
-    return team * s.config.stages + lax.rem(done, jnp.int32(s.config.stages))
-
-
-class Sums(NamedTuple):
-    """What a unit's rows have gathered; `merged_peak`, `merged_total` of the splits before.
-
-    `acc` [ROWS, D] is not normalised; the others [ROWS]. Values merged so far wait in staging
-    memory. `done` counts tiles.
-    """
-
-    acc: Any
-    peak: Any
-    total: Any
-    done: Any
-    merged_peak: Any = None
-    merged_total: Any = None
-
-
-def attend_in_turn(
-    s: Shape, r: Refs, at: Place, position: Any, done: Any
-) -> tuple[Any, Any, Any, Any]:
-    """(unnormalised output, maximum, sum, tiles done) of a unit: its tiles, in order."""
-    tile = partial(_attend_tile, s, r, at, position, scale_of(s, r, at))
-    sums = walk(s, at.fields, tile, begin_sums(s, done))
-    if s.merge:
-        sums = merge(s, r, at, sums, split_of(s, tile_range(s, at.fields)[1] - 1))
-    return sums.acc, sums.peak, sums.total, sums.done
-
-
-def scale_of(s: Shape, r: Refs, at: Place) -> Any:
-    scale = jnp.float32(s.scale)
-    return scale * r.k_scales[at.head] if s.static_scales else scale
-
-
-def begin_sums(s: Shape, done: Any) -> Sums:
-    sums = Sums(*nothing(s), done)
-    return sums._replace(merged_peak=sums.peak, merged_total=sums.total) if s.merge else sums
-
-
-def walk(s: Shape, f: Any, tile: Any, carry: Any, begin: Any = None) -> Any:
-    """`carry` after `tile(j, carry, masked=…)` of every KV tile of a unit, or from `begin` on.
-
-    Tiles that every row sees in full need no mask.
-    """
-    first, end = tile_range(s, f)
-    first = first if begin is None else begin
-    clear, unmasked = first, lax.div(f[ap.POSITION] + 1, jnp.int32(s.tile))
-    if s.window is not None:
-        seen_by_all = f[ap.POSITION] + s.config.consumers * s.tokens - s.window
-        clear = lax.div(seen_by_all + s.tile - 1, jnp.int32(s.tile))
-        clear = lax.min(lax.max(clear, first), end)
-        carry = lax.fori_loop(first, clear, partial(tile, masked=True), carry)
-    unmasked = lax.max(lax.min(unmasked, end), clear)
-    carry = lax.fori_loop(clear, unmasked, partial(tile, masked=False), carry)
-    return lax.fori_loop(unmasked, end, partial(tile, masked=True), carry)
-
-
-def _attend_tile(
-    s: Shape, r: Refs, at: Place, position: Any, scale: Any, j: Any, sums: Sums, *, masked: bool
-) -> Sums:
-    slot, (first, end) = slot_of(s, at.team, sums.done), tile_range(s, at.fields)
-    x, scale = _scores(s, r, at, slot, scale)
-    pl.when(j == end - 1)(lambda: plgpu.barrier_arrive(r.q_free.at[at.team]))
-    if s.merge:
-        new_split = (j > first) & (lax.rem(j, jnp.int32(SPLIT // s.tile)) == 0)
-        sums = lax.cond(new_split, partial(set_aside, s, r, at, j), lambda same: same, sums)
-    seen = seen_slots(s, r, position, j) if masked else None
-    p, m, total, fade = softmax(s, x, scale, seen, sums.peak, sums.total)
-    acc = sums.acc * across(fade, s.D)
-    if s.token_scales:
-        plgpu.barrier_wait(r.v_full.at[slot])
-        p = p * _scale_row(s, r.v_scale_smem.at[slot])
-        if seen is not None:
-            p = jnp.where(seen, p, 0.0)  # the scale of a slot nobody wrote may be NaN
-    p = p.astype(s.dtype)
-    if not s.token_scales:
-        plgpu.barrier_wait(r.v_full.at[slot])
-    values = r.v_smem.at[slot]
-    if s.quantised:
-        values = _widened(s, r, at, values, r.v_free.at[slot])
-    if masked:
-        clear_unwritten(s, at.fields, j, values)
-
-    def await_keys() -> None:  # the next tile's, under cover of this product
-        next_keys = r.k_full.at[slot_of(s, at.team, sums.done + 1)]
-        pl.when(j + 1 < end)(lambda: plgpu.barrier_wait(next_keys))
-
-    acc = add_product(s, acc, p, values, await_keys)
-    if not s.quantised:
-        plgpu.barrier_arrive(r.v_free.at[slot])
-    return sums._replace(acc=acc, peak=m, total=total, done=sums.done + 1)
-
-
-def softmax(
-    s: Shape, x: Any, scale: Any, seen: Any, peak: Any, total: Any
-) -> tuple[Any, Any, Any, Any]:
-    """(weights [ROWS, tile], maximum, sum, what earlier sums fade by) of a tile's scores `x`.
-
-    Masked or not, the same multiply-add meets each score: scaled once, here, and nowhere else.
-    """
-    if seen is not None:
-        x = jnp.where(seen, x, -jnp.inf)
-    m = jnp.maximum(peak, jnp.round(x.max(axis=1) * scale))
-    fade = jnp.exp2(peak - m)
-    p = jnp.exp2(x * scale - across(m, s.tile))
-    return p, m, total * fade + p.sum(axis=1), fade
-
-
-def split_of(s: Shape, j: Any) -> Any:
-    return lax.div(j, jnp.int32(SPLIT // s.tile))
-
-
-def merge(s: Shape, r: Refs, at: Place, sums: Sums, split: Any) -> Sums:
-    """`split`, which the sums are of, after the unit's splits before it."""
-    peak = jnp.maximum(sums.merged_peak, sums.peak)
-    before, now = jnp.exp2(sums.merged_peak - peak), jnp.exp2(sums.peak - peak)
-    total = sums.merged_total * before + sums.total * now
-
-    def merge() -> Any:
-        merged = r.staging[0].at[at.stage]
-        return merged[...] * across(before, s.D) + sums.acc * across(now, s.D)
-
-    acc = lax.cond(split > at.fields[ap.FIRST], merge, lambda: sums.acc)
-    return sums._replace(acc=acc, peak=peak, total=total)
-
-
-def set_aside(s: Shape, r: Refs, at: Place, j: Any, sums: Sums) -> Sums:
-    """Merges the split that ended before tile j; the next begins from scratch."""
-    merged = merge(s, r, at, sums, split_of(s, j) - 1)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    r.staging[0].at[at.stage][...] = merged.acc
-    return Sums(*nothing(s), sums.done, merged.peak, merged.total)
-
-
-def _scores(s: Shape, r: Refs, at: Place, slot: Any, scale: Any) -> tuple[Any, Any]:
-    """Products of queries and keys, [ROWS, tile], and what makes them logarithms to base 2."""
-    keys = r.k_smem.at[slot]
-    of_keys = _scale_row(s, r.k_scale_smem.at[slot]) if s.token_scales else None
-    if s.quantised:
-        keys = _widened(s, r, at, keys, r.k_free.at[slot])
-
-    def multiply(acc: Any) -> Any:
-        add_scores(s, r, at, keys, acc)
-        return acc[...]
-
-    x = pl.run_scoped(multiply, ACC((ROWS, s.tile), jnp.float32))
-    if not s.quantised:
-        plgpu.barrier_arrive(r.k_free.at[slot])
-    if of_keys is not None:
-        x = x * of_keys
-    return capped(s, x, scale)
-
-
-def add_scores(s: Shape, r: Refs, at: Place, keys: Any, acc: Any) -> None:
-    """Begins to add to `acc` [ROWS, tile] the products of queries and `keys` [tile, D]."""
-    for part in range(s.D // 64):
-        columns = keys.at[:, pl.ds(part * 64, 64)]
-        plgpu.wgmma(acc, r.queries[0].at[at.worker, part], columns.transpose((1, 0)))
-
-
-def capped(s: Shape, x: Any, scale: Any) -> tuple[Any, Any]:
-    """Products and their scale after the soft cap, if there is one; the scale is to base 2."""
-    if s.softcap is None:
-        return x, scale * LOG2E
-    # tanh by exp2: the hardware's tanh is too coarse once multiplied by the cap.
-    e = jnp.exp2(x * (scale * (2 * LOG2E / s.softcap)))
-    return 1.0 - 2.0 / (1.0 + e), jnp.float32(s.softcap * LOG2E)
-
-
-def seen_slots(s: Shape, r: Refs, position: Any, j: Any) -> Any:
-    """Which slots of KV tile j each row attends to, [ROWS, tile]."""
-    # Loaded, not computed: computed, they would be held in registers through everything.
-    slots = plgpu.load(r.columns.at[pl.ds(0, s.tile)], layout=COLUMN, optimized=False)
-    slots = lax.broadcast_in_dim(slots, (ROWS, s.tile), (1,))
-    at = across(position - j * s.tile, s.tile)
-    seen = slots <= at
-    return seen if s.window is None else seen & (slots > at - s.window)
-
-
-def _widened(s: Shape, r: Refs, at: Place, tile: Any, free: Any) -> Any:
-    """A tile of 8-bit values as 16-bit ones, exactly, where wgmma can read them."""
-    x = plgpu.load(tile, layout=WIDEN)
-    x = x.astype(s.dtype) if s.kv_dtype == jnp.int8 else x.astype(jnp.float16).astype(s.dtype)
-    r.wide_smem.at[at.worker][...] = x
-    plgpu.commit_smem()
-    plgpu.barrier_arrive(free)
-    return r.wide_smem.at[at.worker]
-
-
-def add_product(s: Shape, acc: Any, p: Any, values: Any, meanwhile: Any) -> Any:
-    """acc + p · values, p from registers; `meanwhile` runs before the result is there."""
-    if not s.on_gpu:
-        meanwhile()
-        return acc + jnp.dot(p, values[...], preferred_element_type=jnp.float32)
-
-    def multiply(ref: Any) -> None:
-        plgpu.wgmma(ref, p, values)
-        meanwhile()
-
-    return pl.run_state(multiply)(ACC.init(acc))
-
-
-def _scale_row(s: Shape, scales: Any) -> Any:
-    row = plgpu.load(scales, layout=COLUMN)
-    return lax.broadcast_in_dim(row, (ROWS, s.tile), (1,))
-
-
-def clear_unwritten(s: Shape, f: Any, j: Any, values: Any) -> None:
-    """Zeroes values of slots that nobody may read: 0 * NaN is NaN."""
-    low, high = f[ap.LOW] - j * s.tile, f[ap.HIGH] - j * s.tile
-
-    @pl.when((low > 0) | (high < s.tile))
-    def _clear() -> None:
-        for half in range(s.tile // 64):
-            part = values.at[pl.ds(half * 64, 64)]
-            slots = plgpu.broadcasted_iota(jnp.int32, (64, s.D), 0, layout=WGMMA) + half * 64
-            value = plgpu.load(part, layout=WGMMA)
-            keep = (slots >= low) & (slots < high)
-            part[...] = jnp.where(keep, value, jnp.zeros_like(value))
-        plgpu.commit_smem()

@@ -15,31 +15,25 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attention_common import ROWS, SPLIT
-from pallas_kernels.sm90_block import (
+from pallas_kernels.sm90_rows import add_scores, clear_unwritten, positions, seen_slots, softmax
+from pallas_kernels.sm90_shapes import ACC, Place, Refs, Shape, across, nothing, tile_range
+from pallas_kernels.sm90_sums import (
     Sums,
     add_product,
-    add_scores,
     begin_sums,
     capped,
-    clear_unwritten,
-    merge,
+    end_sums,
     scale_of,
-    seen_slots,
     set_aside,
     slot_of,
-    softmax,
-    split_of,
     walk,
 )
-from pallas_kernels.sm90_shapes import ACC, Place, Refs, Shape, across, nothing, tile_range
 
 
-def attend_overlapped(
-    s: Shape, r: Refs, at: Place, position: Any, done: Any
-) -> tuple[Any, Any, Any, Any]:
+def attend_overlapped(s: Shape, r: Refs, at: Place, done: Any) -> tuple[Any, Any, Any, Any]:
     """As `attend_in_turn`, for pages of the queries' type."""
     first, end = tile_range(s, at.fields)
-    scale = scale_of(s, r, at)
+    scale, position = scale_of(s, r, at), positions(s, at)
     sums = begin_sums(s, done)
 
     def unit() -> Sums:
@@ -49,11 +43,9 @@ def attend_overlapped(
         before = slot_of(s, at.team, now.done - 1)
         acc = add_product(s, now.acc, p, r.v_smem.at[before], lambda: None)
         plgpu.barrier_arrive(r.v_free.at[before])
-        now = now._replace(acc=acc)
-        return merge(s, r, at, now, split_of(s, end - 1)) if s.merge else now
+        return now._replace(acc=acc)
 
-    sums = lax.cond(end > first, unit, lambda: sums)
-    return sums.acc, sums.peak, sums.total, sums.done
+    return end_sums(s, r, at, lax.cond(end > first, unit, lambda: sums))
 
 
 def _begin(

@@ -11,8 +11,19 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import attention_plan as ap
+from pallas_kernels import sm90_fragments as fragments
 from pallas_kernels.attention_common import NEG, ROWS
-from pallas_kernels.sm90_shapes import FOLD, ROW, Place, Refs, Shape, across, box_of
+from pallas_kernels.sm90_shapes import (
+    COLUMN,
+    FOLD,
+    ROW,
+    Place,
+    Refs,
+    Shape,
+    along,
+    box_of,
+    widened_by,
+)
 
 # -- results -------------------------------------------------------------------------------------
 
@@ -27,8 +38,9 @@ def finish(s: Shape, r: Refs, at: Place, acc: Any, m: Any, total: Any, pending: 
     signal(at.counters, pending)
 
     def store_alone() -> None:
-        factor = _normaliser(s, r, at.head, m, total, ROW, ROWS)
-        out = (acc * across(factor, s.D)).astype(s.dtype)
+        layout = COLUMN if s.quantised else ROW
+        factor = _normaliser(s, r, at.head, m, total, layout, s.rows)
+        out = _as_rows(s, acc * along(s, factor)).astype(s.dtype)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if not (s.whole and s.on_gpu):
             r.staging[1].at[at.stage][...] = out
@@ -58,6 +70,10 @@ def finish(s: Shape, r: Refs, at: Place, acc: Any, m: Any, total: Any, pending: 
         return pending
     signal(at.counters, pending)
     return jnp.int32(-1)
+
+
+def _as_rows(s: Shape, acc: Any) -> Any:
+    return fragments.turned(s, acc) if s.quantised else acc
 
 
 def _copy_boxes(s: Shape, r: Refs, at: Place, worker: int) -> None:
@@ -95,11 +111,11 @@ def _share(s: Shape, r: Refs, at: Place, tokens: Any, acc: Any, m: Any, total: A
     """Writes this part to scratch memory; the last part waits for the others and folds them."""
     f, base, staged = at.fields, at.member * ROWS, r.staging[0].at[at.stage]
     slot = f[ap.SLOT] + f[ap.PART]
-    rows = min(ROWS, s.scratch_rows)
+    rows = min(s.rows, s.scratch_rows)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    staged[...] = acc
-    r.ml_parts.at[slot, at.head, 0, pl.ds(base, ROWS)][...] = m
-    r.ml_parts.at[slot, at.head, 1, pl.ds(base, ROWS)][...] = total
+    staged[...] = _as_rows(s, acc)
+    r.ml_parts.at[slot, at.head, 0, pl.ds(base, s.rows)][...] = m
+    r.ml_parts.at[slot, at.head, 1, pl.ds(base, s.rows)][...] = total
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(
         r.staging[0].at[at.stage, pl.ds(0, rows)],
@@ -137,11 +153,11 @@ def signal(counters: Any, pending: Any) -> None:
 def _fold_rows(s: Shape, r: Refs, at: Place) -> None:
     """Merges the parts of each row, left to right, into the staged output."""
     f, head = at.fields, at.head
-    count = min(ROWS, s.scratch_rows)
+    count = min(s.rows, s.scratch_rows)
     at_once = 8 if count <= 16 else 2  # parts in flight, to hide the latency of loads
     rows = pl.ds(at.member * ROWS, count)
 
-    def along(x: Any) -> Any:
+    def spread(x: Any) -> Any:
         return lax.broadcast_in_dim(x, (count, s.D), (0,))
 
     def load(part: Any) -> tuple[Any, Any, Any]:
@@ -162,14 +178,14 @@ def _fold_rows(s: Shape, r: Refs, at: Place) -> None:
             m_now = m_now + jnp.where(part < f[ap.PARTS], 0.0, 2 * NEG)
             m_before, m = m, jnp.maximum(m, m_now)
             before, now = jnp.exp2(m_before - m), jnp.exp2(m_now - m)
-            o = o * along(before) + o_now * along(now)
+            o = o * spread(before) + o_now * spread(now)
             total = total * before + total_now * now
         return o, m, total
 
     chunks = lax.div(f[ap.PARTS] - 1 + at_once - 1, jnp.int32(at_once))
     o, m, total = lax.fori_loop(0, chunks, fold, load(0))
     factor = _normaliser(s, r, head, m, total, FOLD.reduce(1), count)
-    r.staging[1].at[at.stage, pl.ds(0, count)][...] = (o * along(factor)).astype(s.dtype)
+    r.staging[1].at[at.stage, pl.ds(0, count)][...] = (o * spread(factor)).astype(s.dtype)
 
 
 def _normaliser(s: Shape, r: Refs, head: Any, m: Any, total: Any, layout: Any, count: int) -> Any:
@@ -184,4 +200,6 @@ def _normaliser(s: Shape, r: Refs, head: Any, m: Any, total: Any, layout: Any, c
     factor = jnp.where(total > 0, 1.0 / total, 0.0)
     if fade is not None:
         factor = factor * fade
+    if s.quantised and (widened := widened_by(s)) != 1:
+        factor = factor * (1 / widened)
     return factor * r.v_scales[head] if s.static_scales else factor

@@ -21,12 +21,20 @@ Tile: Any = plgpu.TilingTransform
 Swizzle: Any = plgpu.SwizzleTransform
 ACC: Any = plgpu.WGMMAAccumulatorRef
 WGMMA = plgpu.Layout.WGMMA
-# Eight neighbouring values to a lane, 64 columns of four rows to a warp: whole lines to and fro.
-WIDEN = plgpu.Layout.TILED(plgpu.Tiling(((16, 64), (4, 64), (8,))), (-5,), (-3, -2), -1)
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 # A row of scratch memory to each warp, two neighbouring columns to each of its lanes.
 FOLD = plgpu.Layout.TILED(plgpu.Tiling(((4, 64), (2,))), (-3,), (-2,), -1)
+# Of quantised pages. Partial sums of columns: a row to each eighth of a warp.
+SUMS = plgpu.Layout.TILED(plgpu.Tiling(((32, 8), (8, 8), (2,))), (-5,), (-3, -2), -1)
+# Rows of results that were accumulated as columns: two neighbouring values of two rows to a lane.
+TURNED = plgpu.Layout.TILED(plgpu.Tiling(((8, 64), (8, 16), (2, 2))), (-5,), (-3, -4), -1)
+BITS16 = (Tile((8, 64)), Swizzle(128))
+
+
+def bytes_of(head_dim: int) -> tuple[Any, Any]:
+    """How a tile of 8-bit keys or values lies in shared memory."""
+    return Tile((8, min(128, head_dim))), Swizzle(min(128, head_dim))
 
 
 @dataclass(frozen=True)
@@ -50,8 +58,8 @@ class Config:
     defer: bool = False
 
     def __post_init__(self) -> None:
-        if self.stages < 1 or self.consumers < 1 or not 1 <= self.consumers * self.teams <= 2:
-            raise ValueError(f"{self}: expected stages >= 1, and consumers * teams of 1 or 2")
+        if self.stages < 1 or self.consumers < 1 or not 1 <= self.consumers * self.teams <= 4:
+            raise ValueError(f"{self}: expected stages >= 1, and consumers * teams of 1 to 4")
         if self.ping_pong and not (self.consumers == 2 and self.overlap):
             raise ValueError(f"{self}: ping_pong needs 2 consumers and overlap")
 
@@ -76,6 +84,7 @@ class Shape:
     softcap: float | None
     sinks: bool
     token_scales: bool
+    rows: int  # of a consumer's matrices of queries
     box: int  # tokens of q that one copy brings
     whole: bool  # some units may walk several splits
     merge: bool  # and each is reduced from scratch, then merged
@@ -95,7 +104,7 @@ class Shape:
     @property
     def tokens(self) -> int:
         """New tokens of one consumer's rows."""
-        return ROWS // self.G
+        return self.rows // self.G
 
     @property
     def quantised(self) -> bool:
@@ -161,8 +170,28 @@ def tile_range(s: Shape, f: Any) -> tuple[Any, Any]:
     )
 
 
+def unit_rows(max_query: int, group: int, quantised: bool) -> int:
+    """Query rows of a consumer. With quantised pages they are columns: as few as will do."""
+    if not quantised:
+        return ROWS
+    return -(-min(max_query, ROWS // group) * group // 8) * 8
+
+
+def widened_by(s: Shape) -> float:
+    """What 8-bit numbers have been multiplied by, exactly, once they are 16-bit ones."""
+    if s.kv_dtype != jnp.int8:
+        return 1.0
+    return 2.0**-6 if s.dtype == jnp.bfloat16 else 2.0**-9
+
+
 def nothing(s: Shape) -> tuple[Any, Any, Any]:
     """(unnormalised output, running maximum, sum) before any key."""
+    if s.quantised:
+        return (
+            plgpu.layout_cast(jnp.zeros((s.D, s.rows), jnp.float32), WGMMA),
+            plgpu.layout_cast(jnp.full((s.rows,), NEG, jnp.float32), COLUMN),
+            plgpu.layout_cast(jnp.zeros((32, s.rows), jnp.float32), SUMS),
+        )
     return (
         plgpu.layout_cast(jnp.zeros((ROWS, s.D), jnp.float32), WGMMA),
         plgpu.layout_cast(jnp.full((ROWS,), NEG, jnp.float32), ROW),
@@ -172,6 +201,13 @@ def nothing(s: Shape) -> tuple[Any, Any, Any]:
 
 def across(rows: Any, columns: int) -> Any:
     return lax.broadcast_in_dim(rows, (ROWS, columns), (0,))
+
+
+def along(s: Shape, x: Any) -> Any:
+    """One factor a query row as factors of the accumulators, which `nothing` shows."""
+    if s.quantised:
+        return lax.broadcast_in_dim(x, (s.D, s.rows), (1,))
+    return across(x, s.D)
 
 
 def box_of(s: Shape, boxes: Any, worker: int, part: int) -> Any:

@@ -1,0 +1,344 @@
+"""Quantised tiles straight into the registers that wgmma reads, below what Pallas can say.
+
+wgmma takes its first operand from registers, 16 rows to a warp, so that 8-bit keys and values need
+no copy of themselves in shared memory: `ldmatrix` brings them, and two or three instructions widen
+two of them. They come in another order than a plain copy would have, and it is left at that:
+
+- Of 16 columns of keys a lane holds four neighbours, of which the first and third belong to the
+  first eight columns of the operand. `permuted` puts the columns of q in the same order.
+- Of 16 rows of transposed values (the head dim) a lane holds two neighbours as rows i and i + 8.
+  `turned` says where they belong when results leave.
+
+Each function has a plain counterpart for the interpreter (`Shape.on_gpu`), without reordering.
+
+Letters: D head dim, N query rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.mosaic.gpu as mgpu
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax._src.lib.mlir import ir  # pyright: ignore[reportMissingImports]
+from jax._src.lib.mlir.dialects import (  # pyright: ignore[reportMissingImports]
+    arith,
+    llvm,
+    vector,
+)
+from jax.experimental.mosaic.gpu import utils
+
+from pallas_kernels.sm90_shapes import (
+    BITS16,
+    COLUMN,
+    SUMS,
+    TURNED,
+    WGMMA,
+    Shape,
+    bytes_of,
+    widened_by,
+)
+
+Fragments = mgpu.FragmentedArray
+
+
+def permuted(q: jax.Array) -> jax.Array:
+    """q [..., D] with columns in the order in which `keys` has them."""
+    groups = q.reshape(*q.shape[:-1], -1, 4, 2, 2)
+    return jnp.moveaxis(groups, -1, -3).reshape(q.shape)
+
+
+def keys(s: Shape, tile: Any, part: int) -> Any:
+    """64 columns of a tile of keys, [tile, 64], in the 16-bit type of the queries."""
+    if not s.on_gpu:
+        return _widened(s, tile[...])[:, part * 64 : (part + 1) * 64]
+
+    @_inlined(s, (s.tile, 64))
+    def load(ctx: Any, tile: Any) -> Any:
+        registers = np.empty((s.tile // 64, 8, 2), object)  # [.., columns / 8, row / 8 of 16]
+        lane, warp = _lane_and_warp()
+        # Matrices 0, 1 of a load are rows 0 and 8 on; 2, 3 are the same of 16 columns further.
+        row = _add(_mul(warp, 16), _mul(_and(_div(lane, 8), 1), 8))
+        start = _address(s, tile, row, lane, _div(lane, 16))
+        for block, step in np.ndindex(s.tile // 64, 2):
+            at = _moved(s, start, rows=block * 64, chunk=part * 4 + step * 2)
+            for i, word in enumerate(_load_matrices(at, transposed=False)):
+                chunk = step * 2 + i // 2
+                low, high = _widen(s, word)
+                registers[block, 2 * chunk, i % 2] = low
+                registers[block, 2 * chunk + 1, i % 2] = high
+        return _wgmma_operand(registers, (s.tile, 64))
+
+    return load(tile)
+
+
+def values(s: Shape, tile: Any, half: int) -> Any:
+    """64 rows of a tile of values, transposed to [D, 64], in the 16-bit type of the queries."""
+    if not s.on_gpu:
+        return _widened(s, tile[...])[half * 64 : (half + 1) * 64].T
+
+    @_inlined(s, (s.D, 64))
+    def load(ctx: Any, tile: Any) -> Any:
+        registers = np.empty((s.D // 64, 8, 2), object)  # [.., tokens / 8, column % 2]
+        lane, warp = _lane_and_warp()
+        start = _address(s, tile, _mul(_div(lane, 8), 8), lane, warp)
+        for block, step in np.ndindex(s.D // 64, 2):
+            at = _moved(s, start, rows=half * 64 + step * 32, chunk=block * 4)
+            for i, word in enumerate(_load_matrices(at, transposed=True)):
+                registers[block, step * 4 + i, :] = _widen(s, word)
+        return _wgmma_operand(registers, (s.D, 64))
+
+    return load(tile)
+
+
+def column_max(s: Shape, x: Any, exchange: Any) -> Any:
+    """Largest of each column of x [tile, N] of this warpgroup; `exchange` as `_reduce`."""
+    if not s.on_gpu:
+        return x.max(axis=0)
+    return _reduce(s, x, exchange, WGMMA, arith.maximumf, reused=False)
+
+
+def column_sum(s: Shape, x: Any, exchange: Any) -> Any:
+    """Sums of the columns of what `add_rows` made."""
+    if not s.on_gpu:
+        return x.sum(axis=0)
+    return _reduce(s, x, exchange, SUMS, arith.addf, reused=True)
+
+
+def add_rows(s: Shape, sums: Any, fade: Any, x: Any) -> Any:
+    """sums [32, N] · fade [N] + x [tile, N], the rows of x that a lane holds added up."""
+    if not s.on_gpu:
+        return sums * fade + x.reshape(-1, 32, s.rows).sum(axis=0)
+
+    @plgpu.inline_mgpu(
+        arg_types=(SUMS, COLUMN, WGMMA),
+        return_type=plgpu.ShapeDtypeStruct((32, s.rows), jnp.float32, SUMS),
+    )
+    def add(ctx: Any, sums: Any, fade: Any, x: Any) -> Any:
+        before, factors = sums.registers.reshape(-1), fade.registers.reshape(-1)
+        added = []
+        for rows, old, factor in zip(_rows_of_columns(x), before, factors, strict=True):
+            added.append(arith.addf(arith.mulf(old, factor), _tree(arith.addf, rows)))
+        made = np.array(added, object).reshape(sums.registers.shape)
+        return Fragments(_registers=made, _layout=sums.layout, _is_signed=None)
+
+    return add(sums, fade, x)
+
+
+def turned(s: Shape, x: Any) -> Any:
+    """float32 [D, N], rows as wgmma has them after `values`, as [N, D]."""
+    if not s.on_gpu:
+        return x.T
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA,),
+        return_type=plgpu.ShapeDtypeStruct((s.rows, s.D), jnp.float32, TURNED),
+    )
+    def turn(ctx: Any, x: Any) -> Any:
+        before = x.registers.reshape(s.D // 64, s.rows // 8, 2)
+        after = np.empty((s.rows // 8, s.D // 64, 2), object)
+        for block, octet, row in np.ndindex(s.D // 64, s.rows // 8, 2):
+            pair = [_element(before[block, octet, odd], row) for odd in (0, 1)]
+            after[octet, block, row] = _vector(pair)
+        layout = TURNED.to_mgpu()
+        after = after.reshape(layout.registers_shape((s.rows, s.D)))
+        return Fragments(_registers=after, _layout=layout, _is_signed=None)
+
+    return turn(x)
+
+
+def store_weights(s: Shape, weights: Any, into: Any) -> None:
+    """weights [tile, N] transposed to [N, tile] in shared memory, for wgmma to read."""
+    if not s.on_gpu:
+        into[...] = weights.T
+        return
+
+    @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(BITS16)))
+    def store(ctx: Any, weights: Any, into: Any) -> None:
+        weights.store_tiled(utils.memref_transpose(into, (1, 0, 3, 2)), swizzle=128)
+        utils.commit_shared()
+
+    store(weights, into)
+
+
+# -- what they are made of -----------------------------------------------------------------------
+
+
+def _widened(s: Shape, x: Any) -> Any:
+    """As `_widen`, of arrays."""
+    if s.kv_dtype == jnp.int8:
+        return x.astype(s.dtype) * jnp.asarray(widened_by(s), s.dtype)
+    return jnp.nan_to_num(x.astype(jnp.float16), nan=480.0).astype(s.dtype)
+
+
+def _inlined(s: Shape, shape: tuple[int, int]) -> Any:
+    """A function of a tile of bytes that gives an operand of wgmma."""
+    return plgpu.inline_mgpu(
+        arg_types=(plgpu.RefType(bytes_of(s.D)),),
+        return_type=plgpu.ShapeDtypeStruct(shape, s.dtype, WGMMA),
+    )
+
+
+def _wgmma_operand(registers: Any, shape: tuple[int, int]) -> Any:
+    """[rows / 64, columns / 8, 2] registers of two 16-bit values each."""
+    layout = WGMMA.to_mgpu()
+    registers = registers.reshape(layout.registers_shape(shape))
+    return Fragments(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def _i32(x: int) -> Any:
+    return utils.c(x - 2**32 if x >= 2**31 else x, ir.IntegerType.get_signless(32))
+
+
+def _add(x: Any, y: Any) -> Any:
+    return arith.addi(x, y if isinstance(y, ir.Value) else _i32(y))
+
+
+def _mul(x: Any, y: int) -> Any:
+    return arith.muli(x, _i32(y))
+
+
+def _div(x: Any, y: int) -> Any:
+    return arith.divui(x, _i32(y))
+
+
+def _and(x: Any, y: int) -> Any:
+    return arith.andi(x, _i32(y))
+
+
+def _xor(x: Any, y: Any) -> Any:
+    return arith.xori(x, y if isinstance(y, ir.Value) else _i32(y))
+
+
+def _lane_and_warp() -> tuple[Any, Any]:
+    thread = _and(utils.thread_idx(), 127)
+    return _and(thread, 31), _div(thread, 32)
+
+
+def _shared_address(ref: Any) -> Any:
+    return llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref))
+
+
+def _address(s: Shape, tile: Any, row: Any, lane: Any, chunk: Any) -> Any:
+    """Of 16 bytes, number `chunk`, of row `row + lane % 8` of a swizzled tile."""
+    width = min(s.D, 128)
+    line = _and(lane, 7)
+    swizzle = line if width == 128 else _div(line, 2)
+    inside = _add(_mul(line, width), _mul(_xor(chunk, swizzle), 16))
+    return _add(_add(_shared_address(tile), _mul(row, s.D)), inside)
+
+
+def _moved(s: Shape, address: Any, rows: int, chunk: int) -> Any:
+    """The address so many rows (of 8) and chunks further; the bits of `chunk` are not in use."""
+    width = min(s.D, 128)
+    across, inside = divmod(chunk * 16, width)
+    return _add(_xor(address, inside), rows * s.D + across * 8 * width)
+
+
+def _load_matrices(address: Any, transposed: bool) -> tuple[Any, ...]:
+    """Four 8 x 8 matrices of pairs of bytes; each lane brings the address of a row of one."""
+    i32 = ir.IntegerType.get_signless(32)
+    kind = ".trans" if transposed else ""
+    ptx = f"ldmatrix.sync.aligned.m8n8.x4{kind}.shared.b16 {{$0, $1, $2, $3}}, [$4];"
+    return utils.inline_ptx(
+        ptx, address, result_types=[i32] * 4, has_side_effects=True, convergent=True
+    )  # type: ignore[return-value]
+
+
+def _widen(s: Shape, word: Any) -> tuple[Any, Any]:
+    """Bytes 0, 2 and bytes 1, 3 of a word as 16-bit numbers, times `widened_by`.
+
+    The bits of a byte, put in the right place of a 16-bit number, are the value times a power of
+    two: a small one, subnormal or nearly so, that one multiplication undoes. NaN becomes 480.
+    """
+    bf16 = s.dtype == jnp.bfloat16
+    name = "bf16x2" if bf16 else "f16x2"
+    if s.kv_dtype == jnp.int8:  # as unsigned: 128 more, an integer number of the smallest step
+        word = _xor(word, 0x80808080)
+        pairs = (_and(word, 0x00FF00FF), _and(arith.shrui(word, _i32(8)), 0x00FF00FF))
+        numbers = (0x7F007F00, 0xC000C000) if bf16 else (0x78007800, 0xB400B400)
+        ptx = f"fma.rn.{name} $0, $1, $2, $3;"
+    else:
+        shift, mask = (4, 0x07F007F0) if bf16 else (1, 0x3F803F80)
+        pairs = tuple(
+            arith.ori(_and(x, 0x80008000), _and(arith.shrui(x, _i32(shift)), mask))
+            for x in (arith.shli(word, _i32(8)), word)
+        )
+        numbers = (0x7B807B80,) if bf16 else (0x5C005C00,)
+        ptx = f"mul.rn.{name} $0, $1, $2;"
+    i32 = ir.IntegerType.get_signless(32)
+    kind = ir.VectorType.get((2,), utils.dtype_to_ir_type(s.dtype))
+    low, high = (
+        utils.bitcast(utils.inline_ptx(ptx, x, *map(_i32, numbers), result_types=i32), kind)
+        for x in pairs
+    )
+    return low, high
+
+
+def _element(x: Any, i: int) -> Any:
+    return vector.extract(x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+
+
+def _vector(elements: list[Any]) -> Any:
+    kind = ir.VectorType.get((len(elements),), elements[0].type)
+    return vector.from_elements(kind, elements)
+
+
+def _tree(op: Any, x: list[Any]) -> Any:
+    while len(x) > 1:
+        x = [op(*x[i : i + 2]) if i + 1 < len(x) else x[i] for i in range(0, len(x), 2)]
+    return x[0]
+
+
+def _rows_of_columns(x: Any) -> list[list[Any]]:
+    """For each eight columns the registers of a lane, in the order of their rows."""
+    blocks, octets = x.registers.shape[:2]
+    return [
+        list(c)
+        for c in np.moveaxis(x.registers.reshape(blocks, octets, -1), 1, 0).reshape(octets, -1)
+    ]
+
+
+def _reduce(s: Shape, x: Any, exchange: Any, layout: Any, op: Any, *, reused: bool) -> Any:
+    """Reduces columns within the lane, the warp, then through `exchange` [N, 4].
+
+    Who comes next may write there at once where it is `reused`; else a barrier must lie between.
+    """
+    result = plgpu.ShapeDtypeStruct((s.rows,), jnp.float32, COLUMN)
+
+    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()), return_type=result)
+    def reduce(ctx: Any, x: Any, exchange: Any) -> Any:
+        f32, shared = ir.F32Type.get(), llvm.PointerType.get(address_space=3)
+        lane, warp = _lane_and_warp()
+        of_lane = _add(_shared_address(exchange), _mul(_and(lane, 3), 32))
+        of_warp = _add(of_lane, _mul(warp, 4))
+
+        def pointer(base: Any, octet: int, column: int) -> Any:
+            return llvm.inttoptr(shared, _add(base, octet * 128 + column * 16))
+
+        columns = _rows_of_columns(x)
+        for octet, rows in enumerate(columns):
+            both = _tree(op, rows)
+            for column in (0, 1):
+                value = _element(both, column)
+                for distance in (4, 8, 16):
+                    value = op(value, utils.shfl_bfly(value, distance))
+                llvm.store(value, pointer(of_warp, octet, column))
+        utils.warpgroup_barrier()
+        registers = []
+        for octet in range(len(columns)):
+            pair = []
+            for column in (0, 1):
+                quad = llvm.load(ir.VectorType.get((4,), f32), pointer(of_lane, octet, column))
+                pair.append(_tree(op, [_element(quad, i) for i in range(4)]))
+            registers.append(_vector(pair))
+        if reused:
+            utils.warpgroup_barrier()
+        made = COLUMN.to_mgpu()
+        registers = np.array(registers, object).reshape(made.registers_shape((s.rows,)))
+        return Fragments(_registers=registers, _layout=made, _is_signed=None)
+
+    return reduce(x, exchange)

@@ -1,0 +1,155 @@
+"""One tile of quantised keys and values: queries are the matrix's columns, not its rows.
+
+Decode has few query rows, and a matrix instruction 64 rows at least. With tokens as rows and
+queries as columns, S^T = K Q^T and O^T += V^T P^T, the softmax of 4 rows is that of 8 columns, and
+both 8-bit operands come from registers (`sm90_fragments`). Decode, chunks and prompts differ in the
+number of columns alone, which changes no column's bits.
+
+Letters: D head dim, N query rows of a unit, a multiple of 8.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import attention_plan as ap
+from pallas_kernels import sm90_fragments as fragments
+from pallas_kernels.attention_common import SPLIT
+from pallas_kernels.sm90_shapes import (
+    ACC,
+    COLUMN,
+    ROW,
+    Place,
+    Refs,
+    Shape,
+    along,
+    tile_range,
+    widened_by,
+)
+from pallas_kernels.sm90_sums import Sums, capped, set_aside, slot_of
+
+EARLY_COLUMNS = 16  # so few leave registers for the values while scores are computed
+
+
+def positions(s: Shape, at: Place) -> Any:
+    """Position of each query row's token, [N]."""
+    row = plgpu.broadcasted_iota(jnp.int32, (s.rows,), 0, layout=COLUMN)
+    return at.fields[ap.POSITION] + at.member * s.tokens + lax.div(row, jnp.int32(s.G))
+
+
+def attend_tile(
+    s: Shape, r: Refs, at: Place, position: Any, scale: Any, j: Any, sums: Sums, *, masked: bool
+) -> Sums:
+    """The sums after KV tile j. Which rows are masked must not change the arithmetic of others."""
+    slot, (first, end) = slot_of(s, at.team, sums.done), tile_range(s, at.fields)
+    early = s.rows <= EARLY_COLUMNS
+
+    def load_values() -> list[Any]:
+        plgpu.barrier_wait(r.v_full.at[slot])
+        values = [fragments.values(s, r.v_smem.at[slot], half) for half in range(s.tile // 64)]
+        plgpu.barrier_arrive(r.v_free.at[slot]) if not s.token_scales else None
+        return values
+
+    x, values = _products(s, r, at, slot, load_values if early else list)
+    x, scale = _scores(s, r, slot, x, scale)
+    plgpu.barrier_arrive(r.k_free.at[slot])
+    pl.when(j == end - 1)(lambda: plgpu.barrier_arrive(r.q_free.at[at.team]))
+    if s.merge:
+        new_split = (j > first) & (lax.rem(j, jnp.int32(SPLIT // s.tile)) == 0)
+        sums = lax.cond(new_split, lambda: set_aside(s, r, at, j, sums), lambda: sums)
+    seen = _seen(s, r, position, j) if masked else None
+    if seen is not None:
+        x = jnp.where(seen, x, -jnp.inf)
+
+    # As for 16-bit pages: one multiply-add for each score, and powers of two for all rescaling.
+    peak = fragments.column_max(s, x, r.exchange.at[at.worker])
+    m = jnp.maximum(sums.peak, jnp.round(peak * scale))
+    fade = jnp.exp2(sums.peak - m)
+    p = jnp.exp2(x * scale - _to_all(s, m))
+    total = fragments.add_rows(s, sums.total, fade, p)
+    acc = sums.acc * along(s, fade)
+    values = values or load_values()
+    if s.token_scales:
+        p = p * _of_tokens(s, r.v_scale_smem.at[slot])
+        plgpu.barrier_arrive(r.v_free.at[slot])
+        if seen is not None:
+            p = jnp.where(seen, p, 0.0)  # the scale of a slot nobody wrote may be NaN
+    fragments.store_weights(s, p.astype(s.dtype), r.weights.at[at.worker])
+
+    def await_keys() -> None:  # the next tile's, under cover of this product
+        next_keys = r.k_full.at[slot_of(s, at.team, sums.done + 1)]
+        pl.when(j + 1 < end)(lambda: plgpu.barrier_wait(next_keys))
+
+    acc = _add_values(s, r, at, acc, values, await_keys)
+    return sums._replace(acc=acc, peak=m, total=total, done=sums.done + 1)
+
+
+def _products(s: Shape, r: Refs, at: Place, slot: Any, meanwhile: Any) -> tuple[Any, Any]:
+    """Products of keys and queries, [tile, N], and what `meanwhile` made during them."""
+    keys, queries = r.k_smem.at[slot], r.queries[0].at[at.worker]
+    parts = range(s.D // 64)
+    if not s.on_gpu:
+        x = [
+            jnp.dot(
+                fragments.keys(s, keys, part), queries[part].T, preferred_element_type=jnp.float32
+            )
+            for part in parts
+        ]
+        return sum(x[1:], x[0]), meanwhile()
+
+    def multiply(acc: Any) -> Any:
+        for part in parts:
+            plgpu.wgmma(acc, fragments.keys(s, keys, part), queries.at[part].transpose((1, 0)))
+        values = meanwhile()
+        return acc[...], values
+
+    return pl.run_scoped(multiply, ACC((s.tile, s.rows), jnp.float32))
+
+
+def _scores(s: Shape, r: Refs, slot: Any, x: Any, scale: Any) -> tuple[Any, Any]:
+    """As products should be, and what makes them logarithms to base 2."""
+    if s.token_scales:
+        x = x * _of_tokens(s, r.k_scale_smem.at[slot])
+    return capped(s, x, scale * (1 / widened_by(s)))
+
+
+def _add_values(s: Shape, r: Refs, at: Place, acc: Any, values: Any, meanwhile: Any) -> Any:
+    """acc + values · weights; `meanwhile` runs before the result is there."""
+    weights = r.weights.at[at.worker]
+    if not s.on_gpu:
+        meanwhile()
+        for half, value in enumerate(values):
+            part = weights[:, half * 64 : (half + 1) * 64].T
+            acc = acc + jnp.dot(value, part, preferred_element_type=jnp.float32)
+        return acc
+
+    def multiply(ref: Any) -> None:
+        for half, value in enumerate(values):
+            plgpu.wgmma(ref, value, weights.at[:, pl.ds(half * 64, 64)].transpose((1, 0)))
+        meanwhile()
+
+    return pl.run_state(multiply)(ACC.init(acc))
+
+
+def _to_all(s: Shape, x: Any) -> Any:
+    """[N] to [tile, N]."""
+    return lax.broadcast_in_dim(x, (s.tile, s.rows), (1,))
+
+
+def _of_tokens(s: Shape, scales: Any) -> Any:
+    """Scales of a tile's tokens, [tile], as factors of scores, [tile, N]."""
+    return lax.broadcast_in_dim(plgpu.load(scales, layout=ROW), (s.tile, s.rows), (0,))
+
+
+def _seen(s: Shape, r: Refs, position: Any, j: Any) -> Any:
+    """Which slots of KV tile j each row attends to, [tile, N]."""
+    slots = plgpu.load(r.columns.at[pl.ds(0, s.tile)], layout=ROW, optimized=False)
+    slots = lax.broadcast_in_dim(slots, (s.tile, s.rows), (0,))
+    last = _to_all(s, position - j * s.tile)
+    seen = slots <= last
+    return seen if s.window is None else seen & (slots > last - s.window)

@@ -1,0 +1,114 @@
+"""One tile of 16-bit keys and values: queries are the matrix's rows, and wgmma reads what came."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import attention_plan as ap
+from pallas_kernels.attention_common import ROWS, SPLIT
+from pallas_kernels.sm90_shapes import (
+    ACC,
+    COLUMN,
+    ROW,
+    WGMMA,
+    Place,
+    Refs,
+    Shape,
+    across,
+    tile_range,
+)
+from pallas_kernels.sm90_sums import Sums, add_product, capped, set_aside, slot_of
+
+
+def positions(s: Shape, at: Place) -> Any:
+    """Position of each row's token, [ROWS]."""
+    row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
+    return at.fields[ap.POSITION] + at.member * s.tokens + lax.div(row, jnp.int32(s.G))
+
+
+def attend_tile(
+    s: Shape, r: Refs, at: Place, position: Any, scale: Any, j: Any, sums: Sums, *, masked: bool
+) -> Sums:
+    """The sums after KV tile j."""
+    slot, (first, end) = slot_of(s, at.team, sums.done), tile_range(s, at.fields)
+    keys = r.k_smem.at[slot]
+
+    def multiply(acc: Any) -> Any:
+        add_scores(s, r, at, keys, acc)
+        return acc[...]
+
+    x = pl.run_scoped(multiply, ACC((ROWS, s.tile), jnp.float32))
+    plgpu.barrier_arrive(r.k_free.at[slot])
+    x, scale = capped(s, x, scale)
+    pl.when(j == end - 1)(lambda: plgpu.barrier_arrive(r.q_free.at[at.team]))
+    if s.merge:
+        new_split = (j > first) & (lax.rem(j, jnp.int32(SPLIT // s.tile)) == 0)
+        sums = lax.cond(new_split, partial(set_aside, s, r, at, j), lambda same: same, sums)
+    seen = seen_slots(s, r, position, j) if masked else None
+    p, m, total, fade = softmax(s, x, scale, seen, sums.peak, sums.total)
+    acc, p = sums.acc * across(fade, s.D), p.astype(s.dtype)
+    plgpu.barrier_wait(r.v_full.at[slot])
+    values = r.v_smem.at[slot]
+    if masked:
+        clear_unwritten(s, at.fields, j, values)
+
+    def await_keys() -> None:  # the next tile's, under cover of this product
+        next_keys = r.k_full.at[slot_of(s, at.team, sums.done + 1)]
+        pl.when(j + 1 < end)(lambda: plgpu.barrier_wait(next_keys))
+
+    acc = add_product(s, acc, p, values, await_keys)
+    plgpu.barrier_arrive(r.v_free.at[slot])
+    return sums._replace(acc=acc, peak=m, total=total, done=sums.done + 1)
+
+
+def add_scores(s: Shape, r: Refs, at: Place, keys: Any, acc: Any) -> None:
+    """Begins to add to `acc` [ROWS, tile] the products of queries and `keys` [tile, D]."""
+    for part in range(s.D // 64):
+        columns = keys.at[:, pl.ds(part * 64, 64)]
+        plgpu.wgmma(acc, r.queries[0].at[at.worker, part], columns.transpose((1, 0)))
+
+
+def softmax(
+    s: Shape, x: Any, scale: Any, seen: Any, peak: Any, total: Any
+) -> tuple[Any, Any, Any, Any]:
+    """(weights [ROWS, tile], maximum, sum, what earlier sums fade by) of a tile's scores `x`.
+
+    Masked or not, the same multiply-add meets each score: scaled once, here, and nowhere else.
+    """
+    if seen is not None:
+        x = jnp.where(seen, x, -jnp.inf)
+    m = jnp.maximum(peak, jnp.round(x.max(axis=1) * scale))
+    fade = jnp.exp2(peak - m)
+    p = jnp.exp2(x * scale - across(m, s.tile))
+    return p, m, total * fade + p.sum(axis=1), fade
+
+
+def seen_slots(s: Shape, r: Refs, position: Any, j: Any) -> Any:
+    """Which slots of KV tile j each row attends to, [ROWS, tile]."""
+    # Loaded, not computed: computed, they would be held in registers through everything.
+    slots = plgpu.load(r.columns.at[pl.ds(0, s.tile)], layout=COLUMN, optimized=False)
+    slots = lax.broadcast_in_dim(slots, (ROWS, s.tile), (1,))
+    last = across(position - j * s.tile, s.tile)
+    seen = slots <= last
+    return seen if s.window is None else seen & (slots > last - s.window)
+
+
+def clear_unwritten(s: Shape, f: Any, j: Any, values: Any) -> None:
+    """Zeroes values of slots that nobody may read: 0 * NaN is NaN."""
+    low, high = f[ap.LOW] - j * s.tile, f[ap.HIGH] - j * s.tile
+
+    @pl.when((low > 0) | (high < s.tile))
+    def _clear() -> None:
+        for half in range(s.tile // 64):
+            part = values.at[pl.ds(half * 64, 64)]
+            slots = plgpu.broadcasted_iota(jnp.int32, (64, s.D), 0, layout=WGMMA) + half * 64
+            value = plgpu.load(part, layout=WGMMA)
+            keep = (slots >= low) & (slots < high)
+            part[...] = jnp.where(keep, value, jnp.zeros_like(value))
+        plgpu.commit_smem()

@@ -1,0 +1,145 @@
+"""A unit's walk along its KV tiles: what its rows gather on the way, and how splits are merged."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels import attention_plan as ap
+from pallas_kernels import sm90_fragments as fragments
+from pallas_kernels.attention_common import LOG2E, SPLIT
+from pallas_kernels.sm90_shapes import ACC, Place, Refs, Shape, along, nothing, tile_range
+
+
+def slot_of(s: Shape, team: Any, done: Any) -> Any:
+    """Where a team finds its next tile after `done`."""
+    return team * s.config.stages + lax.rem(done, jnp.int32(s.config.stages))
+
+
+class Sums(NamedTuple):
+    """What a unit's rows have gathered; `merged_peak`, `merged_total` of the splits before.
+
+    `acc` [ROWS, D] is not normalised; the others [ROWS]. Values merged so far wait in staging
+    memory. `done` counts tiles. With quantised pages rows are columns: `acc` [D, rows], and `total`
+    [32, rows] is in parts.
+    """
+
+    acc: Any
+    peak: Any
+    total: Any
+    done: Any
+    merged_peak: Any = None
+    merged_total: Any = None
+
+
+def attend_in_turn(way: Any, s: Shape, r: Refs, at: Place, done: Any) -> tuple[Any, Any, Any, Any]:
+    """(unnormalised output, maximum, sum, tiles done) of a unit.
+
+    `way` is how a tile is attended to, `sm90_rows` or `sm90_quantised`.
+    """
+    tile = partial(way.attend_tile, s, r, at, way.positions(s, at), scale_of(s, r, at))
+    return end_sums(s, r, at, walk(s, at.fields, tile, begin_sums(s, done)))
+
+
+def scale_of(s: Shape, r: Refs, at: Place) -> Any:
+    """What products of queries and keys are multiplied by."""
+    scale = jnp.float32(s.scale)
+    return scale * r.k_scales[at.head] if s.static_scales else scale
+
+
+def capped(s: Shape, x: Any, scale: Any) -> tuple[Any, Any]:
+    """Products and their scale after the soft cap, if there is one; the scale is to base 2."""
+    if s.softcap is None:
+        return x, scale * LOG2E
+    # tanh by exp2: the hardware's tanh is too coarse once multiplied by the cap.
+    e = jnp.exp2(x * (scale * (2 * LOG2E / s.softcap)))
+    return 1.0 - 2.0 / (1.0 + e), jnp.float32(s.softcap * LOG2E)
+
+
+def walk(s: Shape, f: Any, tile: Any, carry: Any, begin: Any = None) -> Any:
+    """`carry` after `tile(j, carry, masked=…)` of every KV tile of a unit, or from `begin` on.
+
+    Tiles that every row sees in full need no mask.
+    """
+    first, end = tile_range(s, f)
+    first = first if begin is None else begin
+    clear, unmasked = first, lax.div(f[ap.POSITION] + 1, jnp.int32(s.tile))
+    if s.window is not None:
+        seen_by_all = f[ap.POSITION] + s.config.consumers * s.tokens - s.window
+        clear = lax.div(seen_by_all + s.tile - 1, jnp.int32(s.tile))
+        clear = lax.min(lax.max(clear, first), end)
+        carry = lax.fori_loop(first, clear, partial(tile, masked=True), carry)
+    unmasked = lax.max(lax.min(unmasked, end), clear)
+    carry = lax.fori_loop(clear, unmasked, partial(tile, masked=False), carry)
+    return lax.fori_loop(unmasked, end, partial(tile, masked=True), carry)
+
+
+def begin_sums(s: Shape, done: Any) -> Sums:
+    """Before any tile of a unit; `done` tiles of units before it."""
+    sums = Sums(*nothing(s), done)
+    if not s.merge:
+        return sums
+    none = jnp.zeros_like(sums.peak) if s.quantised else sums.total
+    return sums._replace(merged_peak=sums.peak, merged_total=none)
+
+
+def end_sums(s: Shape, r: Refs, at: Place, sums: Sums) -> tuple[Any, Any, Any, Any]:
+    """(unnormalised output, maximum, sum, tiles done) after the unit's last tile."""
+    if s.merge:
+        sums = merge(s, r, at, sums, split_of(s, tile_range(s, at.fields)[1] - 1))
+        return sums.acc, sums.peak, sums.total, sums.done
+    return sums.acc, sums.peak, total_of(s, r, at, sums), sums.done
+
+
+def split_of(s: Shape, j: Any) -> Any:
+    return lax.div(j, jnp.int32(SPLIT // s.tile))
+
+
+def merge(s: Shape, r: Refs, at: Place, sums: Sums, split: Any) -> Sums:
+    """`split`, which the sums are of, after the unit's splits before it."""
+    peak = jnp.maximum(sums.merged_peak, sums.peak)
+    before, now = jnp.exp2(sums.merged_peak - peak), jnp.exp2(sums.peak - peak)
+    total = sums.merged_total * before + total_of(s, r, at, sums) * now
+
+    def add() -> Any:
+        return _merged(s, r, at)[...] * along(s, before) + sums.acc * along(s, now)
+
+    acc = lax.cond(split > at.fields[ap.FIRST], add, lambda: sums.acc)
+    return sums._replace(acc=acc, peak=peak, total=total)
+
+
+def total_of(s: Shape, r: Refs, at: Place, sums: Sums) -> Any:
+    """The sum of each row's weights, [ROWS]."""
+    if s.quantised:
+        return fragments.column_sum(s, sums.total, r.exchange.at[at.worker])
+    return sums.total
+
+
+def _merged(s: Shape, r: Refs, at: Place) -> Any:
+    return r.staging[4 if s.quantised else 0].at[at.stage]
+
+
+def set_aside(s: Shape, r: Refs, at: Place, j: Any, sums: Sums) -> Sums:
+    """Merges the split that ended before tile j; the next begins from scratch."""
+    merged = merge(s, r, at, sums, split_of(s, j) - 1)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    _merged(s, r, at)[...] = merged.acc
+    return Sums(*nothing(s), sums.done, merged.peak, merged.total)
+
+
+def add_product(s: Shape, acc: Any, p: Any, values: Any, meanwhile: Any) -> Any:
+    """acc + p · values, p from registers; `meanwhile` runs before the result is there."""
+    if not s.on_gpu:
+        meanwhile()
+        return acc + jnp.dot(p, values[...], preferred_element_type=jnp.float32)
+
+    def multiply(ref: Any) -> None:
+        plgpu.wgmma(ref, p, values)
+        meanwhile()
+
+    return pl.run_state(multiply)(ACC.init(acc))
