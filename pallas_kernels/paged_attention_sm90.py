@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import attention_plan as ap
-from pallas_kernels.attention_common import LOG2E, ROWS, SPLIT
+from pallas_kernels.attention_common import LOG2E, ROWS, SPLIT, kv_tile
 from pallas_kernels.attention_plan import Work
 from pallas_kernels.sm90_block import consume, produce
 from pallas_kernels.sm90_fragments import permuted
@@ -40,18 +40,30 @@ from pallas_kernels.sm90_shapes import (
 )
 
 FEWEST_SMS = 78  # of any Hopper GPU (H20)
-COPIER_REGISTERS = 40
+SHARED_BYTES = 225 << 10  # of a block, less what barriers and alignment need
 
 
 def default_config(rows: int, D: int, quantised: bool) -> Config:
     """The tuning for a call whose sequences have at most `rows` rows a KV head."""
+    if quantised:
+        return _quantised_config(rows, D)
     if D > 128:
         return Config(consumers=1, teams=1, stages=2)
     if rows <= ROWS:
         return Config(consumers=1, teams=2, stages=1 if D == 128 else 2)
-    if quantised:  # a tile is widened for one consumer at a time
-        return Config(consumers=1, teams=1, stages=2)
     return Config(consumers=2, teams=1, stages=2, ping_pong=True)
+
+
+def _quantised_config(rows: int, D: int) -> Config:
+    """As many stages as shared memory has room for, up to four."""
+    consumers = 2 if rows > ROWS and D <= 128 else 1
+    teams = 2 if rows <= ROWS else 1
+    rows, tile = -(-min(rows, ROWS) // 8) * 8, kv_tile(D)
+    worker = rows * (6 * D + 2 * tile + 16)  # queries, results, weights, maxima
+    left = SHARED_BYTES - consumers * teams * worker
+    return Config(
+        consumers=consumers, teams=teams, stages=min(4, left // (teams * tile * (2 * D + 8)))
+    )
 
 
 def make_plan(
@@ -153,11 +165,11 @@ def attend(
     return _kernel(shape)(*inputs)[0]
 
 
-def _consumer_registers(workers: int, copiers: int) -> int:
+def _consumer_registers(workers: int, copiers: int, copier: int) -> int:
     """What is left of the launch's registers, which are the same for all, in steps of 8."""
     all_ = workers + copiers
     at_launch = 65536 // (128 * all_) // 8 * 8
-    return min(232, (at_launch * all_ - copiers * COPIER_REGISTERS) // workers // 8 * 8)
+    return min(232, (at_launch * all_ - copiers * copier) // workers // 8 * 8)
 
 
 def _kernel(s: Shape) -> Any:
@@ -177,6 +189,7 @@ def _kernel(s: Shape) -> Any:
     )
     scales = plgpu.SMEM((c.teams * c.stages, s.tile), jnp.float32)
     workers = c.teams * c.consumers
+    copier = 56 if s.quantised and workers == c.teams else 40  # registers of a copying thread
     arrivals = s.copies * (2 if s.token_scales else 1)
     filled = plgpu.Barrier(num_arrivals=arrivals, num_barriers=c.teams * c.stages)
     freed = plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.teams * c.stages)
@@ -227,13 +240,15 @@ def _kernel(s: Shape) -> Any:
         @pl.when(warpgroup >= workers)
         def _copy() -> None:
             if workers > 1:  # what it gives up, the others take
-                plgpu.set_max_registers(COPIER_REGISTERS, action="decrease")
+                plgpu.set_max_registers(copier, action="decrease")
             produce(s, r, warpgroup - workers)
 
         @pl.when(warpgroup < workers)
         def _compute() -> None:
             if workers > 1:
-                plgpu.set_max_registers(_consumer_registers(workers, c.teams), action="increase")
+                plgpu.set_max_registers(
+                    _consumer_registers(workers, c.teams, copier), action="increase"
+                )
             consume(s, r, warpgroup)
 
     return plgpu.kernel(

@@ -14,15 +14,6 @@ from pallas_kernels import attention_plan as ap
 from pallas_kernels import sm90_quantised as quantised
 from pallas_kernels.attention_common import LOG2E, ROWS, SPLIT
 from pallas_kernels.sm90_results import finish, signal
-from pallas_kernels.sm90_sums import (
-    Sums,
-    add_product,
-    merge,
-    set_aside,
-    slot_of,
-    split_of,
-    total_of,
-)
 from pallas_kernels.sm90_shapes import (
     ACC,
     COLUMN,
@@ -37,6 +28,15 @@ from pallas_kernels.sm90_shapes import (
     nothing,
     read_item,
     tile_range,
+)
+from pallas_kernels.sm90_sums import (
+    Sums,
+    add_product,
+    merge,
+    set_aside,
+    slot_of,
+    split_of,
+    total_of,
 )
 
 # -- the warpgroup that copies -------------------------------------------------------------------

@@ -258,7 +258,8 @@ def _widen(s: Shape, word: Any) -> tuple[Any, Any]:
     name = "bf16x2" if bf16 else "f16x2"
     if s.kv_dtype == jnp.int8:  # as unsigned: 128 more, an integer number of the smallest step
         word = _xor(word, 0x80808080)
-        pairs = (_and(word, 0x00FF00FF), _and(arith.shrui(word, _i32(8)), 0x00FF00FF))
+        high = utils.inline_ptx("prmt.b32 $0, $1, 0, 0x4341;", word, result_types=word.type)
+        pairs = (_and(word, 0x00FF00FF), high)
         numbers = (0x7F007F00, 0xC000C000) if bf16 else (0x78007800, 0xB400B400)
         ptx = f"fma.rn.{name} $0, $1, $2, $3;"
     else:
