@@ -76,7 +76,8 @@ def make_plan(
     config = config or default_config(max_query * G, D, quantised)
     return ap.plan(
         query_starts, kv_lengths, T=T, max_kv=max_kv,
-        tile_tokens=config.consumers * (unit_rows(max_query, G, quantised) // G), window=window,
+        tile_tokens=config.consumers * (unit_rows(max_query, G, quantised, config) // G),
+        window=window,
     )  # fmt: skip
 
 
@@ -132,7 +133,7 @@ def attend(
     config = config or default_config(max_query * G, D, quantised)
     if not on_gpu:  # without semaphores one team must walk all units in order
         config = replace(config, teams=1)
-    rows = unit_rows(max_query, G, quantised)
+    rows = unit_rows(max_query, G, quantised, config)
     tile_tokens = config.consumers * (rows // G)
     if plan is None:
         plan = make_plan(
@@ -149,7 +150,7 @@ def attend(
         max_tiles=T // tile_tokens + page_table.shape[0] + 1, scratch_rows=scratch_rows,
         dtype=q.dtype, kv_dtype=k_pages.dtype, scale=scale, window=window, softcap=softcap,
         sinks=sinks is not None, token_scales=k_scales is not None and k_scales.ndim == 3,
-        rows=rows, box=min(max_query, ROWS // G, T), whole=max_query > tile_tokens,
+        rows=rows, box=min(max_query, rows // G, T), whole=max_query > tile_tokens,
         merge=invariant and max_query > tile_tokens,
         blocks=min(sm_count, -(-units * K // config.teams)) if on_gpu else 1,
         config=config, on_gpu=on_gpu,
@@ -200,7 +201,7 @@ def _kernel(s: Shape) -> Any:
     matrices = plgpu.SMEM((workers, s.D // 64, s.rows, 64), s.dtype, transforms=BITS16)
     boxes = [box, *padding] * (workers * (s.D // 64))
     # Of columns: what splits were merged to waits as wgmma has it.
-    merged = plgpu.SMEM((workers, s.D, s.rows), jnp.float32, transforms=floats)
+    merged = plgpu.SMEM((workers, s.D, s.rows), jnp.float32, transforms=(Tile((8, 8)), Swizzle(32)))
     scratch: dict[str, Any] = {
         # The same bytes as matrix rows, and as the tokens and heads that are copied there.
         "queries": plgpu.RefUnion(matrices, boxes),
@@ -224,6 +225,7 @@ def _kernel(s: Shape) -> Any:
         scratch["turn"] = plgpu.Barrier(num_arrivals=2)
     if s.quantised:
         scratch["weights"] = plgpu.SMEM((workers, s.rows, s.tile), s.dtype, transforms=BITS16)
+        scratch["merged_rows"] = plgpu.SMEM((workers, 2, s.rows), jnp.float32)
         scratch["exchange"] = plgpu.SMEM((workers, s.rows, 4), jnp.float32)
     if s.token_scales:
         scratch |= {"k_scale_smem": scales, "v_scale_smem": scales}

@@ -165,7 +165,7 @@ def consume(s: Shape, r: Refs, worker: Any) -> None:
         # are needed once a unit ahead of everything, and spilling them.
         at = Place(worker, team, member, f, head, worker + f[ap.ZERO], counters)
         if s.quantised:
-            position = quantised.positions(s, f[ap.POSITION] + member * s.tokens)
+            position = f[ap.POSITION] + member * s.tokens
         else:
             row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=ROW)
             position = f[ap.POSITION] + member * s.tokens + lax.div(row, jnp.int32(s.G))
@@ -203,9 +203,8 @@ def _attend(s: Shape, r: Refs, at: Place, position: Any, done: Any) -> tuple[Any
     attend_tile = quantised.attend_tile if s.quantised else _attend_tile
     tile = partial(attend_tile, s, r, at, position, scale)
     sums = Sums(*nothing(s), done)
-    if s.merge:
-        none = jnp.zeros_like(sums.peak) if s.quantised else sums.total
-        sums = sums._replace(merged_peak=sums.peak, merged_total=none)
+    if s.merge and not s.quantised:
+        sums = sums._replace(merged_peak=sums.peak, merged_total=sums.total)
     # Tiles that every row sees in full need no mask.
     f = at.fields
     first, end = tile_range(s, f)

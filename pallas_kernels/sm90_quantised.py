@@ -36,12 +36,6 @@ from pallas_kernels.sm90_sums import Sums, set_aside, slot_of
 EARLY_COLUMNS = 16  # so few leave registers for the values while scores are computed
 
 
-def positions(s: Shape, first: Any) -> Any:
-    """Position of each query row's token, [N]; `first` is that of row 0."""
-    row = plgpu.broadcasted_iota(jnp.int32, (s.rows,), 0, layout=COLUMN)
-    return first + lax.div(row, jnp.int32(s.G))
-
-
 def attend_tile(
     s: Shape, r: Refs, at: Place, position: Any, scale: Any, j: Any, sums: Sums, *, masked: bool
 ) -> Sums:
@@ -157,7 +151,10 @@ def _of_tokens(s: Shape, scales: Any) -> Any:
 
 
 def _seen(s: Shape, r: Refs, position: Any, j: Any) -> Any:
-    """Which slots of KV tile j each row attends to, [tile, N]."""
+    """Which slots of KV tile j each row attends to, [tile, N]; `position` is that of row 0."""
+    # Loaded, not computed: computed, they would be held in registers through everything.
+    row = plgpu.load(r.columns.at[pl.ds(0, s.rows)], layout=COLUMN, optimized=False)
+    position = position + lax.div(row, jnp.int32(s.G))
     slots = plgpu.load(r.columns.at[pl.ds(0, s.tile)], layout=ROW, optimized=False)
     slots = lax.broadcast_in_dim(slots, (s.tile, s.rows), (0,))
     last = _to_all(s, position - j * s.tile)

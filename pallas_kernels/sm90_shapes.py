@@ -46,6 +46,8 @@ class Config:
         teams: units that a block works on at once, each with its own consumers and copies.
         stages: KV tiles in flight for each team.
         ping_pong: with two consumers, one multiplies while the other does its softmax.
+        columns: with quantised pages, the most query rows of a consumer where a sequence has more
+            than one tile of them.
         defer: tell that a part is in memory only after the next unit, instead of waiting for it.
     """
 
@@ -53,6 +55,7 @@ class Config:
     teams: int = 1
     stages: int = 2
     ping_pong: bool = False
+    columns: int = 32
     defer: bool = False
 
     def __post_init__(self) -> None:
@@ -168,11 +171,12 @@ def tile_range(s: Shape, f: Any) -> tuple[Any, Any]:
     )
 
 
-def unit_rows(max_query: int, group: int, quantised: bool) -> int:
+def unit_rows(max_query: int, group: int, quantised: bool, config: Config) -> int:
     """Query rows of a consumer. With quantised pages they are columns: as few as will do."""
     if not quantised:
         return ROWS
-    return -(-min(max_query, ROWS // group) * group // 8) * 8
+    most = ROWS if max_query * group <= ROWS else config.columns
+    return -(-min(max_query, max(1, most // group)) * group // 8) * 8
 
 
 def widened_by(s: Shape) -> float:

@@ -11,8 +11,8 @@ from jax import lax
 
 from pallas_kernels import attention_plan as ap
 from pallas_kernels import sm90_fragments as fragments
-from pallas_kernels.attention_common import SPLIT
-from pallas_kernels.sm90_shapes import ACC, Place, Refs, Shape, along, nothing
+from pallas_kernels.attention_common import NEG, SPLIT
+from pallas_kernels.sm90_shapes import ACC, COLUMN, Place, Refs, Shape, along, nothing
 
 
 def slot_of(s: Shape, team: Any, done: Any) -> Any:
@@ -25,7 +25,7 @@ class Sums(NamedTuple):
 
     `acc` [ROWS, D] is not normalised; the others [ROWS]. Values merged so far wait in staging
     memory. `done` counts tiles. With quantised pages rows are columns: `acc` [D, rows], and `total`
-    [32, rows] is in parts.
+    [32, rows] is in parts; what was merged is in memory as a whole.
     """
 
     acc: Any
@@ -42,9 +42,12 @@ def split_of(s: Shape, j: Any) -> Any:
 
 def merge(s: Shape, r: Refs, at: Place, sums: Sums, split: Any) -> Sums:
     """`split`, which the sums are of, after the unit's splits before it."""
-    peak = jnp.maximum(sums.merged_peak, sums.peak)
-    before, now = jnp.exp2(sums.merged_peak - peak), jnp.exp2(sums.peak - peak)
-    total = sums.merged_total * before + total_of(s, r, at, sums) * now
+    merged_peak, merged_total = sums.merged_peak, sums.merged_total
+    if s.quantised:
+        merged_peak, merged_total = _merged_rows(s, r, at, split)
+    peak = jnp.maximum(merged_peak, sums.peak)
+    before, now = jnp.exp2(merged_peak - peak), jnp.exp2(sums.peak - peak)
+    total = merged_total * before + total_of(s, r, at, sums) * now
 
     def add() -> Any:
         return _merged(s, r, at)[...] * along(s, before) + sums.acc * along(s, now)
@@ -64,11 +67,30 @@ def _merged(s: Shape, r: Refs, at: Place) -> Any:
     return r.staging[4 if s.quantised else 0].at[at.stage]
 
 
+def _merged_rows(s: Shape, r: Refs, at: Place, split: Any) -> tuple[Any, Any]:
+    """(maximum, sum) of the splits before `split`, which the first split of a unit ignores."""
+
+    def load() -> Any:
+        rows = r.merged_rows.at[at.worker]
+        return tuple(plgpu.load(rows.at[i], layout=COLUMN) for i in (0, 1))
+
+    def none() -> Any:
+        return tuple(
+            plgpu.layout_cast(jnp.full((s.rows,), x, jnp.float32), COLUMN) for x in (NEG, 0.0)
+        )
+
+    return lax.cond(split > at.fields[ap.FIRST], load, none)
+
+
 def set_aside(s: Shape, r: Refs, at: Place, j: Any, sums: Sums) -> Sums:
     """Merges the split that ended before tile j; the next begins from scratch."""
     merged = merge(s, r, at, sums, split_of(s, j) - 1)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     _merged(s, r, at)[...] = merged.acc
+    if s.quantised:
+        r.merged_rows.at[at.worker, 0][...] = merged.peak
+        r.merged_rows.at[at.worker, 1][...] = merged.total
+        return Sums(*nothing(s), sums.done)
     return Sums(*nothing(s), sums.done, merged.peak, merged.total)
 
 
