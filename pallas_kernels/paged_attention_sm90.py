@@ -133,6 +133,8 @@ def attend(
     config = config or default_config(max_query * G, D, quantised)
     if not on_gpu:  # without semaphores one team must walk all units in order
         config = replace(config, teams=1)
+        if quantised:  # plain products want host threads, of which consumers block one each
+            config = replace(config, consumers=1)
     rows = unit_rows(max_query, G, quantised, config)
     tile_tokens = config.consumers * (rows // G)
     if plan is None:
