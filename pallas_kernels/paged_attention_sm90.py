@@ -56,14 +56,14 @@ def default_config(rows: int, D: int, quantised: bool) -> Config:
 
 def _quantised_config(rows: int, D: int) -> Config:
     """As many stages as shared memory has room for, up to four."""
-    consumers = 2 if rows > ROWS and D <= 128 else 1
-    teams = 2 if rows <= ROWS else 1
-    rows, tile = -(-min(rows, ROWS) // 8) * 8, kv_tile(D)
-    worker = rows * (6 * D + 2 * tile + 16)  # queries, results, weights, maxima
-    left = SHARED_BYTES - consumers * teams * worker
-    return Config(
-        consumers=consumers, teams=teams, stages=min(4, left // (teams * tile * (2 * D + 8)))
-    )
+    whole = rows > ROWS
+    config = Config(consumers=2 if whole and D <= 128 else 1)
+    rows, tile = -(-min(rows, config.columns if whole else ROWS) // 8) * 8, kv_tile(D)
+    worker = rows * (6 * D + 2 * tile + 24)  # queries, results, weights, maxima and sums
+    slot = tile * (2 * D + 8)
+    stages = {n: (SHARED_BYTES // n - config.consumers * worker) // slot for n in (1, 2)}
+    teams = 1 if whole or stages[2] < 1 else 2
+    return replace(config, teams=teams, stages=min(4, stages[teams]))
 
 
 def make_plan(
@@ -131,6 +131,8 @@ def attend(
     G = H // K
     quantised = k_pages.dtype != q.dtype
     config = config or default_config(max_query * G, D, quantised)
+    if quantised:  # nobody takes turns
+        config = replace(config, ping_pong=False)
     if not on_gpu:  # without semaphores one team must walk all units in order
         config = replace(config, teams=1)
         if quantised:  # plain products want host threads, of which consumers block one each

@@ -31,7 +31,6 @@ from pallas_kernels.sm90_shapes import (
 )
 from pallas_kernels.sm90_sums import (
     Sums,
-    add_product,
     merge,
     set_aside,
     slot_of,
@@ -257,7 +256,7 @@ def _attend_tile(
         next_keys = r.k_full.at[slot_of(s, at.team, sums.done + 1)]
         pl.when(j + 1 < end)(lambda: plgpu.barrier_wait(next_keys))
 
-    acc = add_product(s, acc, p, values, await_keys)
+    acc = _add_product(s, acc, p, values, await_keys)
     plgpu.barrier_arrive(r.v_free.at[slot])
     return sums._replace(acc=acc, peak=m, total=total, done=sums.done + 1)
 
@@ -291,6 +290,19 @@ def _seen(s: Shape, r: Refs, position: Any, j: Any) -> Any:
     at = across(position - j * s.tile, s.tile)
     seen = slots <= at
     return seen if s.window is None else seen & (slots > at - s.window)
+
+
+def _add_product(s: Shape, acc: Any, p: Any, values: Any, meanwhile: Any) -> Any:
+    """acc + p · values, p from registers; `meanwhile` runs before the result is there."""
+    if not s.on_gpu:
+        meanwhile()
+        return acc + jnp.dot(p, values[...], preferred_element_type=jnp.float32)
+
+    def multiply(ref: Any) -> None:
+        plgpu.wgmma(ref, p, values)
+        meanwhile()
+
+    return pl.run_state(multiply)(ACC.init(acc))
 
 
 def _take_turn(r: Refs) -> None:

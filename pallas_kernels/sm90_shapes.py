@@ -61,6 +61,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.stages < 1 or self.consumers < 1 or not 1 <= self.consumers * self.teams <= 4:
             raise ValueError(f"{self}: expected stages >= 1, and consumers * teams of 1 to 4")
+        if self.columns % 8 or not 8 <= self.columns <= ROWS:
+            raise ValueError(f"{self}: expected columns to be a multiple of 8, up to {ROWS}")
         if self.ping_pong and self.consumers != 2:
             raise ValueError(f"{self}: ping_pong needs 2 consumers")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -12,7 +11,7 @@ from jax import lax
 from pallas_kernels import attention_plan as ap
 from pallas_kernels import sm90_fragments as fragments
 from pallas_kernels.attention_common import NEG, SPLIT
-from pallas_kernels.sm90_shapes import ACC, COLUMN, Place, Refs, Shape, along, nothing
+from pallas_kernels.sm90_shapes import COLUMN, Place, Refs, Shape, along, nothing
 
 
 def slot_of(s: Shape, team: Any, done: Any) -> Any:
@@ -92,16 +91,3 @@ def set_aside(s: Shape, r: Refs, at: Place, j: Any, sums: Sums) -> Sums:
         r.merged_rows.at[at.worker, 1][...] = merged.total
         return Sums(*nothing(s), sums.done)
     return Sums(*nothing(s), sums.done, merged.peak, merged.total)
-
-
-def add_product(s: Shape, acc: Any, p: Any, values: Any, meanwhile: Any) -> Any:
-    """acc + p · values, p from registers; `meanwhile` runs before the result is there."""
-    if not s.on_gpu:
-        meanwhile()
-        return acc + jnp.dot(p, values[...], preferred_element_type=jnp.float32)
-
-    def multiply(ref: Any) -> None:
-        plgpu.wgmma(ref, p, values)
-        meanwhile()
-
-    return pl.run_state(multiply)(ACC.init(acc))
