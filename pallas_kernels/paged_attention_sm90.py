@@ -25,7 +25,7 @@ from jax import lax
 
 from pallas_kernels import attention_plan as ap
 from pallas_kernels import sm90_quantised, sm90_rows
-from pallas_kernels.attention_common import LOG2E, ROWS, SPLIT
+from pallas_kernels.attention_common import LOG2E, ROWS, SPLIT, kv_tile
 from pallas_kernels.attention_plan import Work
 from pallas_kernels.sm90_block import consume, produce
 from pallas_kernels.sm90_fragments import permuted
@@ -43,18 +43,30 @@ from pallas_kernels.sm90_shapes import (
 from pallas_kernels.sm90_sums import attend_in_turn
 
 FEWEST_SMS = 78  # of any Hopper GPU (H20)
-COPIER_REGISTERS = 40
+SHARED_BYTES = 225 << 10  # of a block, less what barriers and alignment need
 
 
 def default_config(rows: int, D: int, quantised: bool) -> Config:
     """The tuning for a call whose sequences have at most `rows` rows a KV head."""
+    if quantised:
+        return _quantised_config(rows, D)
     if D > 128:
         return Config(consumers=1, teams=1, stages=2)
     if rows <= ROWS:
         return Config(consumers=1, teams=2, stages=1 if D == 128 else 2)
-    if quantised:  # a tile is widened for one consumer at a time
-        return Config(consumers=1, teams=1, stages=2)
     return Config(consumers=2, teams=1, stages=2, overlap=True, ping_pong=True)
+
+
+def _quantised_config(rows: int, D: int) -> Config:
+    """As many stages as shared memory has room for, up to four."""
+    whole = rows > ROWS
+    config = Config(consumers=2 if whole and D <= 128 else 1)
+    rows, tile = -(-min(rows, config.columns if whole else ROWS) // 8) * 8, kv_tile(D)
+    worker = rows * (6 * D + 2 * tile + 24)  # queries, results, weights, maxima and sums
+    slot = tile * (2 * D + 8)
+    stages = {n: (SHARED_BYTES // n - config.consumers * worker) // slot for n in (1, 2)}
+    teams = 1 if whole or stages[2] < 1 else 2
+    return replace(config, teams=teams, stages=min(4, stages[teams]))
 
 
 def make_plan(
@@ -67,7 +79,7 @@ def make_plan(
     config = config or default_config(max_query * G, D, quantised)
     return ap.plan(
         query_starts, kv_lengths, T=T, max_kv=max_kv,
-        tile_tokens=config.consumers * (unit_rows(max_query, G, quantised) // G), window=window,
+        tile_tokens=config.consumers * (unit_rows(max_query, G, quantised, config) // G), window=window,
     )  # fmt: skip
 
 
@@ -125,7 +137,9 @@ def attend(
         raise ValueError(f"{config}: overlap is not for 8-bit pages")
     if not on_gpu:  # without semaphores one team must walk all units in order
         config = replace(config, teams=1)
-    rows = unit_rows(max_query, G, quantised)
+        if quantised:  # plain products want host threads, of which consumers block one each
+            config = replace(config, consumers=1)
+    rows = unit_rows(max_query, G, quantised, config)
     tile_tokens = config.consumers * (rows // G)
     if plan is None:
         plan = make_plan(
@@ -142,7 +156,7 @@ def attend(
         max_tiles=T // tile_tokens + page_table.shape[0] + 1, scratch_rows=scratch_rows,
         dtype=q.dtype, kv_dtype=k_pages.dtype, scale=scale, window=window, softcap=softcap,
         sinks=sinks is not None, token_scales=k_scales is not None and k_scales.ndim == 3,
-        rows=rows, box=min(max_query, ROWS // G, T), whole=max_query > tile_tokens,
+        rows=rows, box=min(max_query, rows // G, T), whole=max_query > tile_tokens,
         merge=invariant and max_query > tile_tokens,
         blocks=min(sm_count, -(-units * K // config.teams)) if on_gpu else 1,
         config=config, on_gpu=on_gpu,
@@ -158,11 +172,11 @@ def attend(
     return _kernel(shape)(*inputs)[0]
 
 
-def _consumer_registers(workers: int, copiers: int) -> int:
+def _consumer_registers(workers: int, copiers: int, copier: int) -> int:
     """What is left of the launch's registers, which are the same for all, in steps of 8."""
     all_ = workers + copiers
     at_launch = 65536 // (128 * all_) // 8 * 8
-    return min(232, (at_launch * all_ - copiers * COPIER_REGISTERS) // workers // 8 * 8)
+    return min(232, (at_launch * all_ - copiers * copier) // workers // 8 * 8)
 
 
 def _kernel(s: Shape) -> Any:
@@ -182,6 +196,7 @@ def _kernel(s: Shape) -> Any:
     )
     scales = plgpu.SMEM((c.teams * c.stages, s.tile), jnp.float32)
     workers = c.teams * c.consumers
+    copier = 56 if s.quantised and workers == c.teams else 40  # registers of a copying thread
     arrivals = s.copies * (2 if s.token_scales else 1)
     filled = plgpu.Barrier(num_arrivals=arrivals, num_barriers=c.teams * c.stages)
     freed = plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.teams * c.stages)
@@ -192,7 +207,7 @@ def _kernel(s: Shape) -> Any:
     matrices = plgpu.SMEM((workers, s.D // 64, s.rows, 64), s.dtype, transforms=BITS16)
     boxes = [box, *padding] * (workers * (s.D // 64))
     # Of columns: what splits were merged to waits as wgmma has it.
-    merged = plgpu.SMEM((workers, s.D, s.rows), jnp.float32, transforms=floats)
+    merged = plgpu.SMEM((workers, s.D, s.rows), jnp.float32, transforms=(Tile((8, 8)), Swizzle(32)))
     scratch: dict[str, Any] = {
         # The same bytes as matrix rows, and as the tokens and heads that are copied there.
         "queries": plgpu.RefUnion(matrices, boxes),
@@ -216,6 +231,7 @@ def _kernel(s: Shape) -> Any:
         scratch["turn"] = plgpu.Barrier(num_arrivals=1, num_barriers=2)
     if s.quantised:
         scratch["weights"] = plgpu.SMEM((workers, s.rows, s.tile), s.dtype, transforms=BITS16)
+        scratch["merged_rows"] = plgpu.SMEM((workers, 2, s.rows), jnp.float32)
         scratch["exchange"] = plgpu.SMEM((workers, s.rows, 4), jnp.float32)
     if s.token_scales:
         scratch |= {"k_scale_smem": scales, "v_scale_smem": scales}
@@ -235,13 +251,15 @@ def _kernel(s: Shape) -> Any:
         @pl.when(warpgroup >= workers)
         def _copy() -> None:
             if workers > 1:  # what it gives up, the others take
-                plgpu.set_max_registers(COPIER_REGISTERS, action="decrease")
+                plgpu.set_max_registers(copier, action="decrease")
             produce(s, r, warpgroup - workers)
 
         @pl.when(warpgroup < workers)
         def _compute() -> None:
             if workers > 1:
-                plgpu.set_max_registers(_consumer_registers(workers, c.teams), action="increase")
+                plgpu.set_max_registers(
+                    _consumer_registers(workers, c.teams, copier), action="increase"
+                )
             consume(s, r, warpgroup, attend)
 
     return plgpu.kernel(

@@ -23,13 +23,9 @@ import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
-from jax._src.lib.mlir import ir  # pyright: ignore[reportMissingImports]
-from jax._src.lib.mlir.dialects import (  # pyright: ignore[reportMissingImports]
-    arith,
-    llvm,
-    vector,
-)
 from jax.experimental.mosaic.gpu import utils
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
 
 from pallas_kernels.sm90_shapes import (
     BITS16,
@@ -43,6 +39,7 @@ from pallas_kernels.sm90_shapes import (
 )
 
 Fragments = mgpu.FragmentedArray
+inline_mgpu: Any = plgpu.inline_mgpu  # pyright takes what it decorates for the undecorated
 
 
 def permuted(q: jax.Array) -> jax.Array:
@@ -113,7 +110,7 @@ def add_rows(s: Shape, sums: Any, fade: Any, x: Any) -> Any:
     if not s.on_gpu:
         return sums * fade + x.reshape(-1, 32, s.rows).sum(axis=0)
 
-    @plgpu.inline_mgpu(
+    @inline_mgpu(
         arg_types=(SUMS, COLUMN, WGMMA),
         return_type=plgpu.ShapeDtypeStruct((32, s.rows), jnp.float32, SUMS),
     )
@@ -133,7 +130,7 @@ def turned(s: Shape, x: Any) -> Any:
     if not s.on_gpu:
         return x.T
 
-    @plgpu.inline_mgpu(
+    @inline_mgpu(
         arg_types=(WGMMA,),
         return_type=plgpu.ShapeDtypeStruct((s.rows, s.D), jnp.float32, TURNED),
     )
@@ -156,7 +153,7 @@ def store_weights(s: Shape, weights: Any, into: Any) -> None:
         into[...] = weights.T
         return
 
-    @plgpu.inline_mgpu(arg_types=(WGMMA, plgpu.RefType(BITS16)))
+    @inline_mgpu(arg_types=(WGMMA, plgpu.RefType(BITS16)))
     def store(ctx: Any, weights: Any, into: Any) -> None:
         weights.store_tiled(utils.memref_transpose(into, (1, 0, 3, 2)), swizzle=128)
         utils.commit_shared()
@@ -176,7 +173,7 @@ def _widened(s: Shape, x: Any) -> Any:
 
 def _inlined(s: Shape, shape: tuple[int, int]) -> Any:
     """A function of a tile of bytes that gives an operand of wgmma."""
-    return plgpu.inline_mgpu(
+    return inline_mgpu(
         arg_types=(plgpu.RefType(bytes_of(s.D)),),
         return_type=plgpu.ShapeDtypeStruct(shape, s.dtype, WGMMA),
     )
@@ -256,9 +253,11 @@ def _widen(s: Shape, word: Any) -> tuple[Any, Any]:
     """
     bf16 = s.dtype == jnp.bfloat16
     name = "bf16x2" if bf16 else "f16x2"
+    i32 = ir.IntegerType.get_signless(32)
     if s.kv_dtype == jnp.int8:  # as unsigned: 128 more, an integer number of the smallest step
         word = _xor(word, 0x80808080)
-        pairs = (_and(word, 0x00FF00FF), _and(arith.shrui(word, _i32(8)), 0x00FF00FF))
+        high = utils.inline_ptx("prmt.b32 $0, $1, 0, 0x4341;", word, result_types=i32)
+        pairs = (_and(word, 0x00FF00FF), high)
         numbers = (0x7F007F00, 0xC000C000) if bf16 else (0x78007800, 0xB400B400)
         ptx = f"fma.rn.{name} $0, $1, $2, $3;"
     else:
@@ -269,7 +268,6 @@ def _widen(s: Shape, word: Any) -> tuple[Any, Any]:
         )
         numbers = (0x7B807B80,) if bf16 else (0x5C005C00,)
         ptx = f"mul.rn.{name} $0, $1, $2;"
-    i32 = ir.IntegerType.get_signless(32)
     kind = ir.VectorType.get((2,), utils.dtype_to_ir_type(s.dtype))
     low, high = (
         utils.bitcast(utils.inline_ptx(ptx, x, *map(_i32, numbers), result_types=i32), kind)
@@ -309,7 +307,7 @@ def _reduce(s: Shape, x: Any, exchange: Any, layout: Any, op: Any, *, reused: bo
     """
     result = plgpu.ShapeDtypeStruct((s.rows,), jnp.float32, COLUMN)
 
-    @plgpu.inline_mgpu(arg_types=(layout, plgpu.RefType()), return_type=result)
+    @inline_mgpu(arg_types=(layout, plgpu.RefType()), return_type=result)
     def reduce(ctx: Any, x: Any, exchange: Any) -> Any:
         f32, shared = ir.F32Type.get(), llvm.PointerType.get(address_space=3)
         lane, warp = _lane_and_warp()

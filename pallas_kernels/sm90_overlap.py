@@ -15,11 +15,17 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attention_common import ROWS, SPLIT
-from pallas_kernels.sm90_rows import add_scores, clear_unwritten, positions, seen_slots, softmax
+from pallas_kernels.sm90_rows import (
+    add_product,
+    add_scores,
+    clear_unwritten,
+    positions,
+    seen_slots,
+    softmax,
+)
 from pallas_kernels.sm90_shapes import ACC, Place, Refs, Shape, across, nothing, tile_range
 from pallas_kernels.sm90_sums import (
     Sums,
-    add_product,
     begin_sums,
     capped,
     end_sums,

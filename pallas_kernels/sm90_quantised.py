@@ -10,6 +10,7 @@ Letters: D head dim, N query rows of a unit, a multiple of 8.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -37,9 +38,8 @@ EARLY_COLUMNS = 16  # so few leave registers for the values while scores are com
 
 
 def positions(s: Shape, at: Place) -> Any:
-    """Position of each query row's token, [N]."""
-    row = plgpu.broadcasted_iota(jnp.int32, (s.rows,), 0, layout=COLUMN)
-    return at.fields[ap.POSITION] + at.member * s.tokens + lax.div(row, jnp.int32(s.G))
+    """Of the first query row's token."""
+    return at.fields[ap.POSITION] + at.member * s.tokens
 
 
 def attend_tile(
@@ -48,16 +48,9 @@ def attend_tile(
     """The sums after KV tile j. Which rows are masked must not change the arithmetic of others."""
     slot, (first, end) = slot_of(s, at.team, sums.done), tile_range(s, at.fields)
     early = s.rows <= EARLY_COLUMNS
-
-    def load_values() -> list[Any]:
-        plgpu.barrier_wait(r.v_full.at[slot])
-        values = [fragments.values(s, r.v_smem.at[slot], half) for half in range(s.tile // 64)]
-        plgpu.barrier_arrive(r.v_free.at[slot]) if not s.token_scales else None
-        return values
-
-    x, values = _products(s, r, at, slot, load_values if early else list)
-    x, scale = _scores(s, r, slot, x, scale)
-    plgpu.barrier_arrive(r.k_free.at[slot])
+    value_load = partial(_load_values, s, r, slot)
+    x, loaded = _products(s, r, at, slot, value_load if early else lambda: None)
+    x, scale = capped(s, x, scale * (1 / widened_by(s)))
     pl.when(j == end - 1)(lambda: plgpu.barrier_arrive(r.q_free.at[at.team]))
     if s.merge:
         new_split = (j > first) & (lax.rem(j, jnp.int32(SPLIT // s.tile)) == 0)
@@ -73,10 +66,9 @@ def attend_tile(
     p = jnp.exp2(x * scale - _to_all(s, m))
     total = fragments.add_rows(s, sums.total, fade, p)
     acc = sums.acc * along(s, fade)
-    values = values or load_values()
-    if s.token_scales:
-        p = p * _of_tokens(s, r.v_scale_smem.at[slot])
-        plgpu.barrier_arrive(r.v_free.at[slot])
+    values, scales = loaded or value_load()
+    if scales is not None:
+        p = p * _of_tokens(s, scales)
         if seen is not None:
             p = jnp.where(seen, p, 0.0)  # the scale of a slot nobody wrote may be NaN
     fragments.store_weights(s, p.astype(s.dtype), r.weights.at[at.worker])
@@ -89,33 +81,41 @@ def attend_tile(
     return sums._replace(acc=acc, peak=m, total=total, done=sums.done + 1)
 
 
+def _scales(s: Shape, of_slots: Any, slot: Any) -> Any:
+    """Scales of a tile's tokens, [tile]; None where there is one for all."""
+    return plgpu.load(of_slots.at[slot], layout=ROW) if s.token_scales else None
+
+
+def _load_values(s: Shape, r: Refs, slot: Any) -> tuple[list[Any], Any]:
+    """A tile's values, [D, 64] for each 64 tokens, and their scales."""
+    plgpu.barrier_wait(r.v_full.at[slot])
+    scales = _scales(s, r.v_scale_smem, slot)
+    values = [fragments.values(s, r.v_smem.at[slot], half) for half in range(s.tile // 64)]
+    plgpu.barrier_arrive(r.v_free.at[slot])
+    return values, scales
+
+
 def _products(s: Shape, r: Refs, at: Place, slot: Any, meanwhile: Any) -> tuple[Any, Any]:
-    """Products of keys and queries, [tile, N], and what `meanwhile` made during them."""
+    """Products of scaled keys and queries, [tile, N], and what `meanwhile` made during them."""
     keys, queries = r.k_smem.at[slot], r.queries[0].at[at.worker]
-    parts = range(s.D // 64)
-    if not s.on_gpu:
-        x = [
-            jnp.dot(
-                fragments.keys(s, keys, part), queries[part].T, preferred_element_type=jnp.float32
-            )
-            for part in parts
-        ]
-        return sum(x[1:], x[0]), meanwhile()
+    scales = _scales(s, r.k_scale_smem, slot)
 
     def multiply(acc: Any) -> Any:
-        for part in parts:
+        for part in range(s.D // 64):
             plgpu.wgmma(acc, fragments.keys(s, keys, part), queries.at[part].transpose((1, 0)))
-        values = meanwhile()
-        return acc[...], values
+        plgpu.barrier_arrive(r.k_free.at[slot])
+        made = meanwhile()
+        return acc[...], made
 
-    return pl.run_scoped(multiply, ACC((s.tile, s.rows), jnp.float32))
+    def plainly() -> Any:
+        all_keys = jnp.concatenate([fragments.keys(s, keys, i) for i in range(s.D // 64)], 1)
+        all_queries = jnp.concatenate([queries[i] for i in range(s.D // 64)], 1)
+        plgpu.barrier_arrive(r.k_free.at[slot])
+        return jnp.dot(all_keys, all_queries.T, preferred_element_type=jnp.float32), meanwhile()
 
-
-def _scores(s: Shape, r: Refs, slot: Any, x: Any, scale: Any) -> tuple[Any, Any]:
-    """As products should be, and what makes them logarithms to base 2."""
-    if s.token_scales:
-        x = x * _of_tokens(s, r.k_scale_smem.at[slot])
-    return capped(s, x, scale * (1 / widened_by(s)))
+    shape = (s.tile, s.rows)
+    x, made = pl.run_scoped(multiply, ACC(shape, jnp.float32)) if s.on_gpu else plainly()
+    return (x if scales is None else x * _of_tokens(s, scales)), made
 
 
 def _add_values(s: Shape, r: Refs, at: Place, acc: Any, values: Any, meanwhile: Any) -> Any:
@@ -142,12 +142,15 @@ def _to_all(s: Shape, x: Any) -> Any:
 
 
 def _of_tokens(s: Shape, scales: Any) -> Any:
-    """Scales of a tile's tokens, [tile], as factors of scores, [tile, N]."""
-    return lax.broadcast_in_dim(plgpu.load(scales, layout=ROW), (s.tile, s.rows), (0,))
+    """[tile] to [tile, N]."""
+    return lax.broadcast_in_dim(scales, (s.tile, s.rows), (0,))
 
 
 def _seen(s: Shape, r: Refs, position: Any, j: Any) -> Any:
-    """Which slots of KV tile j each row attends to, [tile, N]."""
+    """Which slots of KV tile j each row attends to, [tile, N]; `position` is that of row 0."""
+    # Loaded, not computed: computed, they would be held in registers through everything.
+    row = plgpu.load(r.columns.at[pl.ds(0, s.rows)], layout=COLUMN, optimized=False)
+    position = position + lax.div(row, jnp.int32(s.G))
     slots = plgpu.load(r.columns.at[pl.ds(0, s.tile)], layout=ROW, optimized=False)
     slots = lax.broadcast_in_dim(slots, (s.tile, s.rows), (0,))
     last = _to_all(s, position - j * s.tile)

@@ -23,7 +23,7 @@ from pallas_kernels.sm90_shapes import (
     across,
     tile_range,
 )
-from pallas_kernels.sm90_sums import Sums, add_product, capped, set_aside, slot_of
+from pallas_kernels.sm90_sums import Sums, capped, set_aside, slot_of
 
 
 def positions(s: Shape, at: Place) -> Any:
@@ -97,6 +97,19 @@ def seen_slots(s: Shape, r: Refs, position: Any, j: Any) -> Any:
     last = across(position - j * s.tile, s.tile)
     seen = slots <= last
     return seen if s.window is None else seen & (slots > last - s.window)
+
+
+def add_product(s: Shape, acc: Any, p: Any, values: Any, meanwhile: Any) -> Any:
+    """acc + p · values, p from registers; `meanwhile` runs before the result is there."""
+    if not s.on_gpu:
+        meanwhile()
+        return acc + jnp.dot(p, values[...], preferred_element_type=jnp.float32)
+
+    def multiply(ref: Any) -> None:
+        plgpu.wgmma(ref, p, values)
+        meanwhile()
+
+    return pl.run_state(multiply)(ACC.init(acc))
 
 
 def clear_unwritten(s: Shape, f: Any, j: Any, values: Any) -> None:

@@ -47,6 +47,8 @@ class Config:
         stages: KV tiles in flight for each team.
         overlap: multiply a tile's values during the next tile's softmax; not of 8-bit pages.
         ping_pong: with two consumers and overlap, they issue their products by turns.
+        columns: with quantised pages, the most query rows of a consumer where a sequence has more
+            than one tile of them.
         defer: tell that a part is in memory only after the next unit, instead of waiting for it.
     """
 
@@ -55,11 +57,14 @@ class Config:
     stages: int = 2
     overlap: bool = False
     ping_pong: bool = False
+    columns: int = 32
     defer: bool = False
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.consumers < 1 or not 1 <= self.consumers * self.teams <= 4:
             raise ValueError(f"{self}: expected stages >= 1, and consumers * teams of 1 to 4")
+        if self.columns % 8 or not 8 <= self.columns <= ROWS:
+            raise ValueError(f"{self}: expected columns to be a multiple of 8, up to {ROWS}")
         if self.ping_pong and not (self.consumers == 2 and self.overlap):
             raise ValueError(f"{self}: ping_pong needs 2 consumers and overlap")
 
@@ -170,11 +175,12 @@ def tile_range(s: Shape, f: Any) -> tuple[Any, Any]:
     )
 
 
-def unit_rows(max_query: int, group: int, quantised: bool) -> int:
+def unit_rows(max_query: int, group: int, quantised: bool, config: Config) -> int:
     """Query rows of a consumer. With quantised pages they are columns: as few as will do."""
     if not quantised:
         return ROWS
-    return -(-min(max_query, ROWS // group) * group // 8) * 8
+    most = ROWS if max_query * group <= ROWS else config.columns
+    return -(-min(max_query, max(1, most // group)) * group // 8) * 8
 
 
 def widened_by(s: Shape) -> float:

@@ -5,15 +5,14 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import attention_plan as ap
 from pallas_kernels import sm90_fragments as fragments
-from pallas_kernels.attention_common import LOG2E, SPLIT
-from pallas_kernels.sm90_shapes import ACC, Place, Refs, Shape, along, nothing, tile_range
+from pallas_kernels.attention_common import LOG2E, NEG, SPLIT
+from pallas_kernels.sm90_shapes import COLUMN, Place, Refs, Shape, along, nothing, tile_range
 
 
 def slot_of(s: Shape, team: Any, done: Any) -> Any:
@@ -26,7 +25,7 @@ class Sums(NamedTuple):
 
     `acc` [ROWS, D] is not normalised; the others [ROWS]. Values merged so far wait in staging
     memory. `done` counts tiles. With quantised pages rows are columns: `acc` [D, rows], and `total`
-    [32, rows] is in parts.
+    [32, rows] is in parts; what was merged is in memory as a whole.
     """
 
     acc: Any
@@ -82,10 +81,9 @@ def walk(s: Shape, f: Any, tile: Any, carry: Any, begin: Any = None) -> Any:
 def begin_sums(s: Shape, done: Any) -> Sums:
     """Before any tile of a unit; `done` tiles of units before it."""
     sums = Sums(*nothing(s), done)
-    if not s.merge:
-        return sums
-    none = jnp.zeros_like(sums.peak) if s.quantised else sums.total
-    return sums._replace(merged_peak=sums.peak, merged_total=none)
+    if s.merge and not s.quantised:
+        sums = sums._replace(merged_peak=sums.peak, merged_total=sums.total)
+    return sums
 
 
 def end_sums(s: Shape, r: Refs, at: Place, sums: Sums) -> tuple[Any, Any, Any, Any]:
@@ -102,9 +100,12 @@ def split_of(s: Shape, j: Any) -> Any:
 
 def merge(s: Shape, r: Refs, at: Place, sums: Sums, split: Any) -> Sums:
     """`split`, which the sums are of, after the unit's splits before it."""
-    peak = jnp.maximum(sums.merged_peak, sums.peak)
-    before, now = jnp.exp2(sums.merged_peak - peak), jnp.exp2(sums.peak - peak)
-    total = sums.merged_total * before + total_of(s, r, at, sums) * now
+    merged_peak, merged_total = sums.merged_peak, sums.merged_total
+    if s.quantised:
+        merged_peak, merged_total = _merged_rows(s, r, at, split)
+    peak = jnp.maximum(merged_peak, sums.peak)
+    before, now = jnp.exp2(merged_peak - peak), jnp.exp2(sums.peak - peak)
+    total = merged_total * before + total_of(s, r, at, sums) * now
 
     def add() -> Any:
         return _merged(s, r, at)[...] * along(s, before) + sums.acc * along(s, now)
@@ -124,22 +125,28 @@ def _merged(s: Shape, r: Refs, at: Place) -> Any:
     return r.staging[4 if s.quantised else 0].at[at.stage]
 
 
+def _merged_rows(s: Shape, r: Refs, at: Place, split: Any) -> tuple[Any, Any]:
+    """(maximum, sum) of the splits before `split`, which the first split of a unit ignores."""
+
+    def load() -> Any:
+        rows = r.merged_rows.at[at.worker]
+        return tuple(plgpu.load(rows.at[i], layout=COLUMN) for i in (0, 1))
+
+    def none() -> Any:
+        return tuple(
+            plgpu.layout_cast(jnp.full((s.rows,), x, jnp.float32), COLUMN) for x in (NEG, 0.0)
+        )
+
+    return lax.cond(split > at.fields[ap.FIRST], load, none)
+
+
 def set_aside(s: Shape, r: Refs, at: Place, j: Any, sums: Sums) -> Sums:
     """Merges the split that ended before tile j; the next begins from scratch."""
     merged = merge(s, r, at, sums, split_of(s, j) - 1)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     _merged(s, r, at)[...] = merged.acc
+    if s.quantised:
+        r.merged_rows.at[at.worker, 0][...] = merged.peak
+        r.merged_rows.at[at.worker, 1][...] = merged.total
+        return Sums(*nothing(s), sums.done)
     return Sums(*nothing(s), sums.done, merged.peak, merged.total)
-
-
-def add_product(s: Shape, acc: Any, p: Any, values: Any, meanwhile: Any) -> Any:
-    """acc + p · values, p from registers; `meanwhile` runs before the result is there."""
-    if not s.on_gpu:
-        meanwhile()
-        return acc + jnp.dot(p, values[...], preferred_element_type=jnp.float32)
-
-    def multiply(ref: Any) -> None:
-        plgpu.wgmma(ref, p, values)
-        meanwhile()
-
-    return pl.run_state(multiply)(ACC.init(acc))

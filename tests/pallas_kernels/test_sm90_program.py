@@ -58,7 +58,7 @@ def test_nothing_is_shared_where_no_sequence_can_pass_a_split():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"stages": 0}, {"consumers": 2, "teams": 3}, {"ping_pong": True}]
+    "fields", [{"stages": 0}, {"consumers": 2, "teams": 3}, {"columns": 12}, {"ping_pong": True}]
 )
 def test_a_config_that_cannot_run_is_refused(fields: dict):
     with pytest.raises(ValueError, match=r"expected|needs"):
