@@ -79,7 +79,8 @@ def make_plan(
     config = config or default_config(max_query * G, D, quantised)
     return ap.plan(
         query_starts, kv_lengths, T=T, max_kv=max_kv,
-        tile_tokens=config.consumers * (unit_rows(max_query, G, quantised, config) // G), window=window,
+        tile_tokens=config.consumers * (unit_rows(max_query, G, quantised, config) // G),
+        window=window,
     )  # fmt: skip
 
 
