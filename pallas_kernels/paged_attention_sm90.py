@@ -173,6 +173,31 @@ def attend(
     return _kernel(shape)(*inputs)[0]
 
 
+def _box(s: Shape) -> list[Any]:
+    """A box of q's tokens, and what is left of the 64 matrix rows of 128 bytes where it lands."""
+    box = plgpu.SMEM((s.tokens, s.G, 64), s.dtype, transforms=(Swizzle(128),))
+    return [box, plgpu.SMEM((s.padding,), jnp.int8)] if s.padding else [box]
+
+
+def _staging(s: Shape, workers: int) -> list[Any]:
+    """What passes through a consumer's part of shared memory, by turns: parts, rows, their boxes.
+
+    One consumer may be done while another still needs what it has put there: a consumer's bytes
+    must be the same in every form. Half of them stay unused where values have 16 bits.
+    """
+    twice = 2 * (s.D // 64)
+    forms = [
+        plgpu.SMEM((workers, s.rows, s.D), jnp.float32, transforms=(Tile((8, 32)), Swizzle(128))),
+        plgpu.SMEM((workers, 2 * s.rows, s.D), s.dtype),
+        plgpu.SMEM((workers, twice, s.rows, 64), s.dtype, transforms=BITS16),
+        _box(s) * (workers * twice),
+    ]
+    if s.quantised and s.merge:  # of columns: what splits were merged to waits as wgmma has it
+        columns = (Tile((8, 8)), Swizzle(32))
+        forms.append(plgpu.SMEM((workers, s.D, s.rows), jnp.float32, transforms=columns))
+    return forms
+
+
 def _consumer_registers(workers: int, copiers: int, copier: int) -> int:
     """What is left of the launch's registers, which are the same for all, in steps of 8."""
     all_ = workers + copiers
@@ -182,7 +207,6 @@ def _consumer_registers(workers: int, copiers: int, copier: int) -> int:
 
 def _kernel(s: Shape) -> Any:
     c = s.config
-    floats = (Tile((8, 32)), Swizzle(128))
     out_type = [jax.ShapeDtypeStruct((s.T, s.H, s.D), s.dtype)]
     if s.scratch_rows:
         slots = (s.max_units, s.K)
@@ -201,26 +225,14 @@ def _kernel(s: Shape) -> Any:
     arrivals = s.copies * (2 if s.token_scales else 1)
     filled = plgpu.Barrier(num_arrivals=arrivals, num_barriers=c.teams * c.stages)
     freed = plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.teams * c.stages)
-    # A box of q's tokens lands in the first of 64 matrix rows of 128 bytes.
-    box = plgpu.SMEM((s.tokens, s.G, 64), s.dtype, transforms=(Swizzle(128),))
-    left = (s.rows - s.tokens * s.G) // 8  # whole KiB that alignment does not make up for
-    padding = [plgpu.SMEM((left * 1024,), jnp.int8)] if left else []
     matrices = plgpu.SMEM((workers, s.D // 64, s.rows, 64), s.dtype, transforms=BITS16)
-    boxes = [box, *padding] * (workers * (s.D // 64))
-    # Of columns: what splits were merged to waits as wgmma has it.
-    merged = plgpu.SMEM((workers, s.D, s.rows), jnp.float32, transforms=(Tile((8, 8)), Swizzle(32)))
+    boxes = _box(s) * (workers * (s.D // 64))
     scratch: dict[str, Any] = {
         # The same bytes as matrix rows, and as the tokens and heads that are copied there.
         "queries": plgpu.RefUnion(matrices, boxes),
         "k_smem": tiles,
         "v_smem": tiles,
-        "staging": plgpu.RefUnion(
-            plgpu.SMEM((workers, s.rows, s.D), jnp.float32, transforms=floats),
-            plgpu.SMEM((workers, s.rows, s.D), s.dtype),
-            matrices,
-            boxes,
-            *([merged] if s.quantised and s.merge else []),
-        ),
+        "staging": plgpu.RefUnion(*_staging(s, workers)),
         "q_full": plgpu.Barrier(num_arrivals=c.consumers * (s.D // 64), num_barriers=c.teams),
         "q_free": plgpu.Barrier(num_arrivals=c.consumers, num_barriers=c.teams),
         "k_full": filled,
@@ -228,6 +240,8 @@ def _kernel(s: Shape) -> Any:
         "k_free": freed,
         "v_free": freed,
     }
+    if c.overlap:
+        scratch["pins"] = plgpu.SMEM((workers, 2 * ROWS), jnp.float32)  # a scale after the sums
     if c.ping_pong:
         scratch["turn"] = plgpu.Barrier(num_arrivals=1, num_barriers=2)
     if s.quantised:

@@ -2,6 +2,10 @@
 
 A tile's softmax runs while the tensor core multiplies the values of the tile before. What is added
 to what, and in which order, is as in `attend_in_turn`; so are the bits.
+
+ptxas would move the softmax to the other side of the arrival before it or of the wait after it. So
+the softmax reads its scale from shared memory, after the arrival, and writes its sums there, before
+the wait: such accesses stay where they are.
 """
 
 from __future__ import annotations
@@ -40,13 +44,16 @@ def attend_overlapped(s: Shape, r: Refs, at: Place, done: Any) -> tuple[Any, Any
     """As `attend_in_turn`, for pages of the queries' type."""
     first, end = tile_range(s, at.fields)
     scale, position = scale_of(s, r, at), positions(s, at)
+    r.pins[at.worker, ROWS] = scale
+    plgpu.commit_smem()
     sums = begin_sums(s, done)
 
     def unit() -> Sums:
         begun, p = _begin(s, r, at, position, scale, first, sums)
-        tile = partial(_tile, s, r, at, position, scale)
+        tile = partial(_tile, s, r, at, position)
         now, p = walk(s, at.fields, tile, (begun, p), begin=first + 1)
         before = slot_of(s, at.team, now.done - 1)
+        _await_values(s, r, at, end - 1, before)
         acc = add_product(s, now.acc, p, r.v_smem.at[before], lambda: None)
         plgpu.barrier_arrive(r.v_free.at[before])
         return now._replace(acc=acc)
@@ -71,14 +78,12 @@ def _begin(
     x, scale = capped(s, x, scale)
     seen = seen_slots(s, r, position, j)
     p, m, total, _ = softmax(s, x, scale, seen, sums.peak, sums.total)
-    _await_values(s, r, at, j, slot, masked=True)
     return sums._replace(peak=m, total=total, done=sums.done + 1), p.astype(s.dtype)
 
 
 def _tile(
-    s: Shape, r: Refs, at: Place, position: Any, scale: Any, j: Any, carry: tuple[Sums, Any], *,
-    masked: bool,
-) -> tuple[Sums, Any]:  # fmt: skip
+    s: Shape, r: Refs, at: Place, position: Any, j: Any, carry: tuple[Sums, Any], *, masked: bool
+) -> tuple[Sums, Any]:
     """Tile j's weights, and tile j - 1's values multiplied by its own."""
     sums, p_before = carry
     slot, before = (slot_of(s, at.team, sums.done + i) for i in (0, -1))
@@ -90,7 +95,7 @@ def _tile(
 
     def weigh(x: Any) -> tuple[Any, Any, Any, Any]:
         _free_operands(s, r, at, j, slot)
-        x, base2 = capped(s, x, scale)
+        x, base2 = capped(s, x, r.pins[at.worker, ROWS])
         seen = seen_slots(s, r, position, j) if masked else None
         p, *rest = softmax(s, x, base2, seen, peak, total)
         return p.astype(s.dtype), *rest
@@ -99,29 +104,31 @@ def _tile(
         acc[...] = sums.acc
         _await_turn(s, r, at)
         add_scores(s, r, at, r.k_smem.at[slot], scores)
+        _await_values(s, r, at, j - 1, before)
         plgpu.wgmma(acc, p_before, r.v_smem.at[before])
         _give_turn(s, r, at)
         weighed = weigh(plgpu.wgmma_accumulator_load(scores, wait_n=1))
+        r.pins.at[at.worker, pl.ds(0, ROWS)][...] = weighed[2]
         return weighed, acc[...]
 
     if s.on_gpu:
         accumulators = ACC((ROWS, s.tile), jnp.float32), ACC((ROWS, s.D), jnp.float32)
         (p, m, total, fade), acc = pl.run_scoped(multiply, *accumulators)
     else:
-        (p, m, total, fade), acc = _on_cpu(s, r, at, slot, before, weigh, sums, p_before)
+        (p, m, total, fade), acc = _on_cpu(s, r, at, j, weigh, sums, p_before)
     plgpu.barrier_arrive(r.v_free.at[before])
     sums = sums._replace(acc=acc)
     if s.merge:
         sums = lax.cond(new_split, partial(set_aside, s, r, at, j), lambda same: same, sums)
-    _await_values(s, r, at, j, slot, masked=masked)
     acc = sums.acc * across(fade, s.D)
     return sums._replace(acc=acc, peak=m, total=total, done=sums.done + 1), p
 
 
 def _on_cpu(
-    s: Shape, r: Refs, at: Place, slot: Any, before: Any, weigh: Any, sums: Sums, p_before: Any
+    s: Shape, r: Refs, at: Place, j: Any, weigh: Any, sums: Sums, p_before: Any
 ) -> tuple[Any, Any]:
     """The interpreter has no product with its left side in registers."""
+    slot, before = (slot_of(s, at.team, sums.done + i) for i in (0, -1))
 
     def multiply(scores: Any) -> Any:
         _await_turn(s, r, at)
@@ -130,6 +137,7 @@ def _on_cpu(
         return scores[...]
 
     weighed = weigh(pl.run_scoped(multiply, ACC((ROWS, s.tile), jnp.float32)))
+    _await_values(s, r, at, j - 1, before)
     return weighed, add_product(s, sums.acc, p_before, r.v_smem.at[before], lambda: None)
 
 
@@ -140,10 +148,9 @@ def _free_operands(s: Shape, r: Refs, at: Place, j: Any, slot: Any) -> None:
     pl.when(j == last)(lambda: plgpu.barrier_arrive(r.q_free.at[at.team]))
 
 
-def _await_values(s: Shape, r: Refs, at: Place, j: Any, slot: Any, *, masked: bool) -> None:
+def _await_values(s: Shape, r: Refs, at: Place, j: Any, slot: Any) -> None:
     plgpu.barrier_wait(r.v_full.at[slot])
-    if masked:
-        clear_unwritten(s, at.fields, j, r.v_smem.at[slot])
+    clear_unwritten(s, at.fields, j, r.v_smem.at[slot])
 
 
 def _await_turn(s: Shape, r: Refs, at: Place) -> None:

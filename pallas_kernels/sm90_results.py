@@ -43,7 +43,7 @@ def finish(s: Shape, r: Refs, at: Place, acc: Any, m: Any, total: Any, pending: 
         out = _as_rows(s, acc * along(s, factor)).astype(s.dtype)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         if not (s.whole and s.on_gpu):
-            r.staging[1].at[at.stage][...] = out
+            r.staging[1].at[at.stage, pl.ds(0, s.rows)][...] = out
             _copy_out(s, r, at, tokens)
             return
 
@@ -57,7 +57,7 @@ def finish(s: Shape, r: Refs, at: Place, acc: Any, m: Any, total: Any, pending: 
 
         @pl.when(tokens < s.tokens)
         def _partial() -> None:
-            r.staging[1].at[at.stage][...] = out
+            r.staging[1].at[at.stage, pl.ds(0, s.rows)][...] = out
             _copy_out(s, r, at, tokens)
 
     if not s.scratch_rows:

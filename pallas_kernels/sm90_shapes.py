@@ -112,6 +112,11 @@ class Shape:
         return self.rows // self.G
 
     @property
+    def padding(self) -> int:
+        """Bytes between a box of q's rows and the next; alignment makes up for less than a KiB."""
+        return (self.rows - self.tokens * self.G) // 8 * 1024
+
+    @property
     def quantised(self) -> bool:
         return self.kv_dtype != self.dtype
 
@@ -217,7 +222,7 @@ def along(s: Shape, x: Any) -> Any:
 
 
 def box_of(s: Shape, boxes: Any, worker: int, part: int) -> Any:
-    """64 columns of a worker's rows as [tokens, G, 64]."""
-    parts = s.D // 64
-    apart = len(boxes) // (s.config.teams * s.config.consumers * parts)
-    return boxes[(worker * parts + part) * apart]
+    """64 columns of a worker's rows as [tokens, G, 64]. `boxes`: each followed by its padding."""
+    of_worker = len(boxes) // (s.config.teams * s.config.consumers)
+    each = 2 if s.padding else 1
+    return boxes[worker * of_worker + part * each]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from functools import partial
+from typing import Any
 
 import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.paged_attention_sm90 import attend
+from pallas_kernels.paged_attention_sm90 import attend, default_config
 from pallas_kernels.sm90_shapes import Config
 
 
@@ -63,3 +66,45 @@ def test_nothing_is_shared_where_no_sequence_can_pass_a_split():
 def test_a_config_that_cannot_run_is_refused(fields: dict):
     with pytest.raises(ValueError, match=r"expected|needs"):
         Config(**fields)
+
+
+@pytest.mark.parametrize("pages", [jnp.bfloat16, jnp.int8])
+@pytest.mark.parametrize(("max_query", "group"), [(1, 4), (1, 5), (512, 4), (512, 5)])
+def test_what_shares_memory_begins_at_the_same_byte_for_every_consumer(
+    pages: Any, max_query: int, group: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Else one consumer's rows would be written over what another has put aside."""
+    unions: list[Any] = []
+    made = plgpu.RefUnion
+    monkeypatch.setattr(plgpu, "RefUnion", lambda *forms: unions.append(forms) or made(*forms))
+    pool = ((33, 2, 64, 128), pages)
+    shapes = [
+        ((max_query, 2 * group, 128), jnp.bfloat16), pool, pool, ((1, 32), jnp.int32),
+        ((2,), jnp.int32), ((1,), jnp.int32), *[((33, 2, 64), jnp.float32)] * 2,
+    ]  # fmt: skip
+    arrays = [jax.ShapeDtypeStruct(*shape) for shape in shapes]
+    q8 = pages == jnp.int8
+
+    def call(*args: Any) -> Any:
+        scales = {"k_scales": args[6], "v_scales": args[7]} if q8 else {}
+        return attend(*args[:6], max_query=max_query, scale=0.1, sm_count=7, **scales)
+
+    jax.make_jaxpr(call)(*arrays)
+    config = default_config(max_query * group, 128, q8)
+    workers = config.consumers * config.teams
+
+    def size(ref: Any) -> int:
+        return math.prod(ref.shape) * jnp.dtype(ref.dtype).itemsize
+
+    assert len(unions) == 2
+    for forms in unions:
+        each = []
+        for form in forms:
+            if isinstance(form, list):
+                # What begins a consumer's part is aligned to whole KiB.
+                of_one = form[: len(form) // workers]
+                each.append(sum(-(-size(ref) // 1024) * 1024 for ref in of_one))
+            else:
+                assert form.shape[0] == workers
+                each.append(size(form) // workers)
+        assert len(set(each)) == 1, each
