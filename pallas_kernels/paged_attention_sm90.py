@@ -46,27 +46,26 @@ FEWEST_SMS = 78  # of any Hopper GPU (H20)
 SHARED_BYTES = 225 << 10  # of a block, less what barriers and alignment need
 
 
-def default_config(rows: int, D: int, quantised: bool) -> Config:
-    """The tuning for a call whose sequences have at most `rows` rows a KV head."""
+def default_config(max_query: int, G: int, D: int, quantised: bool) -> Config:
+    """The tuning for a call whose sequences have at most `max_query` new tokens."""
     if quantised:
-        return _quantised_config(rows, D)
+        return _quantised_config(max_query, G, D)
     if D > 128:
         return Config(consumers=1, teams=1, stages=2)
-    if rows <= ROWS:
+    if max_query * G <= ROWS:
         return Config(consumers=1, teams=2, stages=1 if D == 128 else 2)
     return Config(consumers=2, teams=1, stages=2, overlap=True, ping_pong=True)
 
 
-def _quantised_config(rows: int, D: int) -> Config:
+def _quantised_config(max_query: int, G: int, D: int) -> Config:
     """As many stages as shared memory has room for, up to four."""
-    whole = rows > ROWS
-    config = Config(consumers=2 if whole and D <= 128 else 1)
-    rows, tile = -(-min(rows, config.columns if whole else ROWS) // 8) * 8, kv_tile(D)
+    config = Config()
+    few = max_query * G <= config.columns
+    config = replace(config, teams=2 if few else 1, consumers=1 if few or config.columns < G else 2)
+    rows, tile = unit_rows(max_query, G, True, config), kv_tile(D)
     worker = rows * (6 * D + 2 * tile + 24)  # queries, results, weights, maxima and sums
-    slot = tile * (2 * D + 8)
-    stages = {n: (SHARED_BYTES // n - config.consumers * worker) // slot for n in (1, 2)}
-    teams = 1 if whole or stages[2] < 1 else 2
-    return replace(config, teams=teams, stages=min(4, stages[teams]))
+    left = SHARED_BYTES - config.teams * config.consumers * worker
+    return replace(config, stages=min(4, left // (config.teams * tile * (2 * D + 8))))
 
 
 def make_plan(
@@ -76,7 +75,7 @@ def make_plan(
 ) -> Work:  # fmt: skip
     """The work list that `attend` walks; the layers of a step with the same window share one."""
     G = H // K
-    config = config or default_config(max_query * G, D, quantised)
+    config = config or default_config(max_query, G, D, quantised)
     return ap.plan(
         query_starts, kv_lengths, T=T, max_kv=max_kv,
         tile_tokens=config.consumers * (unit_rows(max_query, G, quantised, config) // G),
@@ -133,7 +132,7 @@ def attend(
     P = page_table.shape[1]
     G = H // K
     quantised = k_pages.dtype != q.dtype
-    config = config or default_config(max_query * G, D, quantised)
+    config = config or default_config(max_query, G, D, quantised)
     if quantised and config.overlap:
         raise ValueError(f"{config}: overlap is not for 8-bit pages")
     if not on_gpu:  # without semaphores one team must walk all units in order

@@ -25,6 +25,7 @@ from pallas_kernels.sm90_shapes import (
     ACC,
     COLUMN,
     ROW,
+    WGMMA,
     Place,
     Refs,
     Shape,
@@ -138,12 +139,12 @@ def _add_values(s: Shape, r: Refs, at: Place, acc: Any, values: Any, meanwhile: 
 
 def _to_all(s: Shape, x: Any) -> Any:
     """[N] to [tile, N]."""
-    return lax.broadcast_in_dim(x, (s.tile, s.rows), (1,))
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, (s.tile, s.rows), (1,)), WGMMA)
 
 
-def _of_tokens(s: Shape, scales: Any) -> Any:
+def _of_tokens(s: Shape, x: Any) -> Any:
     """[tile] to [tile, N]."""
-    return lax.broadcast_in_dim(scales, (s.tile, s.rows), (0,))
+    return plgpu.layout_cast(lax.broadcast_in_dim(x, (s.tile, s.rows), (0,)), WGMMA)
 
 
 def _seen(s: Shape, r: Refs, position: Any, j: Any) -> Any:
@@ -152,7 +153,7 @@ def _seen(s: Shape, r: Refs, position: Any, j: Any) -> Any:
     row = plgpu.load(r.columns.at[pl.ds(0, s.rows)], layout=COLUMN, optimized=False)
     position = position + lax.div(row, jnp.int32(s.G))
     slots = plgpu.load(r.columns.at[pl.ds(0, s.tile)], layout=ROW, optimized=False)
-    slots = lax.broadcast_in_dim(slots, (s.tile, s.rows), (0,))
+    slots = _of_tokens(s, slots)
     last = _to_all(s, position - j * s.tile)
     seen = slots <= last
     return seen if s.window is None else seen & (slots > last - s.window)

@@ -47,8 +47,7 @@ class Config:
         stages: KV tiles in flight for each team.
         overlap: multiply a tile's values during the next tile's softmax; not of 8-bit pages.
         ping_pong: with two consumers and overlap, they issue their products by turns.
-        columns: with quantised pages, the most query rows of a consumer where a sequence has more
-            than one tile of them.
+        columns: with quantised pages, the most query rows of a consumer, or a token's if more.
         defer: tell that a part is in memory only after the next unit, instead of waiting for it.
     """
 
@@ -184,8 +183,7 @@ def unit_rows(max_query: int, group: int, quantised: bool, config: Config) -> in
     """Query rows of a consumer. With quantised pages they are columns: as few as will do."""
     if not quantised:
         return ROWS
-    most = ROWS if max_query * group <= ROWS else config.columns
-    return -(-min(max_query, max(1, most // group)) * group // 8) * 8
+    return -(-min(max_query, max(1, config.columns // group)) * group // 8) * 8
 
 
 def widened_by(s: Shape) -> float:
@@ -217,7 +215,7 @@ def across(rows: Any, columns: int) -> Any:
 def along(s: Shape, x: Any) -> Any:
     """One factor a query row as factors of the accumulators, which `nothing` shows."""
     if s.quantised:
-        return lax.broadcast_in_dim(x, (s.D, s.rows), (1,))
+        return plgpu.layout_cast(lax.broadcast_in_dim(x, (s.D, s.rows), (1,)), WGMMA)
     return across(x, s.D)
 
 

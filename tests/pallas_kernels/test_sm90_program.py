@@ -90,7 +90,7 @@ def test_what_shares_memory_begins_at_the_same_byte_for_every_consumer(
         return attend(*args[:6], max_query=max_query, scale=0.1, sm_count=7, **scales)
 
     jax.make_jaxpr(call)(*arrays)
-    config = default_config(max_query * group, 128, q8)
+    config = default_config(max_query, group, 128, q8)
     workers = config.consumers * config.teams
 
     def size(ref: Any) -> int:
