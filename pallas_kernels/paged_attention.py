@@ -30,6 +30,7 @@ BACKENDS: tuple[Backend, ...] = ("auto", "reference", "sm90", "sm80")
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (32, 64, 128)
 MAX_GROUP = 64  # query heads a KV head
+MAX_WIDE_GROUP = 56  # the same, of quantised pages with head dim 256: no layouts found for 64
 CHECK_PAGES = "JAXINFER_CHECK_PAGES"  # environment: 1 checks page ids on the device
 
 # The KV axis is cut every PART tokens, counted from position 0. Each part is reduced by itself and
@@ -186,6 +187,11 @@ def _unsupported(q: jax.Array, k_pages: jax.Array) -> str | None:
         return f"page_size {page_size}: expected one of {PAGE_SIZES}"
     if q.shape[1] // K > MAX_GROUP:
         return f"{q.shape[1] // K} query heads a KV head: expected at most {MAX_GROUP}"
+    if k_pages.dtype != q.dtype and D == 256 and q.shape[1] // K > MAX_WIDE_GROUP:
+        return (
+            f"{q.shape[1] // K} query heads a KV head: expected at most {MAX_WIDE_GROUP} with "
+            "quantised pages and head_dim 256"
+        )
     return None
 
 
