@@ -29,19 +29,20 @@ VERSION = 1
 HEAD_DIMS, GROUPS, KVS = (128, 64, 256), (4, 8, 1, 2, 5, 7, 16), ("bf16", "int8", "fp8")
 KV_HEADS = 8
 
-# Values of the fields of each backend's `Config`; every combination is tried.
+# Values of the fields of each backend's `Config`; every combination is tried. By kind, and by kind
+# and bits of the pages where 8-bit ones have others.
 GRIDS: dict[str, dict[str, dict[str, list[Any]]]] = {
     "sm90": {
         "decode": {"teams": [1, 2], "stages": [1, 2, 3], "defer": [False, True]},
+        "decode8": {"teams": [1, 2], "stages": [2, 3, 4], "defer": [False, True]},
         "prefill": {
-            "consumers": [1, 2],
-            "stages": [1, 2],
-            "overlap": [False, True],
+            "consumers": [1, 2], "stages": [1, 2], "overlap": [False, True],
             "ping_pong": [False, True],
         },
+        "prefill8": {"consumers": [1, 2], "stages": [2, 4], "columns": [16, 32, 48]},
     },
     "sm80": {"decode": {"stages": [2, 3, 4]}, "prefill": {"stages": [2, 3, 4]}},
-}
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,10 @@ def keys(archs: Sequence[str], only: str = "") -> list[Key]:
 
 
 def configs(key: Key) -> list[dict[str, Any]]:
-    """The combinations of the grid. One consumer cannot alternate with another.
-
-    8-bit pages cannot overlap; see `paged_attention_sm90`.
-    """
-    grid = GRIDS[key.arch][key.kind]
+    """The combinations of the grid. Only two consumers that overlap can take turns."""
+    grids = GRIDS[key.arch]
+    grid = grids[key.kind] if key.kv == "bf16" else grids.get(f"{key.kind}8", grids[key.kind])
     made = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    if key.kv != "bf16":
-        made = [c for c in made if not c.get("overlap")]
     return [c for c in made if not c.get("ping_pong") or (c["consumers"] == 2 and c["overlap"])]
 
 
