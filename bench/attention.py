@@ -23,7 +23,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +164,7 @@ def run_part(args: argparse.Namespace, cases: list[attention_cases.Case]) -> Non
         import jax
 
         parts.check_platform(jax.default_backend())
-        attempt(args.part, partial(_time_ours, args))
+        attempt(args.part, _time_ours, args)
         return
     if args.part == "torch":
         importlib.import_module("torch")  # one failure where it is missing, not one a case

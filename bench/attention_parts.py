@@ -90,13 +90,11 @@ class Op:
 
 def make_op(case: Case, backend: str, config: dict[str, Any] | None) -> Op:
     """The public op; with a config, the backend's `attend`, which alone takes one."""
-    import jax
-
+    from pallas_kernels.device import capability
     from pallas_kernels.paged_attention import paged_attention, plan_attention
 
-    if backend == "auto" and jax.default_backend() == "gpu":
-        major = int(str(jax.devices()[0].compute_capability).split(".")[0])
-        backend = "sm90" if major == 9 else "sm80"
+    if backend == "auto" and (found := capability()) is not None:
+        backend = "sm90" if int(found) == 9 else "sm80"
     static: dict[str, Any] = {"max_query": case.max_query}
     module: Any = None
     if backend in ("sm90", "sm80"):

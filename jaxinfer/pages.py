@@ -47,7 +47,7 @@ class PagePool(NamedTuple):
 
     @property
     def available(self) -> int:
-        return int(np.count_nonzero(self.holders == 0))
+        return int(np.count_nonzero(self.free))
 
 
 def create(num_pages: int) -> PagePool:
@@ -78,7 +78,7 @@ def allocate(pool: PagePool, count: int) -> tuple[PagePool, np.ndarray]:
     Raises:
         ValueError: fewer than `count` are free.
     """
-    free = np.flatnonzero(pool.holders == 0)
+    free = np.flatnonzero(pool.free)
     if len(free) < count:
         raise ValueError(f"{count} pages wanted, {len(free)} free")
     known = pool.keys[free, 0] != 0

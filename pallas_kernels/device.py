@@ -6,8 +6,6 @@ from typing import Any
 
 import jax
 
-SUPPORTED = (8, 10)  # compute capabilities from here to there, exclusive: A100 to H200
-
 
 def target_device() -> Any:
     """The device that programs are compiled for."""
@@ -19,3 +17,8 @@ def capability() -> float | None:
     device = target_device()
     found = getattr(device, "compute_capability", None)
     return float(found) if device.platform in ("gpu", "cuda") and found else None
+
+
+def has_kernels(capability: float | None) -> bool:
+    """Whether the kernels run on a GPU of this capability, A100 to H200; None is no GPU."""
+    return capability is not None and 8 <= capability < 10

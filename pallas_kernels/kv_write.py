@@ -15,7 +15,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.device import SUPPORTED, capability
+from pallas_kernels.device import capability, has_kernels
 from pallas_kernels.kv_quantise import LARGEST, Pools, quantise
 
 Backend = Literal["auto", "reference", "mosaic"]
@@ -69,9 +69,7 @@ def _choose(backend: Backend, D: int) -> Backend:
         raise ValueError(f"backend='mosaic': k_new has D={D}, expected {MOSAIC_DIMS}")
     if backend != "auto":
         return backend
-    found = capability()
-    runs = found is not None and SUPPORTED[0] <= found < SUPPORTED[1]
-    return "mosaic" if fits and runs else "reference"
+    return "mosaic" if fits and has_kernels(capability()) else "reference"
 
 
 def reference(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attention_plan import Work
-from pallas_kernels.device import SUPPORTED, capability, target_device
+from pallas_kernels.device import capability, has_kernels, target_device
 from pallas_kernels.kv_quantise import LARGEST
 from pallas_kernels.kv_write import check_scales
 
@@ -169,7 +169,7 @@ def _choose(backend: Backend, q: jax.Array, k_pages: jax.Array) -> Backend:
         return backend
     if found is None:
         return "reference"
-    if not why_not and SUPPORTED[0] <= found < SUPPORTED[1]:
+    if not why_not and has_kernels(found):
         return "sm90" if found >= 9 else "sm80"
     why_not = why_not or f"no kernel for compute capability {found}"
     _say_once(f"paged_attention: backend 'reference' (plain XLA) is used: {why_not}")

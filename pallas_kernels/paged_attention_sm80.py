@@ -34,7 +34,7 @@ from pallas_kernels.attention_common import (
     power_of_two,
     row_tiles,
 )
-from pallas_kernels.device import target_device
+from pallas_kernels.device import capability
 
 FLOOR = -(2.0**30)  # the running maximum's start: below every score, and an exact int32
 CHUNK = 64  # columns of a 128-byte swizzled 16-bit tile: the grain of the head dim
@@ -76,8 +76,7 @@ def default_config(head_dim: int, arch: Arch | None = None) -> Config:
     `arch`: of `Config`; by default what the default device is.
     """
     if arch is None:
-        major, _, _ = str(getattr(target_device(), "compute_capability", "9.0")).partition(".")
-        arch = "sm80" if int(major) < 9 else "sm90"
+        arch = "sm80" if (capability() or 9.0) < 9 else "sm90"
     return Config(block=64 if head_dim <= 64 else 32, arch=arch)
 
 

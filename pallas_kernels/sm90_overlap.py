@@ -18,7 +18,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.attention_common import ROWS, SPLIT
+from pallas_kernels.attention_common import ROWS
 from pallas_kernels.sm90_rows import (
     add_product,
     add_scores,
@@ -31,8 +31,10 @@ from pallas_kernels.sm90_shapes import ACC, Place, Refs, Shape, across, nothing,
 from pallas_kernels.sm90_sums import (
     Sums,
     begin_sums,
+    begins_split,
     capped,
     end_sums,
+    free_queries,
     scale_of,
     set_aside,
     slot_of,
@@ -66,14 +68,7 @@ def _begin(
 ) -> tuple[Sums, Any]:
     """The weights of a unit's first tile, whose values are not multiplied yet."""
     slot = slot_of(s, at.team, sums.done)
-
-    def multiply(scores: Any) -> Any:
-        _await_turn(s, r, at)
-        add_scores(s, r, at, r.k_smem.at[slot], scores)
-        _give_turn(s, r, at)
-        return scores[...]
-
-    x = pl.run_scoped(multiply, ACC((ROWS, s.tile), jnp.float32))
+    x = _scores(s, r, at, slot)
     _free_operands(s, r, at, j, slot)
     x, scale = capped(s, x, scale)
     seen = seen_slots(s, r, position, j)
@@ -89,7 +84,7 @@ def _tile(
     slot, before = (slot_of(s, at.team, sums.done + i) for i in (0, -1))
     peak, total, new_split = sums.peak, sums.total, None
     if s.merge:
-        new_split = lax.rem(j, jnp.int32(SPLIT // s.tile)) == 0
+        new_split = begins_split(s, j)
         peak, total = lax.cond(new_split, lambda: nothing(s)[1:], lambda: (sums.peak, sums.total))
     plgpu.barrier_wait(r.k_full.at[slot])
 
@@ -129,6 +124,13 @@ def _on_cpu(
 ) -> tuple[Any, Any]:
     """The interpreter has no product with its left side in registers."""
     slot, before = (slot_of(s, at.team, sums.done + i) for i in (0, -1))
+    weighed = weigh(_scores(s, r, at, slot))
+    _await_values(s, r, at, j - 1, before)
+    return weighed, add_product(s, sums.acc, p_before, r.v_smem.at[before], lambda: None)
+
+
+def _scores(s: Shape, r: Refs, at: Place, slot: Any) -> Any:
+    """Products of queries and the keys in `slot`, [ROWS, tile], with nothing else in flight."""
 
     def multiply(scores: Any) -> Any:
         _await_turn(s, r, at)
@@ -136,16 +138,13 @@ def _on_cpu(
         _give_turn(s, r, at)
         return scores[...]
 
-    weighed = weigh(pl.run_scoped(multiply, ACC((ROWS, s.tile), jnp.float32)))
-    _await_values(s, r, at, j - 1, before)
-    return weighed, add_product(s, sums.acc, p_before, r.v_smem.at[before], lambda: None)
+    return pl.run_scoped(multiply, ACC((ROWS, s.tile), jnp.float32))
 
 
 def _free_operands(s: Shape, r: Refs, at: Place, j: Any, slot: Any) -> None:
-    """Tile j's keys are multiplied; after the last tile the queries are free too."""
+    """Tile j's keys are multiplied."""
     plgpu.barrier_arrive(r.k_free.at[slot])
-    last = tile_range(s, at.fields)[1] - 1
-    pl.when(j == last)(lambda: plgpu.barrier_arrive(r.q_free.at[at.team]))
+    free_queries(s, r, at, j)
 
 
 def _await_values(s: Shape, r: Refs, at: Place, j: Any, slot: Any) -> None:

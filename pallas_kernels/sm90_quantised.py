@@ -20,7 +20,6 @@ from jax import lax
 
 from pallas_kernels import attention_plan as ap
 from pallas_kernels import sm90_fragments as fragments
-from pallas_kernels.attention_common import SPLIT
 from pallas_kernels.sm90_shapes import (
     ACC,
     COLUMN,
@@ -30,10 +29,9 @@ from pallas_kernels.sm90_shapes import (
     Refs,
     Shape,
     along,
-    tile_range,
     widened_by,
 )
-from pallas_kernels.sm90_sums import Sums, capped, set_aside, slot_of
+from pallas_kernels.sm90_sums import Sums, await_keys, capped, free_queries, next_split, slot_of
 
 EARLY_COLUMNS = 16  # so few leave registers for the values while scores are computed
 
@@ -47,15 +45,13 @@ def attend_tile(
     s: Shape, r: Refs, at: Place, position: Any, scale: Any, j: Any, sums: Sums, *, masked: bool
 ) -> Sums:
     """The sums after KV tile j. Which rows are masked must not change the arithmetic of others."""
-    slot, (first, end) = slot_of(s, at.team, sums.done), tile_range(s, at.fields)
+    slot = slot_of(s, at.team, sums.done)
     early = s.rows <= EARLY_COLUMNS
     value_load = partial(_load_values, s, r, slot)
     x, loaded = _products(s, r, at, slot, value_load if early else lambda: None)
     x, scale = capped(s, x, scale * (1 / widened_by(s)))
-    pl.when(j == end - 1)(lambda: plgpu.barrier_arrive(r.q_free.at[at.team]))
-    if s.merge:
-        new_split = (j > first) & (lax.rem(j, jnp.int32(SPLIT // s.tile)) == 0)
-        sums = lax.cond(new_split, lambda: set_aside(s, r, at, j, sums), lambda: sums)
+    free_queries(s, r, at, j)
+    sums = next_split(s, r, at, j, sums)
     seen = _seen(s, r, position, j) if masked else None
     if seen is not None:
         x = jnp.where(seen, x, -jnp.inf)
@@ -73,12 +69,8 @@ def attend_tile(
         if seen is not None:
             p = jnp.where(seen, p, 0.0)  # the scale of a slot nobody wrote may be NaN
     fragments.store_weights(s, p.astype(s.dtype), r.weights.at[at.worker])
-
-    def await_keys() -> None:  # the next tile's, under cover of this product
-        next_keys = r.k_full.at[slot_of(s, at.team, sums.done + 1)]
-        pl.when(j + 1 < end)(lambda: plgpu.barrier_wait(next_keys))
-
-    acc = _add_values(s, r, at, acc, values, await_keys)
+    # The next tile's keys are waited for under cover of this product.
+    acc = _add_values(s, r, at, acc, values, partial(await_keys, s, r, at, j, sums))
     return sums._replace(acc=acc, peak=m, total=total, done=sums.done + 1)
 
 

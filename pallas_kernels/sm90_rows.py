@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import attention_plan as ap
-from pallas_kernels.attention_common import ROWS, SPLIT
+from pallas_kernels.attention_common import ROWS
 from pallas_kernels.sm90_shapes import (
     ACC,
     COLUMN,
@@ -21,9 +21,8 @@ from pallas_kernels.sm90_shapes import (
     Refs,
     Shape,
     across,
-    tile_range,
 )
-from pallas_kernels.sm90_sums import Sums, capped, set_aside, slot_of
+from pallas_kernels.sm90_sums import Sums, await_keys, capped, free_queries, next_split, slot_of
 
 
 def positions(s: Shape, at: Place) -> Any:
@@ -36,7 +35,7 @@ def attend_tile(
     s: Shape, r: Refs, at: Place, position: Any, scale: Any, j: Any, sums: Sums, *, masked: bool
 ) -> Sums:
     """The sums after KV tile j."""
-    slot, (first, end) = slot_of(s, at.team, sums.done), tile_range(s, at.fields)
+    slot = slot_of(s, at.team, sums.done)
     keys = r.k_smem.at[slot]
 
     def multiply(acc: Any) -> Any:
@@ -46,10 +45,8 @@ def attend_tile(
     x = pl.run_scoped(multiply, ACC((ROWS, s.tile), jnp.float32))
     plgpu.barrier_arrive(r.k_free.at[slot])
     x, scale = capped(s, x, scale)
-    pl.when(j == end - 1)(lambda: plgpu.barrier_arrive(r.q_free.at[at.team]))
-    if s.merge:
-        new_split = (j > first) & (lax.rem(j, jnp.int32(SPLIT // s.tile)) == 0)
-        sums = lax.cond(new_split, partial(set_aside, s, r, at, j), lambda same: same, sums)
+    free_queries(s, r, at, j)
+    sums = next_split(s, r, at, j, sums)
     seen = seen_slots(s, r, position, j) if masked else None
     p, m, total, fade = softmax(s, x, scale, seen, sums.peak, sums.total)
     acc, p = sums.acc * across(fade, s.D), p.astype(s.dtype)
@@ -57,12 +54,8 @@ def attend_tile(
     values = r.v_smem.at[slot]
     if masked:
         clear_unwritten(s, at.fields, j, values)
-
-    def await_keys() -> None:  # the next tile's, under cover of this product
-        next_keys = r.k_full.at[slot_of(s, at.team, sums.done + 1)]
-        pl.when(j + 1 < end)(lambda: plgpu.barrier_wait(next_keys))
-
-    acc = add_product(s, acc, p, values, await_keys)
+    # The next tile's keys are waited for under cover of this product.
+    acc = add_product(s, acc, p, values, partial(await_keys, s, r, at, j, sums))
     plgpu.barrier_arrive(r.v_free.at[slot])
     return sums._replace(acc=acc, peak=m, total=total, done=sums.done + 1)
 

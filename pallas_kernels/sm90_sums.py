@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, NamedTuple
 
+import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
@@ -92,6 +93,30 @@ def end_sums(s: Shape, r: Refs, at: Place, sums: Sums) -> tuple[Any, Any, Any, A
         sums = merge(s, r, at, sums, split_of(s, tile_range(s, at.fields)[1] - 1))
         return sums.acc, sums.peak, sums.total, sums.done
     return sums.acc, sums.peak, total_of(s, r, at, sums), sums.done
+
+
+def begins_split(s: Shape, j: Any) -> Any:
+    return lax.rem(j, jnp.int32(SPLIT // s.tile)) == 0
+
+
+def next_split(s: Shape, r: Refs, at: Place, j: Any, sums: Sums) -> Sums:
+    """`sums` as tile j finds them: from scratch if a split ended before it."""
+    if not s.merge:
+        return sums
+    ended = (j > tile_range(s, at.fields)[0]) & begins_split(s, j)
+    return lax.cond(ended, partial(set_aside, s, r, at, j), lambda same: same, sums)
+
+
+def free_queries(s: Shape, r: Refs, at: Place, j: Any) -> None:
+    """Tile j's keys are multiplied: after the last tile nobody reads the queries any more."""
+    last = tile_range(s, at.fields)[1] - 1
+    pl.when(j == last)(lambda: plgpu.barrier_arrive(r.q_free.at[at.team]))
+
+
+def await_keys(s: Shape, r: Refs, at: Place, j: Any, sums: Sums) -> None:
+    """Those of the tile after j, which `sums` do not count yet."""
+    keys = r.k_full.at[slot_of(s, at.team, sums.done + 1)]
+    pl.when(j + 1 < tile_range(s, at.fields)[1])(lambda: plgpu.barrier_wait(keys))
 
 
 def split_of(s: Shape, j: Any) -> Any:
