@@ -90,7 +90,7 @@ class Op:
 
 def make_op(case: Case, backend: str, config: dict[str, Any] | None) -> Op:
     """The public op; with a config, the backend's `attend`, which alone takes one."""
-    from pallas_kernels.device import capability
+    from pallas_kernels.device import capability, target_device
     from pallas_kernels.paged_attention import paged_attention, plan_attention
 
     if backend == "auto" and (found := capability()) is not None:
@@ -115,10 +115,12 @@ def make_op(case: Case, backend: str, config: dict[str, Any] | None) -> Op:
         )  # fmt: skip
 
     def attend(arrays: dict[str, Any], plan: Any) -> Any:
-        options = {"plan": plan} if plan is not None else {}
+        options: dict[str, Any] = {"plan": plan} if plan is not None else {}
         if chosen is not None:
-            scale = case.head_dim**-0.5
-            return module.attend(**arrays, **static, **options, scale=scale, config=chosen)
+            options |= {"scale": case.head_dim**-0.5, "config": chosen}
+            if backend == "sm90":
+                options |= {"sm_count": target_device().core_count, "invariant": case.invariant}
+            return module.attend(**arrays, **static, **options)
         free = {} if case.invariant else {"invariant": False}
         return paged_attention(**arrays, **static, **options, **free, backend=backend)  # type: ignore
 
@@ -165,7 +167,7 @@ def _replan(op: Op, arrays: dict[str, Any]) -> dict[str, Any]:
     import jax.numpy as jnp
 
     lengths = arrays["kv_lengths"]
-    return {"kv_lengths": lengths + jnp.minimum(op.plan(arrays).real[0], 0)}
+    return {"kv_lengths": lengths + jnp.minimum(op.plan(arrays).counts[0], 0)}
 
 
 def in_turn(

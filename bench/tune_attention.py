@@ -1,13 +1,12 @@
 """Finds the fastest config of the attention kernels and writes `pallas_kernels/tuning.json`.
 
-    python -m bench.tune_attention --only sm90/decode/d128 --minutes 8
+    python -m bench.tune_attention --only sm90/decode/d128/g4
 
-Every entry belongs to one (arch, kind, head_dim, group, kv): "kind" is `decode` (the rows of a KV
-head's new tokens fit one tile) or `prefill`. Configs that do not compile or are too inaccurate are
-left out. What was there for other keys stays, so a sweep may be done in pieces. A config changes no
-bit of a result; the float32 reference is compared with all the same.
-
-The file: `{"version": 1, "entries": [{arch, kind, head_dim, group, kv, config, us, device}]}`.
+Every entry belongs to one (arch, kind, head_dim, group, kv_bits); `pallas_kernels.tuning` says what
+they mean and reads them. All configs of a key are compiled side by side and timed by turns. Those
+that do not compile or are too inaccurate are left out. What was there for other keys stays, so a
+sweep may be done in pieces. A config changes no bit of a result; the float32 reference is compared
+with all the same.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from bench import record
+from bench import parts, record
 from bench.attention_cases import Case, Group
+from bench.parts import Part
+from bench.record import Record
+from pallas_kernels import tuning
 
-PATH = record.ROOT / "pallas_kernels" / "tuning.json"
-VERSION = 1
-HEAD_DIMS, GROUPS, KVS = (128, 64, 256), (4, 8, 1, 2, 5, 7, 16), ("bf16", "int8", "fp8")
+HEAD_DIMS, GROUPS, BITS = (128, 64, 256), (4, 8, 1, 2, 5, 7, 16), (16, 8)
 KV_HEADS = 8
 
 # Values of the fields of each backend's `Config`; every combination is tried. By kind, and by kind
 # and bits of the pages where 8-bit ones have others.
 GRIDS: dict[str, dict[str, dict[str, list[Any]]]] = {
     "sm90": {
-        "decode": {"teams": [1, 2], "stages": [1, 2, 3], "defer": [False, True]},
-        "decode8": {"teams": [1, 2], "stages": [2, 3, 4], "defer": [False, True]},
+        "decode": {"teams": [1, 2], "stages": [2, 1, 3]},
+        "decode8": {"teams": [2, 1], "stages": [2, 3, 4]},
         "prefill": {
             "consumers": [1, 2], "stages": [1, 2], "overlap": [False, True],
-            "ping_pong": [False, True],
         },
         "prefill8": {"consumers": [1, 2], "stages": [2, 4], "columns": [16, 32, 48]},
     },
@@ -53,52 +52,42 @@ class Key:
     kind: str
     head_dim: int
     group: int
-    kv: str
+    kv_bits: int
 
     def __str__(self) -> str:
-        return f"{self.arch}/{self.kind}/d{self.head_dim}/g{self.group}/{self.kv}"
+        return f"{self.arch}/{self.kind}/d{self.head_dim}/g{self.group}/{self.kv_bits}"
 
     def case(self) -> Case:
-        """What is timed: 64 × 4096 decode, or two prompts of 4096 tokens."""
+        """What is timed: 32 × 4096 decode, or two prompts of 4096 tokens."""
         heads = max(1, min(KV_HEADS, 32 // self.group))
-        groups = (Group(64, 4096),) if self.kind == "decode" else (Group(2, 4096, 4096),)
-        return Case(f"tune.{self}", groups, self.kv, True, heads, self.group, self.head_dim)
+        groups = (Group(32, 4096),) if self.kind == "decode" else (Group(2, 4096, 4096),)
+        kv = "bf16" if self.kv_bits == 16 else "int8"
+        return Case(f"tune.{self}", groups, kv, True, heads, self.group, self.head_dim)
 
 
-def keys(archs: Sequence[str], only: str = "") -> list[Key]:
-    """Every key whose name starts with `only`, the usual ones first."""
-    found = [Key(*k) for k in product(archs, ("decode", "prefill"), HEAD_DIMS, GROUPS, KVS)]
-    return [key for key in found if str(key).startswith(only)]
+def keys(archs: Sequence[str], only: Sequence[str] = ("",)) -> list[Key]:
+    """Every key whose name starts with one of `only`, the usual ones first."""
+    found = [Key(*k) for k in product(archs, ("decode", "prefill"), HEAD_DIMS, GROUPS, BITS)]
+    return [key for key in found if str(key).startswith(tuple(only))]
 
 
 def configs(key: Key) -> list[dict[str, Any]]:
-    """The combinations of the grid. Only two consumers that overlap can take turns."""
+    """The combinations of the grid."""
     grids = GRIDS[key.arch]
-    grid = grids[key.kind] if key.kv == "bf16" else grids.get(f"{key.kind}8", grids[key.kind])
-    made = [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
-    return [c for c in made if not c.get("ping_pong") or (c["consumers"] == 2 and c["overlap"])]
+    grid = grids[key.kind] if key.kv_bits == 16 else grids.get(f"{key.kind}8", grids[key.kind])
+    return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
 
 
-def read(path: Path = PATH) -> dict[Key, dict[str, Any]]:
-    """Entries by key; none where there is no file.
-
-    Raises:
-        ValueError: another version.
-    """
-    if not path.exists():
-        return {}
-    data = json.loads(path.read_text())
-    if data["version"] != VERSION:
-        raise ValueError(f"{path}: version {data['version']}, expected {VERSION}")
-    fields = Key.__dataclass_fields__
-    return {Key(**{f: entry[f] for f in fields}): entry for entry in data["entries"]}
+def read(path: Path = tuning.PATH) -> dict[Key, dict[str, Any]]:
+    """Entries by key; none where there is no file. Raises as `tuning.entries`."""
+    return {Key(*key): dict(entry) for key, entry in tuning.entries(path).items()}
 
 
-def write(entries: dict[Key, dict[str, Any]], path: Path = PATH) -> None:
+def write(entries: dict[Key, dict[str, Any]], path: Path = tuning.PATH) -> None:
     """Sorted, an entry a line, so that a change is a line in a diff."""
     lines = [json.dumps(entries[key]) for key in sorted(entries, key=str)]
     text = ",\n  ".join(lines)
-    path.write_text(f'{{"version": {VERSION}, "entries": [\n  {text}\n]}}\n')
+    path.write_text(f'{{"version": {tuning.VERSION}, "entries": [\n  {text}\n]}}\n')
 
 
 def fastest(timed: Iterable[tuple[dict[str, Any], float]]) -> tuple[dict[str, Any], float]:
@@ -111,50 +100,74 @@ def fastest(timed: Iterable[tuple[dict[str, Any], float]]) -> tuple[dict[str, An
     return next((config, us) for config, us in rows if us <= 1.01 * best)
 
 
-def tune(key: Key) -> dict[str, Any] | None:
-    """The entry of `key`, or None where no config works. Prints a line for each config."""
-    import jax
+def tune(todo: Sequence[Key]) -> dict[Key, dict[str, Any]]:
+    """Entries of keys for which some config works. Prints a line for each config."""
+    jobs = [(key, config) for key in todo for config in configs(key)]
+    env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": "--xla_gpu_autotune_level=0"}
+    found = parts.run_together(
+        [
+            Part(f"{i}", "bench.tune_attention", ("--part", str(key), json.dumps(config)), 200, env)
+            for i, (key, config) in enumerate(jobs)
+        ]
+    )
+    times: dict[Key, list[tuple[dict[str, Any], float]]] = {key: [] for key in todo}
+    for key, config in jobs:
+        name = _name(str(key), config)
+        us = next((r.value for r in found if r.name == name and r.value), None)
+        print(f"{name}: {us}", flush=True)
+        if us:
+            times[key].append((config, us))
+    device, made = record.device()["kind"], {}
+    for key, rows in times.items():
+        if rows:
+            config, us = fastest(rows)
+            made[key] = {**vars(key), "config": config, "us": round(us, 1), "device": device}
+    return made
 
-    from bench.attention_parts import measure
 
-    timed = []
-    for config in configs(key):
-        try:
-            us, *_ = measure(key.case(), key.arch, config)
-        except Exception as error:
-            told = f"{type(error).__name__}: {error}"[:160].replace("\n", " ")
-            print(f"{key} {json.dumps(config)}: {told}", flush=True)
-            continue
-        assert us.value is not None
-        print(f"{key} {json.dumps(config)}: {us.value:.1f} us", flush=True)
-        timed.append((config, us.value))
-    if not timed:
-        return None
-    config, us = fastest(timed)
-    device = jax.devices()[0].device_kind
-    return {**vars(key), "config": config, "us": round(us, 1), "device": device}
+def _name(key: str, config: dict[str, Any]) -> str:
+    return f"{key} {json.dumps(config)}"
+
+
+def _time(key: str, config: str, records: Path | None) -> None:
+    """One config, in a process of its own."""
+    from bench.attention_parts import prepare
+
+    arch, *_ = key.split("/")
+    case = next(k for k in keys([arch]) if str(k) == key).case()
+    timed = prepare(case, arch, json.loads(config))
+    with parts.turn():
+        us, *_ = timed()
+    parts.emit(records, Record(_name(key, json.loads(config)), us.value, "us"))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="tune the attention kernels on this GPU")
-    parser.add_argument("--arch", default="sm90", type=lambda text: text.split(","))
-    parser.add_argument("--only", default="", help="keys that start so: sm90/decode/d128/g4/int8")
-    parser.add_argument("--minutes", type=float, default=8.0, help="start no key after this")
+    parser.add_argument("--arch", default="sm90")
+    parser.add_argument("--only", default="", help="keys that start so, separated by commas")
+    parser.add_argument("--minutes", type=float, default=8.0, help="start no keys after this")
+    parser.add_argument("--at-once", type=int, default=2, help="keys whose configs run together")
     parser.add_argument("--missing", action="store_true", help="keys without an entry alone")
-    parser.add_argument("--path", type=Path, default=PATH)
+    parser.add_argument("--path", type=Path, default=tuning.PATH)
+    parser.add_argument("--part", nargs=2, metavar=("KEY", "CONFIG"), help="time one, here")
+    parser.add_argument("--records", type=Path)
     args = parser.parse_args()
+    if args.part:
+        key, config = args.part
+        _time(key, config, args.records)
+        return
     entries, last_start = read(args.path), time.monotonic() + 60 * args.minutes
-    archs = [args.arch] if isinstance(args.arch, str) else args.arch
-    for key in keys(archs, args.only):
-        if args.missing and key in entries:
-            continue
+    todo = [
+        key
+        for key in keys(args.arch.split(","), args.only.split(","))
+        if not (args.missing and key in entries)
+    ]
+    for i in range(0, len(todo), args.at_once):
         if time.monotonic() > last_start:
-            print(f"out of time before {key}")
+            print(f"out of time before {todo[i]}")
             break
-        found = tune(key)
-        if found is not None:
-            entries[key] = found
-            write(entries, args.path)
+        entries |= tune(todo[i : i + args.at_once])
+        write(entries, args.path)
     print(args.path.read_text() if args.path.exists() else "nothing was found")
 
 

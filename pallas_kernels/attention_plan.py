@@ -10,33 +10,37 @@ of the KV axis counted from position 0: where it is cut depends on a sequence's 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.attention_common import SPLIT, kv_range, most_splits, owner_of, row_tiles
 
 # Columns of `Work.units`.
-TOKEN, COUNT, POSITION, SEQUENCE, LOW, HIGH, FIRST, PARTS, PART, SLOT, TILE_ID, ZERO = range(12)
-FIELDS = 12
+TOKEN, COUNT, POSITION, SEQUENCE, LENGTH, LOW, HIGH = range(7)
+FIRST, PARTS, PART, SLOT, TILE_ID, ZERO = range(7, 13)
+FIELDS = 13
 COLUMNS = 128  # at least any KV tile
 
 
 class Work(NamedTuple):
-    """int32 arrays. `units` [U, FIELDS], heaviest first; `real` [1] of them are.
+    """int32 arrays. `units` [U, FIELDS]; `counts` [2]: how many are real, and how many *long*.
 
-    `columns` [COLUMNS] counts from 0, for kernels that had rather load that than compute it.
+    Long ones, tiles of sequences of several tiles, come first; both sorts heaviest first. A long
+    unit waits for no other, so they may be walked in any order. `columns` [COLUMNS] counts from 0,
+    for kernels that had rather load that than compute it.
 
     A unit is `COUNT` new tokens from row `TOKEN` of q on, the first at `POSITION` of sequence
-    `SEQUENCE`, against KV positions `LOW` up to `HIGH` (exclusive), split `FIRST` on. With
-    `PARTS` > 1 the unit is part number `PART` alone of a tile that several units share; `SLOT` is
-    the first of their scratch slots and `TILE_ID` names their counter. With `PARTS` 1 the unit
-    covers all of its tile's splits.
+    `SEQUENCE`, which has `LENGTH` tokens, against KV positions `LOW` up to `HIGH` (exclusive),
+    split `FIRST` on. With `PARTS` > 1 the unit is part number `PART` alone of a tile that several
+    units share; `SLOT` is the first of their scratch slots and `TILE_ID` names their counter. With
+    `PARTS` 1 the unit covers all of its tile's splits.
     """
 
     units: jax.Array
-    real: jax.Array
+    counts: jax.Array
     columns: jax.Array
 
 
@@ -77,7 +81,8 @@ def plan(
     low, high = kv_range(tiles, window)
     first = low // SPLIT
     splits = jnp.maximum(-(-high // SPLIT) - first, 1)
-    parts = jnp.where(new[tiles.sequence] > tile_tokens, 1, splits)
+    long = new[tiles.sequence] > tile_tokens
+    parts = jnp.where(long, 1, splits)
     parts = jnp.where(tiles.tokens > 0, parts, 0)
 
     unit_ends = jnp.cumsum(parts)
@@ -92,7 +97,8 @@ def plan(
     units = jnp.stack(
         [
             tiles.token[of], tiles.tokens[of], tiles.position[of],
-            jnp.minimum(tiles.sequence[of], S - 1), unit_low, unit_high,
+            jnp.minimum(tiles.sequence[of], S - 1), lengths[tiles.sequence[of]],
+            unit_low, unit_high,
             jnp.where(shared, split, first[of]), parts[of], part, slot, of,
             jnp.zeros_like(of),
         ],
@@ -103,7 +109,28 @@ def plan(
     cost = unit_high - unit_low
     first_cost = jnp.where(shared, cost[jnp.minimum(slot, U - 1)], cost)
     cost = jnp.where(part == parts[of] - 1, jnp.minimum(cost, first_cost), cost)
-    cost = jnp.where(unit < unit_ends[-1], cost, -1)
+    real = unit < unit_ends[-1]
+    is_long = real & long[of]
+    cost = jnp.where(real, cost, -1) + jnp.where(is_long, 1 << 30, 0)
     order = jnp.argsort(-cost, stable=True)
+    counts = jnp.stack([unit_ends[-1], is_long.sum()])
     columns = jnp.arange(COLUMNS, dtype=jnp.int32)
-    return Work(units[order].astype(jnp.int32), unit_ends[-1:].astype(jnp.int32), columns)
+    return Work(units[order].astype(jnp.int32), counts.astype(jnp.int32), columns)
+
+
+def item(at: Any, heads: int, long: Any) -> tuple[Any, Any]:
+    """(unit, KV head) number `at`, of units of which the first `long` are long; None: none are.
+
+    Units of one head share its keys: long ones go head by head, so that keys stay in L2. From head
+    to head their costs rise and fall by turns, and fall in the last. So every n-th of them makes
+    about the same sum wherever one starts, and no block is late.
+    """
+    unit, head = lax.div(at, jnp.int32(heads)), lax.rem(at, jnp.int32(heads))
+    if long is None:
+        return unit, head
+    some = lax.max(long, jnp.int32(1))
+    long_head, long_unit = lax.div(at, some), lax.rem(at, some)
+    rises = lax.rem(heads - 1 - long_head, jnp.int32(2)) == 1
+    long_unit = jnp.where(rises, some - 1 - long_unit, long_unit)
+    is_long = at < long * heads
+    return jnp.where(is_long, long_unit, unit), jnp.where(is_long, long_head, head)

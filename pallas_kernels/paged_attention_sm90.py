@@ -41,6 +41,7 @@ from pallas_kernels.sm90_shapes import (
     unit_rows,
 )
 from pallas_kernels.sm90_sums import attend_in_turn
+from pallas_kernels.tuning import tuned
 
 FEWEST_SMS = 78  # of any Hopper GPU (H20)
 SHARED_BYTES = 225 << 10  # of a block, less what barriers and alignment need
@@ -48,13 +49,17 @@ SHARED_BYTES = 225 << 10  # of a block, less what barriers and alignment need
 
 def default_config(max_query: int, G: int, D: int, quantised: bool) -> Config:
     """The tuning for a call whose sequences have at most `max_query` new tokens."""
+    few = max_query * G <= (Config().columns if quantised else ROWS)
+    found = tuned("sm90", "decode" if few else "prefill", D, G, 8 if quantised else 16)
+    if found is not None:
+        return Config(**found)
     if quantised:
         return _quantised_config(max_query, G, D)
     if D > 128:
-        return Config(consumers=1, teams=1, stages=2)
-    if max_query * G <= ROWS:
-        return Config(consumers=1, teams=2, stages=1 if D == 128 else 2)
-    return Config(consumers=2, teams=1, stages=2, overlap=True, ping_pong=True)
+        return Config(stages=2)
+    if few:
+        return Config(teams=1, stages=2) if D == 128 else Config(teams=2, stages=1)
+    return Config(consumers=2, stages=2, overlap=True)
 
 
 def _quantised_config(max_query: int, G: int, D: int) -> Config:
@@ -240,9 +245,7 @@ def _kernel(s: Shape) -> Any:
         "v_free": freed,
     }
     if c.overlap:
-        scratch["pins"] = plgpu.SMEM((workers, 2 * ROWS), jnp.float32)  # a scale after the sums
-    if c.ping_pong:
-        scratch["turn"] = plgpu.Barrier(num_arrivals=1, num_barriers=2)
+        scratch["pins"] = plgpu.SMEM((workers, 16), jnp.float32)
     if s.quantised:
         scratch["weights"] = plgpu.SMEM((workers, s.rows, s.tile), s.dtype, transforms=BITS16)
         scratch["merged_rows"] = plgpu.SMEM((workers, 2, s.rows), jnp.float32)
@@ -254,7 +257,7 @@ def _kernel(s: Shape) -> Any:
     attend = attend_overlapped if c.overlap else partial(attend_in_turn, way)
 
     def body(*refs: Any, **scoped: Any) -> None:
-        names = ["units", "real", "columns", "page_table", "q", "k_pages", "v_pages"]
+        names = ["units", "counts", "columns", "page_table", "q", "k_pages", "v_pages"]
         names += ["k_scales", "v_scales"] if s.quantised else []
         names += ["sinks"] if s.sinks else []
         names += ["out"]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels import attention_plan as ap
-from pallas_kernels.sm90_results import finish, signal
+from pallas_kernels.sm90_results import finish
 from pallas_kernels.sm90_shapes import (
     Place,
     Refs,
@@ -100,14 +100,14 @@ def _pages(s: Shape, r: Refs, f: Any, j: Any) -> list[Any]:
 def _copy_tile(
     s: Shape, r: Refs, f: Any, head: Any, j: Any, ids: list[Any], slot: Any, what: str
 ) -> None:
-    """Pages of KV tile j, of `what` "k" or "v"; those without a token of this unit are not read."""
+    """Pages of KV tile j, of `what` "k" or "v"; those without a token that may be read are not."""
     pages, scales, tiles, scale_tiles, full = (
         getattr(r, what + name) for name in ("_pages", "_scales", "_smem", "_scale_smem", "_full")
     )
     span = min(s.page_size, s.tile)
     for p, page in enumerate(ids):
         start = j * s.tile + p * span
-        wanted = (start < f[ap.HIGH]) & (start + span > f[ap.LOW])
+        wanted = (start < f[ap.LENGTH]) & (start + span > f[ap.LOW])
 
         @pl.when(wanted)
         def _read(start: Any = start, p: int = p, page: Any = page) -> None:
@@ -147,8 +147,7 @@ def consume(s: Shape, r: Refs, worker: Any, attend: Attend) -> None:
         count = s.max_tiles * s.K * s.config.consumers
         counters = pl.get_global(plgpu.SemaphoreType.REGULAR((count,)))
 
-    def item(i: Any, carry: Any) -> Any:
-        done, pending = carry
+    def item(i: Any, done: Any) -> Any:
         f, head = read_item(s, r, team, i)
         first, end = tile_range(s, f)
         # The zero, which the compiler cannot see through, keeps it from computing addresses that
@@ -164,13 +163,8 @@ def consume(s: Shape, r: Refs, worker: Any, attend: Attend) -> None:
                     pl.when(worker == w)(partial(_regroup, s, r, w))
 
         acc, m, total, done = attend(s, r, at, done)
-        return done, finish(s, r, at, acc, m, total, pending)
+        finish(s, r, at, acc, m, total)
+        return done
 
-    if s.config.ping_pong:
-        pl.when(member == 1)(lambda: plgpu.barrier_arrive(r.turn.at[0]))  # the other one begins
-    begin = (jnp.int32(0), jnp.int32(-1))
-    _, pending = lax.fori_loop(0, count_items(s, r, team), item, begin)
-    if s.config.ping_pong:
-        pl.when(member == 0)(lambda: plgpu.barrier_wait(r.turn.at[0]))
-    signal(counters, pending)
+    lax.fori_loop(0, count_items(s, r, team), item, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)

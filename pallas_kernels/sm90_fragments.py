@@ -19,14 +19,28 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.experimental.mosaic.gpu as mgpu
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, llvm
 
+from pallas_kernels.sm90_ir import (
+    Fragments,
+    add,
+    bits_and,
+    const,
+    div,
+    element,
+    inline_mgpu,
+    lane_and_warp,
+    mul,
+    shared_address,
+    tree,
+    vector_of,
+    xor,
+)
 from pallas_kernels.sm90_shapes import (
     BITS16,
     COLUMN,
@@ -37,9 +51,6 @@ from pallas_kernels.sm90_shapes import (
     bytes_of,
     widened_by,
 )
-
-Fragments = mgpu.FragmentedArray
-inline_mgpu: Any = plgpu.inline_mgpu  # pyright takes what it decorates for the undecorated
 
 
 def permuted(q: jax.Array) -> jax.Array:
@@ -56,10 +67,10 @@ def keys(s: Shape, tile: Any, part: int) -> Any:
     @_inlined(s, (s.tile, 64))
     def load(ctx: Any, tile: Any) -> Any:
         registers = np.empty((s.tile // 64, 8, 2), object)  # [.., columns / 8, row / 8 of 16]
-        lane, warp = _lane_and_warp()
+        lane, warp = lane_and_warp()
         # Matrices 0, 1 of a load are rows 0 and 8 on; 2, 3 are the same of 16 columns further.
-        row = _add(_mul(warp, 16), _mul(_and(_div(lane, 8), 1), 8))
-        start = _address(s, tile, row, lane, _div(lane, 16))
+        row = add(mul(warp, 16), mul(bits_and(div(lane, 8), 1), 8))
+        start = _address(s, tile, row, lane, div(lane, 16))
         for block, step in np.ndindex(s.tile // 64, 2):
             at = _moved(s, start, rows=block * 64, chunk=part * 4 + step * 2)
             for i, word in enumerate(_load_matrices(at, transposed=False)):
@@ -80,8 +91,8 @@ def values(s: Shape, tile: Any, half: int) -> Any:
     @_inlined(s, (s.D, 64))
     def load(ctx: Any, tile: Any) -> Any:
         registers = np.empty((s.D // 64, 8, 2), object)  # [.., tokens / 8, column % 2]
-        lane, warp = _lane_and_warp()
-        start = _address(s, tile, _mul(_div(lane, 8), 8), lane, warp)
+        lane, warp = lane_and_warp()
+        start = _address(s, tile, mul(div(lane, 8), 8), lane, warp)
         for block, step in np.ndindex(s.D // 64, 2):
             at = _moved(s, start, rows=half * 64 + step * 32, chunk=block * 4)
             for i, word in enumerate(_load_matrices(at, transposed=True)):
@@ -114,15 +125,15 @@ def add_rows(s: Shape, sums: Any, fade: Any, x: Any) -> Any:
         arg_types=(SUMS, COLUMN, WGMMA),
         return_type=plgpu.ShapeDtypeStruct((32, s.rows), jnp.float32, SUMS),
     )
-    def add(ctx: Any, sums: Any, fade: Any, x: Any) -> Any:
+    def add_up(ctx: Any, sums: Any, fade: Any, x: Any) -> Any:
         before, factors = sums.registers.reshape(-1), fade.registers.reshape(-1)
         added = []
         for rows, old, factor in zip(_rows_of_columns(x), before, factors, strict=True):
-            added.append(arith.addf(arith.mulf(old, factor), _tree(arith.addf, rows)))
+            added.append(arith.addf(arith.mulf(old, factor), tree(arith.addf, rows)))
         made = np.array(added, object).reshape(sums.registers.shape)
         return Fragments(_registers=made, _layout=sums.layout, _is_signed=None)
 
-    return add(sums, fade, x)
+    return add_up(sums, fade, x)
 
 
 def turned(s: Shape, x: Any) -> Any:
@@ -138,8 +149,8 @@ def turned(s: Shape, x: Any) -> Any:
         before = x.registers.reshape(s.D // 64, s.rows // 8, 2)
         after = np.empty((s.rows // 8, s.D // 64, 2), object)
         for block, octet, row in np.ndindex(s.D // 64, s.rows // 8, 2):
-            pair = [_element(before[block, octet, odd], row) for odd in (0, 1)]
-            after[octet, block, row] = _vector(pair)
+            pair = [element(before[block, octet, odd], row) for odd in (0, 1)]
+            after[octet, block, row] = vector_of(pair)
         layout = TURNED.to_mgpu()
         after = after.reshape(layout.registers_shape((s.rows, s.D)))
         return Fragments(_registers=after, _layout=layout, _is_signed=None)
@@ -186,53 +197,20 @@ def _wgmma_operand(registers: Any, shape: tuple[int, int]) -> Any:
     return Fragments(_registers=registers, _layout=layout, _is_signed=None)
 
 
-def _i32(x: int) -> Any:
-    return utils.c(x - 2**32 if x >= 2**31 else x, ir.IntegerType.get_signless(32))
-
-
-def _add(x: Any, y: Any) -> Any:
-    return arith.addi(x, y if isinstance(y, ir.Value) else _i32(y))
-
-
-def _mul(x: Any, y: int) -> Any:
-    return arith.muli(x, _i32(y))
-
-
-def _div(x: Any, y: int) -> Any:
-    return arith.divui(x, _i32(y))
-
-
-def _and(x: Any, y: int) -> Any:
-    return arith.andi(x, _i32(y))
-
-
-def _xor(x: Any, y: Any) -> Any:
-    return arith.xori(x, y if isinstance(y, ir.Value) else _i32(y))
-
-
-def _lane_and_warp() -> tuple[Any, Any]:
-    thread = _and(utils.thread_idx(), 127)
-    return _and(thread, 31), _div(thread, 32)
-
-
-def _shared_address(ref: Any) -> Any:
-    return llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref))
-
-
 def _address(s: Shape, tile: Any, row: Any, lane: Any, chunk: Any) -> Any:
     """Of 16 bytes, number `chunk`, of row `row + lane % 8` of a swizzled tile."""
     width = min(s.D, 128)
-    line = _and(lane, 7)
-    swizzle = line if width == 128 else _div(line, 2)
-    inside = _add(_mul(line, width), _mul(_xor(chunk, swizzle), 16))
-    return _add(_add(_shared_address(tile), _mul(row, s.D)), inside)
+    line = bits_and(lane, 7)
+    swizzle = line if width == 128 else div(line, 2)
+    inside = add(mul(line, width), mul(xor(chunk, swizzle), 16))
+    return add(add(shared_address(tile), mul(row, s.D)), inside)
 
 
 def _moved(s: Shape, address: Any, rows: int, chunk: int) -> Any:
     """The address so many rows (of 8) and chunks further; the bits of `chunk` are not in use."""
     width = min(s.D, 128)
     across, inside = divmod(chunk * 16, width)
-    return _add(_xor(address, inside), rows * s.D + across * 8 * width)
+    return add(xor(address, inside), rows * s.D + across * 8 * width)
 
 
 def _load_matrices(address: Any, transposed: bool) -> tuple[Any, ...]:
@@ -255,40 +233,25 @@ def _widen(s: Shape, word: Any) -> tuple[Any, Any]:
     name = "bf16x2" if bf16 else "f16x2"
     i32 = ir.IntegerType.get_signless(32)
     if s.kv_dtype == jnp.int8:  # as unsigned: 128 more, an integer number of the smallest step
-        word = _xor(word, 0x80808080)
+        word = xor(word, 0x80808080)
         high = utils.inline_ptx("prmt.b32 $0, $1, 0, 0x4341;", word, result_types=i32)
-        pairs = (_and(word, 0x00FF00FF), high)
+        pairs = (bits_and(word, 0x00FF00FF), high)
         numbers = (0x7F007F00, 0xC000C000) if bf16 else (0x78007800, 0xB400B400)
         ptx = f"fma.rn.{name} $0, $1, $2, $3;"
     else:
         shift, mask = (4, 0x07F007F0) if bf16 else (1, 0x3F803F80)
         pairs = tuple(
-            arith.ori(_and(x, 0x80008000), _and(arith.shrui(x, _i32(shift)), mask))
-            for x in (arith.shli(word, _i32(8)), word)
+            arith.ori(bits_and(x, 0x80008000), bits_and(arith.shrui(x, const(shift)), mask))
+            for x in (arith.shli(word, const(8)), word)
         )
         numbers = (0x7B807B80,) if bf16 else (0x5C005C00,)
         ptx = f"mul.rn.{name} $0, $1, $2;"
     kind = ir.VectorType.get((2,), utils.dtype_to_ir_type(s.dtype))
     low, high = (
-        utils.bitcast(utils.inline_ptx(ptx, x, *map(_i32, numbers), result_types=i32), kind)
+        utils.bitcast(utils.inline_ptx(ptx, x, *map(const, numbers), result_types=i32), kind)
         for x in pairs
     )
     return low, high
-
-
-def _element(x: Any, i: int) -> Any:
-    return vector.extract(x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
-
-
-def _vector(elements: list[Any]) -> Any:
-    kind = ir.VectorType.get((len(elements),), elements[0].type)
-    return vector.from_elements(kind, elements)
-
-
-def _tree(op: Any, x: list[Any]) -> Any:
-    while len(x) > 1:
-        x = [op(*x[i : i + 2]) if i + 1 < len(x) else x[i] for i in range(0, len(x), 2)]
-    return x[0]
 
 
 def _rows_of_columns(x: Any) -> list[list[Any]]:
@@ -310,18 +273,18 @@ def _reduce(s: Shape, x: Any, exchange: Any, layout: Any, op: Any, *, reused: bo
     @inline_mgpu(arg_types=(layout, plgpu.RefType()), return_type=result)
     def reduce(ctx: Any, x: Any, exchange: Any) -> Any:
         f32, shared = ir.F32Type.get(), llvm.PointerType.get(address_space=3)
-        lane, warp = _lane_and_warp()
-        of_lane = _add(_shared_address(exchange), _mul(_and(lane, 3), 32))
-        of_warp = _add(of_lane, _mul(warp, 4))
+        lane, warp = lane_and_warp()
+        of_lane = add(shared_address(exchange), mul(bits_and(lane, 3), 32))
+        of_warp = add(of_lane, mul(warp, 4))
 
         def pointer(base: Any, octet: int, column: int) -> Any:
-            return llvm.inttoptr(shared, _add(base, octet * 128 + column * 16))
+            return llvm.inttoptr(shared, add(base, octet * 128 + column * 16))
 
         columns = _rows_of_columns(x)
         for octet, rows in enumerate(columns):
-            both = _tree(op, rows)
+            both = tree(op, rows)
             for column in (0, 1):
-                value = _element(both, column)
+                value = element(both, column)
                 for distance in (4, 8, 16):
                     value = op(value, utils.shfl_bfly(value, distance))
                 llvm.store(value, pointer(of_warp, octet, column))
@@ -331,8 +294,8 @@ def _reduce(s: Shape, x: Any, exchange: Any, layout: Any, op: Any, *, reused: bo
             pair = []
             for column in (0, 1):
                 quad = llvm.load(ir.VectorType.get((4,), f32), pointer(of_lane, octet, column))
-                pair.append(_tree(op, [_element(quad, i) for i in range(4)]))
-            registers.append(_vector(pair))
+                pair.append(tree(op, [element(quad, i) for i in range(4)]))
+            registers.append(vector_of(pair))
         if reused:
             utils.warpgroup_barrier()
         made = COLUMN.to_mgpu()

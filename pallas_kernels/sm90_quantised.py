@@ -42,7 +42,7 @@ def positions(s: Shape, at: Place) -> Any:
 
 
 def attend_tile(
-    s: Shape, r: Refs, at: Place, position: Any, scale: Any, j: Any, sums: Sums, *, masked: bool
+    s: Shape, r: Refs, at: Place, position: Any, scale: Any, j: Any, sums: Sums, *, edge: bool
 ) -> Sums:
     """The sums after KV tile j. Which rows are masked must not change the arithmetic of others."""
     slot = slot_of(s, at.team, sums.done)
@@ -52,7 +52,7 @@ def attend_tile(
     x, scale = capped(s, x, scale * (1 / widened_by(s)))
     free_queries(s, r, at, j)
     sums = next_split(s, r, at, j, sums)
-    seen = _seen(s, r, position, j) if masked else None
+    seen = _seen(s, r, position, j) if edge else None
     if seen is not None:
         x = jnp.where(seen, x, -jnp.inf)
 

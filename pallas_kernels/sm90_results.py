@@ -28,14 +28,10 @@ from pallas_kernels.sm90_shapes import (
 # -- results -------------------------------------------------------------------------------------
 
 
-def finish(s: Shape, r: Refs, at: Place, acc: Any, m: Any, total: Any, pending: Any) -> Any:
-    """Stores a unit's rows, or hands its part to the unit that folds the tile.
-
-    Returns the counter to signal once that part has arrived in memory, or -1.
-    """
+def finish(s: Shape, r: Refs, at: Place, acc: Any, m: Any, total: Any) -> None:
+    """Stores a unit's rows, or hands its part to the unit that folds the tile."""
     f = at.fields
     tokens = lax.min(f[ap.COUNT] - at.member * s.tokens, jnp.int32(s.tokens))
-    signal(at.counters, pending)
 
     def store_alone() -> None:
         layout = COLUMN if s.quantised else ROW
@@ -62,14 +58,9 @@ def finish(s: Shape, r: Refs, at: Place, acc: Any, m: Any, total: Any, pending: 
 
     if not s.scratch_rows:
         pl.when(tokens > 0)(store_alone)
-        return pending
+        return
     pl.when((f[ap.PARTS] == 1) & (tokens > 0))(store_alone)
     pl.when(f[ap.PARTS] > 1)(lambda: _share(s, r, at, tokens, acc, m, total))
-    pending = jnp.where(f[ap.PART] < f[ap.PARTS] - 1, _counter(s, at), -1)
-    if s.config.defer:
-        return pending
-    signal(at.counters, pending)
-    return jnp.int32(-1)
 
 
 def _as_rows(s: Shape, acc: Any) -> Any:
@@ -108,7 +99,7 @@ def _copy_out(s: Shape, r: Refs, at: Place, tokens: Any) -> None:
 
 
 def _share(s: Shape, r: Refs, at: Place, tokens: Any, acc: Any, m: Any, total: Any) -> None:
-    """Writes this part to scratch memory; the last part waits for the others and folds them."""
+    """Writes this part to scratch memory and tells; the last one waits for the others and folds."""
     f, base, staged = at.fields, at.member * ROWS, r.staging[0].at[at.stage]
     slot = f[ap.SLOT] + f[ap.PART]
     rows = min(s.rows, s.scratch_rows)
@@ -122,10 +113,18 @@ def _share(s: Shape, r: Refs, at: Place, tokens: Any, acc: Any, m: Any, total: A
         r.o_parts.at[slot, at.head, pl.ds(base, rows)],
     )
 
-    @pl.when(f[ap.PART] == f[ap.PARTS] - 1)
+    plgpu.wait_smem_to_gmem(0)
+    last = f[ap.PART] == f[ap.PARTS] - 1
+
+    # Without a GPU there are no counters: one team does the parts in order.
+    @pl.when(~last)
+    def _tell() -> None:
+        if at.counters is not None:
+            plgpu.semaphore_signal(at.counters.at[_counter(s, at)], 1, memory_scope="gpu")
+
+    @pl.when(last)
     def _fold() -> None:
-        plgpu.wait_smem_to_gmem(0)
-        if at.counters is not None:  # the interpreter's one team did the other parts before
+        if at.counters is not None:
             others = at.counters.at[_counter(s, at)]
             plgpu.semaphore_wait(others, f[ap.PARTS] - 1, memory_scope="gpu")
 
@@ -137,17 +136,6 @@ def _share(s: Shape, r: Refs, at: Place, tokens: Any, acc: Any, m: Any, total: A
 
 def _counter(s: Shape, at: Place) -> Any:
     return (at.fields[ap.TILE_ID] * s.K + at.head) * s.config.consumers + at.member
-
-
-def signal(counters: Any, pending: Any) -> None:
-    """Tells that the part of counter `pending` is in memory, if there is one."""
-    if counters is None:
-        return
-
-    @pl.when(pending >= 0)
-    def _arrived() -> None:
-        plgpu.wait_smem_to_gmem(0)
-        plgpu.semaphore_signal(counters.at[pending], 1, memory_scope="gpu")
 
 
 def _fold_rows(s: Shape, r: Refs, at: Place) -> None:

@@ -12,9 +12,9 @@ from jax import lax
 
 from pallas_kernels import attention_plan as ap
 from pallas_kernels.attention_common import ROWS
+from pallas_kernels.sm90_registers import add_octets, faded, masked
 from pallas_kernels.sm90_shapes import (
     ACC,
-    COLUMN,
     ROW,
     WGMMA,
     Place,
@@ -32,7 +32,7 @@ def positions(s: Shape, at: Place) -> Any:
 
 
 def attend_tile(
-    s: Shape, r: Refs, at: Place, position: Any, scale: Any, j: Any, sums: Sums, *, masked: bool
+    s: Shape, r: Refs, at: Place, position: Any, scale: Any, j: Any, sums: Sums, *, edge: bool
 ) -> Sums:
     """The sums after KV tile j."""
     slot = slot_of(s, at.team, sums.done)
@@ -47,12 +47,12 @@ def attend_tile(
     x, scale = capped(s, x, scale)
     free_queries(s, r, at, j)
     sums = next_split(s, r, at, j, sums)
-    seen = seen_slots(s, r, position, j) if masked else None
-    p, m, total, fade = softmax(s, x, scale, seen, sums.peak, sums.total)
-    acc, p = sums.acc * across(fade, s.D), p.astype(s.dtype)
+    x = masked(s, x, position - j * s.tile) if edge else x
+    p, m, total, fade = softmax(s, x, scale, sums.peak, sums.total)
+    acc, p = faded(s, sums.acc, fade), p.astype(s.dtype)
     plgpu.barrier_wait(r.v_full.at[slot])
     values = r.v_smem.at[slot]
-    if masked:
+    if edge:
         clear_unwritten(s, at.fields, j, values)
     # The next tile's keys are waited for under cover of this product.
     acc = add_product(s, acc, p, values, partial(await_keys, s, r, at, j, sums))
@@ -67,29 +67,15 @@ def add_scores(s: Shape, r: Refs, at: Place, keys: Any, acc: Any) -> None:
         plgpu.wgmma(acc, r.queries[0].at[at.worker, part], columns.transpose((1, 0)))
 
 
-def softmax(
-    s: Shape, x: Any, scale: Any, seen: Any, peak: Any, total: Any
-) -> tuple[Any, Any, Any, Any]:
+def softmax(s: Shape, x: Any, scale: Any, peak: Any, total: Any) -> tuple[Any, Any, Any, Any]:
     """(weights [ROWS, tile], maximum, sum, what earlier sums fade by) of a tile's scores `x`.
 
     Masked or not, the same multiply-add meets each score: scaled once, here, and nowhere else.
     """
-    if seen is not None:
-        x = jnp.where(seen, x, -jnp.inf)
     m = jnp.maximum(peak, jnp.round(x.max(axis=1) * scale))
     fade = jnp.exp2(peak - m)
     p = jnp.exp2(x * scale - across(m, s.tile))
-    return p, m, total * fade + p.sum(axis=1), fade
-
-
-def seen_slots(s: Shape, r: Refs, position: Any, j: Any) -> Any:
-    """Which slots of KV tile j each row attends to, [ROWS, tile]."""
-    # Loaded, not computed: computed, they would be held in registers through everything.
-    slots = plgpu.load(r.columns.at[pl.ds(0, s.tile)], layout=COLUMN, optimized=False)
-    slots = lax.broadcast_in_dim(slots, (ROWS, s.tile), (1,))
-    last = across(position - j * s.tile, s.tile)
-    seen = slots <= last
-    return seen if s.window is None else seen & (slots > last - s.window)
+    return p, m, add_octets(s, total, fade, p), fade
 
 
 def add_product(s: Shape, acc: Any, p: Any, values: Any, meanwhile: Any) -> Any:
@@ -107,7 +93,7 @@ def add_product(s: Shape, acc: Any, p: Any, values: Any, meanwhile: Any) -> Any:
 
 def clear_unwritten(s: Shape, f: Any, j: Any, values: Any) -> None:
     """Zeroes values of slots that nobody may read: 0 * NaN is NaN."""
-    low, high = f[ap.LOW] - j * s.tile, f[ap.HIGH] - j * s.tile
+    low, high = f[ap.LOW] - j * s.tile, f[ap.LENGTH] - j * s.tile
 
     @pl.when((low > 0) | (high < s.tile))
     def _clear() -> None:

@@ -46,26 +46,20 @@ class Config:
         teams: units that a block works on at once, each with its own consumers and copies.
         stages: KV tiles in flight for each team.
         overlap: multiply a tile's values during the next tile's softmax; not of 8-bit pages.
-        ping_pong: with two consumers and overlap, they issue their products by turns.
         columns: with quantised pages, the most query rows of a consumer, or a token's if more.
-        defer: tell that a part is in memory only after the next unit, instead of waiting for it.
     """
 
     consumers: int = 1
     teams: int = 1
     stages: int = 2
     overlap: bool = False
-    ping_pong: bool = False
     columns: int = 32
-    defer: bool = False
 
     def __post_init__(self) -> None:
         if self.stages < 1 or self.consumers < 1 or not 1 <= self.consumers * self.teams <= 4:
             raise ValueError(f"{self}: expected stages >= 1, and consumers * teams of 1 to 4")
         if self.columns % 8 or not 8 <= self.columns <= ROWS:
             raise ValueError(f"{self}: expected columns to be a multiple of 8, up to {ROWS}")
-        if self.ping_pong and not (self.consumers == 2 and self.overlap):
-            raise ValueError(f"{self}: ping_pong needs 2 consumers and overlap")
 
 
 @dataclass(frozen=True)
@@ -156,19 +150,16 @@ class Refs:
 
 
 def count_items(s: Shape, r: Refs, team: Any) -> Any:
-    """How many units times KV heads this team walks: every so many, heaviest first."""
+    """How many units times KV heads this team walks: every so many."""
     teams = s.blocks * s.config.teams
-    left = r.real[0] * s.K - (lax.axis_index("block") + team * s.blocks)
+    left = r.counts[0] * s.K - (lax.axis_index("block") + team * s.blocks)
     return lax.max(lax.div(left + teams - 1, jnp.int32(teams)), jnp.int32(0))
 
 
 def read_item(s: Shape, r: Refs, team: Any, i: Any) -> tuple[Any, Any]:
     """(unit's fields, KV head) of this team's i-th item."""
     at = lax.axis_index("block") + (team + i * s.config.teams) * s.blocks
-    if s.whole:  # units of one head share its keys: together they stay in L2
-        head, unit = lax.div(at, r.real[0]), lax.rem(at, r.real[0])
-    else:
-        head, unit = lax.rem(at, jnp.int32(s.K)), lax.div(at, jnp.int32(s.K))
+    unit, head = ap.item(at, s.K, r.counts[1] if s.whole else None)
     return [r.units[unit, f] for f in range(ap.FIELDS)], head
 
 
@@ -204,7 +195,7 @@ def nothing(s: Shape) -> tuple[Any, Any, Any]:
     return (
         plgpu.layout_cast(jnp.zeros((ROWS, s.D), jnp.float32), WGMMA),
         plgpu.layout_cast(jnp.full((ROWS,), NEG, jnp.float32), ROW),
-        plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW),
+        plgpu.layout_cast(jnp.zeros((ROWS, 8), jnp.float32), WGMMA),
     )
 
 

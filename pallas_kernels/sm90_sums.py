@@ -13,7 +13,16 @@ from jax import lax
 from pallas_kernels import attention_plan as ap
 from pallas_kernels import sm90_fragments as fragments
 from pallas_kernels.attention_common import LOG2E, NEG, SPLIT
-from pallas_kernels.sm90_shapes import COLUMN, Place, Refs, Shape, along, nothing, tile_range
+from pallas_kernels.sm90_shapes import (
+    COLUMN,
+    ROW,
+    Place,
+    Refs,
+    Shape,
+    along,
+    nothing,
+    tile_range,
+)
 
 
 def slot_of(s: Shape, team: Any, done: Any) -> Any:
@@ -24,9 +33,9 @@ def slot_of(s: Shape, team: Any, done: Any) -> Any:
 class Sums(NamedTuple):
     """What a unit's rows have gathered; `merged_peak`, `merged_total` of the splits before.
 
-    `acc` [ROWS, D] is not normalised; the others [ROWS]. Values merged so far wait in staging
-    memory. `done` counts tiles. With quantised pages rows are columns: `acc` [D, rows], and `total`
-    [32, rows] is in parts; what was merged is in memory as a whole.
+    `acc` [ROWS, D] is not normalised; `total` [ROWS, 8] is in parts; the others [ROWS]. Values
+    merged so far wait in staging memory. `done` counts tiles. With quantised pages rows are
+    columns: `acc` [D, rows], `total` [32, rows]; what was merged is in memory as a whole.
     """
 
     acc: Any
@@ -62,7 +71,7 @@ def capped(s: Shape, x: Any, scale: Any) -> tuple[Any, Any]:
 
 
 def walk(s: Shape, f: Any, tile: Any, carry: Any, begin: Any = None) -> Any:
-    """`carry` after `tile(j, carry, masked=…)` of every KV tile of a unit, or from `begin` on.
+    """`carry` after `tile(j, carry, edge=…)` of every KV tile of a unit, or from `begin` on.
 
     Tiles that every row sees in full need no mask.
     """
@@ -73,17 +82,18 @@ def walk(s: Shape, f: Any, tile: Any, carry: Any, begin: Any = None) -> Any:
         seen_by_all = f[ap.POSITION] + s.config.consumers * s.tokens - s.window
         clear = lax.div(seen_by_all + s.tile - 1, jnp.int32(s.tile))
         clear = lax.min(lax.max(clear, first), end)
-        carry = lax.fori_loop(first, clear, partial(tile, masked=True), carry)
+        carry = lax.fori_loop(first, clear, partial(tile, edge=True), carry)
     unmasked = lax.max(lax.min(unmasked, end), clear)
-    carry = lax.fori_loop(clear, unmasked, partial(tile, masked=False), carry)
-    return lax.fori_loop(unmasked, end, partial(tile, masked=True), carry)
+    carry = lax.fori_loop(clear, unmasked, partial(tile, edge=False), carry)
+    return lax.fori_loop(unmasked, end, partial(tile, edge=True), carry)
 
 
 def begin_sums(s: Shape, done: Any) -> Sums:
     """Before any tile of a unit; `done` tiles of units before it."""
     sums = Sums(*nothing(s), done)
     if s.merge and not s.quantised:
-        sums = sums._replace(merged_peak=sums.peak, merged_total=sums.total)
+        none = plgpu.layout_cast(jnp.zeros_like(sums.peak), ROW)
+        sums = sums._replace(merged_peak=sums.peak, merged_total=none)
     return sums
 
 
@@ -143,7 +153,7 @@ def total_of(s: Shape, r: Refs, at: Place, sums: Sums) -> Any:
     """The sum of each row's weights, [ROWS]."""
     if s.quantised:
         return fragments.column_sum(s, sums.total, r.exchange.at[at.worker])
-    return sums.total
+    return sums.total.sum(axis=1)
 
 
 def _merged(s: Shape, r: Refs, at: Place) -> Any:

@@ -31,11 +31,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Programs compiled by tests, their workers and subprocesses are kept in .pytest_cache.
+    """Threads for JAX on the CPU, before it starts, and its cache.
 
-    Compiling is most of the suite's time. JAX decides at its first compilation whether it has a
-    cache, so it is told here.
+    In the kernel interpreter a thread of a kernel that waits blocks one of XLA's, of which there
+    would be one a processor. Programs compiled by tests, their workers and subprocesses are kept in
+    .pytest_cache: compiling is most of the suite's time. JAX decides at its first compilation
+    whether it has a cache, so it is told here.
     """
+    os.environ["NPROC"] = str(max(8, os.cpu_count() or 1))
     os.environ["XDG_CACHE_HOME"] = str(config.rootpath / ".pytest_cache" / "xdg")
     use_compilation_cache(default_cache_directory())
 

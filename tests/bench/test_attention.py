@@ -109,17 +109,19 @@ def test_timing_records() -> None:
 def test_tuning_file_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "tuning.json"
     assert tune_attention.read(path) == {}
-    key = Key("sm90", "decode", 128, 4, "bf16")
+    key = Key("sm90", "decode", 128, 4, 16)
     entry = {**vars(key), "config": {"stages": 3}, "us": 1.0, "device": "x"}
+    path = tmp_path / "written.json"  # what was read is kept
     tune_attention.write({key: entry}, path)
     assert tune_attention.read(path) == {key: entry}
+    path = tmp_path / "newer.json"
     path.write_text('{"version": 2, "entries": []}')
     with pytest.raises(ValueError, match="version 2"):
         tune_attention.read(path)
 
 
 def test_grids_and_choice() -> None:
-    from pallas_kernels import paged_attention_sm80, paged_attention_sm90
+    from pallas_kernels import paged_attention_sm80, paged_attention_sm90, tuning
 
     modules = {"sm90": paged_attention_sm90, "sm80": paged_attention_sm80}
     for key in tune_attention.keys(["sm90", "sm80"]):
@@ -127,8 +129,10 @@ def test_grids_and_choice() -> None:
         assert tried
         for config in tried:
             modules[key.arch].Config(**config)
-    assert [str(k) for k in tune_attention.keys(["sm90"], "sm90/decode/d128/g4/i")] == [
-        "sm90/decode/d128/g4/int8"
+    assert [str(k) for k in tune_attention.keys(["sm90"], ["sm90/decode/d128/g4/8"])] == [
+        "sm90/decode/d128/g4/8"
     ]
+    for entry in tuning.entries().values():
+        modules[entry["arch"]].Config(**entry["config"])
     rows = [({"stages": 2}, 100.5), ({"stages": 3}, 100.0), ({"stages": 4}, 99.9)]
     assert tune_attention.fastest(rows) == ({"stages": 2}, 100.5)

@@ -107,6 +107,7 @@ def cases() -> list[Case]:
               mode="verify"),
         _case("sm90-fp8-token-page128-d256-decode", pages="float8_e4m3fn", scales="token",
               page=128, d=256),
+        _case("sm90-free-prefill", mode="prefill", invariant=False),
         _case("sm90-window-decode", window=1000),
         _case("sm90-window-prefill", window=1000, mode="prefill"),
         _case("sm90-softcap-prefill", softcap=50.0, mode="prefill"),
@@ -129,11 +130,12 @@ def _case(
     mode: str = "decode",
     window: int | None = None,
     softcap: float | None = None,
+    invariant: bool = True,
     **shape: Any,
 ) -> Case:
     attend = functools.partial(
         paged_attention_sm90.attend, max_query=MODES[mode], scale=d**-0.5, window=window,
-        softcap=softcap,
+        softcap=softcap, invariant=invariant,
     )  # fmt: skip
     return attention_case(
         name, attend, max_kv=8192, max_query=MODES[mode], d=d,

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels import attention_plan as ap
-from pallas_kernels.attention_plan import SPLIT
+from pallas_kernels.attention_plan import SPLIT, item
 
 # Few distinct shapes: each compiles.
 ROWS_OF_Q = 160
@@ -41,6 +41,7 @@ class Unit:
     count: int
     position: int
     sequence: int
+    length: int
     low: int
     high: int
     first: int
@@ -73,14 +74,16 @@ def work(b: Batch, T: int = ROWS_OF_Q, pad: int = 3) -> list[Unit]:
     starts = jnp.asarray(np.cumsum([0, *b.new, *spare]), jnp.int32)
     lengths = jnp.asarray([*b.lengths, *spare], jnp.int32)
     made = plan(starts, lengths, T=T, max_kv=MAX_KV, tile_tokens=b.tile_tokens, window=b.window)
-    real = int(made.real[0])
+    real, long = (int(n) for n in made.counts)
     assert made.units.shape == (
         ap.max_units(T, pad, b.tile_tokens, MAX_KV, b.window),
         ap.FIELDS,
     )
-    assert made.units.dtype == made.real.dtype == jnp.int32
+    assert made.units.dtype == made.counts.dtype == jnp.int32
     assert real <= made.units.shape[0]
-    return [Unit(*unit) for unit in np.asarray(made.units)[:real].tolist()]
+    units = [Unit(*unit) for unit in np.asarray(made.units)[:real].tolist()]
+    assert long == sum(is_long(b, unit) for unit in units)
+    return units
 
 
 def by_tile(units: list[Unit]) -> dict[int, list[Unit]]:
@@ -89,6 +92,14 @@ def by_tile(units: list[Unit]) -> dict[int, list[Unit]]:
     for unit in units:
         tiles[unit.token].append(unit)
     return tiles
+
+
+def is_long(b: Batch, unit: Unit) -> bool:
+    """Whether the sequence that the unit's rows belong to has more than one tile."""
+    ends = np.cumsum(b.new)
+    of = int(np.searchsorted(ends, unit.token, side="right"))
+    new = b.new[of] if of < len(b.new) else ROWS_OF_Q - int(ends[-1])
+    return new > b.tile_tokens
 
 
 def visible(b: Batch, unit: Unit) -> tuple[int, int]:
@@ -117,6 +128,7 @@ def test_every_row_of_q_belongs_to_one_tile(b: Batch) -> None:
         s = unit.sequence
         assert starts[s] <= token <= token + unit.count <= starts[s + 1]
         assert unit.position == b.lengths[s] - b.new[s] + token - starts[s]
+        assert unit.length == b.lengths[s]
 
 
 @given(batches())
@@ -161,8 +173,42 @@ def test_parts_come_before_the_one_that_folds_them(b: Batch) -> None:
 
 @given(batches())
 def test_units_that_wait_for_nobody_are_heaviest_first(b: Batch) -> None:
-    cost = [u.high - u.low for u in work(b) if u.part < u.parts - 1 or u.parts == 1]
-    assert cost == sorted(cost, reverse=True)
+    units = work(b)
+    long = sum(is_long(b, u) for u in units)
+    assert all(is_long(b, u) for u in units[:long])
+    for some in units[:long], units[long:]:
+        cost = [u.high - u.low for u in some if u.part < u.parts - 1 or u.parts == 1]
+        assert cost == sorted(cost, reverse=True)
+
+
+@given(st.integers(1, 9), st.integers(0, 40), st.integers(0, 40))
+def test_every_unit_meets_every_head_and_only_long_ones_change_places(
+    heads: int, long: int, others: int
+) -> None:
+    count = long + others
+    items = item(jnp.arange(count * heads, dtype=jnp.int32), heads, jnp.int32(long))
+    walk = [(int(u), int(h)) for u, h in zip(*items, strict=True)]
+    assert sorted(walk) == [(u, h) for u in range(count) for h in range(heads)]
+    assert {u for u, _ in walk[: long * heads]} == set(range(long))
+    for head in range(heads):  # of what may wait for another, no place is changed
+        assert [u for u, h in walk if h == head][long:] == list(range(long, count))
+
+
+@pytest.mark.parametrize(("prompts", "tokens"), [(1, 4096), (2, 4096), (4, 4096), (1, 8192)])
+def test_no_block_has_much_more_to_do_than_the_others(prompts: int, tokens: int) -> None:
+    blocks, heads, tile_tokens = 132, 8, 32
+    starts = jnp.arange(prompts + 1, dtype=jnp.int32) * tokens
+    lengths = jnp.full((prompts,), tokens, jnp.int32)
+    T = prompts * tokens
+    made = plan(starts, lengths, T=T, max_kv=tokens, tile_tokens=tile_tokens)
+    count, long = (int(n) for n in made.counts)
+    assert count == long == T // tile_tokens
+    unit, _ = item(jnp.arange(count * heads, dtype=jnp.int32), heads, made.counts[1])
+    cost = (np.asarray(made.units)[:, ap.HIGH] - np.asarray(made.units)[:, ap.LOW])[
+        np.asarray(unit)
+    ]
+    work = [cost[block::blocks].sum() for block in range(blocks)]
+    assert max(work) <= 1.01 * np.mean(work)
 
 
 @given(batches())
@@ -196,7 +242,7 @@ def test_one_long_request_among_short_ones() -> None:
     b = Batch((1,) * 8, (131072,) + (300,) * 7, 16, None)
     starts = jnp.arange(9, dtype=jnp.int32)
     made = plan(starts, jnp.asarray(b.lengths), T=8, max_kv=131072, tile_tokens=16, window=None)
-    assert int(made.real[0]) == 131072 // SPLIT + 7
-    units = [Unit(*u) for u in np.asarray(made.units)[: int(made.real[0])].tolist()]
+    assert int(made.counts[0]) == 131072 // SPLIT + 7
+    units = [Unit(*u) for u in np.asarray(made.units)[: int(made.counts[0])].tolist()]
     assert [u.sequence for u in units[:128]] == [0] * 128
     assert units[127].part == 127

@@ -26,7 +26,7 @@ from tests.pallas_kernels.attention_problems import (
 )
 
 SMALL = Options(K=1, G=4, D=64)
-TWO = sm90.Config(consumers=2, stages=2, overlap=True, ping_pong=True)
+TWO = sm90.Config(consumers=2, stages=2, overlap=True)
 ONE = sm90.Config(consumers=1, stages=2)
 slow = pytest.mark.slow
 
@@ -123,5 +123,5 @@ def test_tuning_changes_no_bit() -> None:
     world = make_world(SMALL, [70])
     call = make_call(world, [Item(0, 70, 40)])
     one = attend(call, replace(ONE, stages=1))
-    two = attend(call, replace(TWO, ping_pong=False, overlap=False))
+    two = attend(call, replace(TWO, overlap=False))
     assert one.tobytes() == two.tobytes()

@@ -12,7 +12,16 @@ import numpy as np
 import pytest
 
 from pallas_kernels import sm90_fragments as fragments
+from pallas_kernels import sm90_ir
 from pallas_kernels.attention_common import kv_tile
+
+
+def replace_names(monkeypatch: pytest.MonkeyPatch, names: dict[str, Any]) -> None:
+    """What the compiler's words are for arrays."""
+    for name, value in names.items():
+        for module in (fragments, sm90_ir):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
 
 
 class Threads:
@@ -29,15 +38,14 @@ class Threads:
             "arith": numbers,
             "ir": SimpleNamespace(Value=np.ndarray),
             "utils": SimpleNamespace(thread_idx=lambda: np.arange(128)),
-            "_i32": lambda x: np.int64(x),
-            "_shared_address": lambda ref: np.int64(0),
+            "const": lambda x: np.int64(x),
+            "shared_address": lambda ref: np.int64(0),
             "_load_matrices": self.load_matrices,
             "_widen": lambda s, word: (word[:, [0, 2]], word[:, [1, 3]]),
             "_wgmma_operand": self.keep,
             "_inlined": lambda s, shape: lambda f: lambda tile: f(None, tile),
         }
-        for name, value in replaced.items():
-            monkeypatch.setattr(fragments, name, value)
+        replace_names(monkeypatch, replaced)
 
     def load_matrices(self, address: np.ndarray, transposed: bool) -> list[np.ndarray]:
         """Four registers of each thread, [128, 4] bytes each: PTX, `ldmatrix ... .x4.b16`."""
@@ -122,8 +130,8 @@ def test_every_byte_is_widened_exactly(
         IntegerType=SimpleNamespace(get_signless=lambda bits: bits),
         VectorType=SimpleNamespace(get=lambda shape, dtype: dtype),
     )
-    for name, value in {"arith": numbers, "utils": utils, "ir": types, "_i32": np.uint32}.items():
-        monkeypatch.setattr(fragments, name, value)
+    names = {"arith": numbers, "utils": utils, "ir": types, "const": np.uint32}
+    replace_names(monkeypatch, names)
     s: Any = SimpleNamespace(dtype=jnp.dtype(dtype), kv_dtype=jnp.dtype(kv))
     every = np.arange(256, dtype=np.uint8)
     x = every.view(jnp.dtype(kv)).astype(np.float64)

@@ -44,15 +44,13 @@ def traced(length: int, max_query: int, config: Config | None = None) -> Counter
     return primitives(jax.make_jaxpr(call)(*args).jaxpr)
 
 
-@pytest.mark.parametrize("defer", [False, True])
 @pytest.mark.parametrize("max_query", [1, 512])
-def test_parts_are_signalled_and_awaited_on_one_set_of_counters(max_query: int, defer: bool):
+def test_parts_are_signalled_and_awaited_on_one_set_of_counters(max_query: int):
     """Every `get_global` makes counters of its own: with two, the one who waits waits for ever."""
-    config = Config(consumers=1 if max_query == 1 else 2, defer=defer)
-    found = traced(4096, max_query, config)
+    found = traced(4096, max_query, Config(consumers=1 if max_query == 1 else 2))
     assert found["get_global"] == 1
     assert found["mgpu_semaphore_wait"] + found["semaphore_wait"] == 1
-    assert found["mgpu_semaphore_signal"] + found["semaphore_signal"] >= 1
+    assert found["mgpu_semaphore_signal"] + found["semaphore_signal"] == 1
 
 
 def test_nothing_is_shared_where_no_sequence_can_pass_a_split():
@@ -60,11 +58,9 @@ def test_nothing_is_shared_where_no_sequence_can_pass_a_split():
     assert not found["get_global"]
 
 
-@pytest.mark.parametrize(
-    "fields", [{"stages": 0}, {"consumers": 2, "teams": 3}, {"columns": 12}, {"ping_pong": True}]
-)
+@pytest.mark.parametrize("fields", [{"stages": 0}, {"consumers": 2, "teams": 3}, {"columns": 12}])
 def test_a_config_that_cannot_run_is_refused(fields: dict):
-    with pytest.raises(ValueError, match=r"expected|needs"):
+    with pytest.raises(ValueError, match="expected"):
         Config(**fields)
 
 
