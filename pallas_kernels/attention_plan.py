@@ -23,6 +23,7 @@ TOKEN, COUNT, POSITION, SEQUENCE, LENGTH, LOW, HIGH = range(7)
 FIRST, PARTS, PART, SLOT, TILE_ID, ZERO = range(7, 13)
 FIELDS = 13
 COLUMNS = 128  # at least any KV tile
+BUSY = 132  # rows times KV heads that fill a GPU without being cut along KV
 
 
 class Work(NamedTuple):
@@ -44,6 +45,12 @@ class Work(NamedTuple):
     columns: jax.Array
 
 
+def splits_walked(T: int, K: int) -> int:
+    """Splits that one unit may walk although its rows fit one tile: sharing them out costs more
+    than it gains where there is work enough. T rows of q, K KV heads."""
+    return 2 if T * K >= BUSY else 1
+
+
 def max_units(T: int, S: int, tile_tokens: int, max_kv: int, window: int | None) -> int:
     """Bound of the units of a call: T tokens, S sequences of at most `max_kv` KV tokens each."""
     return T // tile_tokens + 1 + S * most_splits(max_kv, tile_tokens, window)
@@ -57,12 +64,14 @@ def plan(
     max_kv: int,
     tile_tokens: int,
     window: int | None = None,
+    walked: int = 1,
 ) -> Work:
     """Cuts a ragged batch into units.
 
     A sequence whose new tokens fit one tile is shared out, one unit a split: that is what keeps
     every multiprocessor busy in decode. Longer ones make one unit a tile, which walks its splits in
-    order. Rows of q that belong to nobody make units without keys, which write zeros.
+    order; so do those with few splits. Rows of q that belong to nobody make units without keys,
+    which write zeros.
 
     Args:
         query_starts, kv_lengths: int32 [S + 1] and [S], as in `paged_attention`.
@@ -70,6 +79,7 @@ def plan(
         max_kv: most KV tokens a sequence can have (columns of the page table times page size).
         tile_tokens: new tokens a tile.
         window: as in `paged_attention`.
+        walked: the most splits of a tile that is not shared out, of `splits_walked`.
     """
     S = kv_lengths.shape[0]
     U = max_units(T, S, tile_tokens, max_kv, window)
@@ -82,7 +92,7 @@ def plan(
     first = low // SPLIT
     splits = jnp.maximum(-(-high // SPLIT) - first, 1)
     long = new[tiles.sequence] > tile_tokens
-    parts = jnp.where(long, 1, splits)
+    parts = jnp.where(long | (splits <= walked), 1, splits)
     parts = jnp.where(tiles.tokens > 0, parts, 0)
 
     unit_ends = jnp.cumsum(parts)

@@ -84,7 +84,7 @@ def make_plan(
     return ap.plan(
         query_starts, kv_lengths, T=T, max_kv=max_kv,
         tile_tokens=config.consumers * (unit_rows(max_query, G, quantised, config) // G),
-        window=window,
+        window=window, walked=ap.splits_walked(T, K),
     )  # fmt: skip
 
 
@@ -162,7 +162,7 @@ def attend(
         dtype=q.dtype, kv_dtype=k_pages.dtype, scale=scale, window=window, softcap=softcap,
         sinks=sinks is not None, token_scales=k_scales is not None and k_scales.ndim == 3,
         rows=rows, box=min(max_query, rows // G, T), whole=max_query > tile_tokens,
-        merge=invariant and max_query > tile_tokens,
+        merge=invariant and (max_query > tile_tokens or ap.splits_walked(T, K) > 1),
         blocks=min(sm_count, -(-units * K // config.teams)) if on_gpu else 1,
         config=config, on_gpu=on_gpu,
     )  # fmt: skip

@@ -71,13 +71,14 @@ def attention_case(
     pages: str | None = None,
     scales: Literal["token", "static"] | None = None,
     sinks: bool = False,
+    sequences: int = 4,
     spill_bytes: int = 0,
 ) -> Case:
-    """Four sequences of up to `max_kv` tokens, 2 KV heads, a pool of 600 pages.
+    """Sequences of up to `max_kv` tokens, 2 KV heads, a pool of 600 pages.
 
     `attend` takes the arrays of `paged_attention`; sinks and scales by name.
     """
-    sequences, kv_heads = 4, 2
+    kv_heads = 2
     pool = (600, kv_heads, page, d)
     pages_dtype = dtype if pages is None else jnp.dtype(pages)
     shapes = [

@@ -107,6 +107,8 @@ def cases() -> list[Case]:
               mode="verify"),
         _case("sm90-fp8-token-page128-d256-decode", pages="float8_e4m3fn", scales="token",
               page=128, d=256),
+        _case("sm90-many-decode", sequences=80),
+        _case("sm90-int8-many-decode", sequences=80, pages="int8", scales="token"),
         _case("sm90-free-prefill", mode="prefill", invariant=False),
         _case("sm90-window-decode", window=1000),
         _case("sm90-window-prefill", window=1000, mode="prefill"),

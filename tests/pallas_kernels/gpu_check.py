@@ -164,6 +164,7 @@ def arrangements() -> dict[str, tuple[tuple[Item, ...], dict[str, Any]]]:
         "decode alone": ((Item(0, WHOLE, 1),), {}),
         "decode alone, short": ((Item(0, 700, 1),), {"columns": 40}),
         "decode rows": (decode, {"seed": 2}),
+        "many decode rows": (decode * 5, {"seed": 6}),  # enough for units of several splits
         "decode among others": ((others[1], *decode[::3], others[0]), {"spare_rows": 5}),
         "verification": (verify, {"seed": 3, "columns": 5}),
         "chunks": (chunks, {"seed": 4}),

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import paged_attention_sm90 as sm90
+from pallas_kernels.attention_plan import BUSY
 from tests.pallas_kernels.attention_problems import (
     Call,
     Item,
@@ -116,6 +117,16 @@ def test_a_row_has_the_same_bits_everywhere(options: Options, length: int) -> No
     out = attend(make_call(world, decode, columns=1, seed=3))
     same(out[1:2])
     same(out[2:], end=length - 30)
+
+
+@slow
+@pytest.mark.parametrize("kv", ["", "int8"])
+def test_a_split_has_the_same_bits_shared_out_or_walked(kv: str) -> None:
+    world = make_world(replace(SMALL, kv=kv), [1090, 3])
+    few = attend(make_call(world, [Item(0, 1090, 1)]))
+    rows = BUSY // SMALL.K
+    many = attend(make_call(world, [Item(0, 1090, 1), *[Item(1, 3, 1)] * rows], seed=2))
+    assert np.array_equal(few.view(np.int16), many[:1].view(np.int16))
 
 
 @slow
