@@ -241,9 +241,7 @@ def _schedule(
     left = np.where(running, rows.limit - rows.prompt - rows.scheduled, 0)
     if not (left > 0).any():
         return state, ()
-    # A waiting sequence can start only when one ends: look often.
-    most = config.max_steps if not len(state.waiting.ids) else max(1, config.max_steps // 4)
-    steps = int(min(most, left.max()))
+    steps = int(min(config.max_steps, left.max()))
     count = int(np.flatnonzero(left > 0)[-1]) + 1
     scheduled = rows.scheduled + np.clip(left, 0, steps)
     part = left > 0

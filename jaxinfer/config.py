@@ -95,7 +95,7 @@ class BatcherConfig:
         max_num_seqs: sequences that may run at once.
         max_model_len: longest sequence, prompt and output together.
         max_chunk: most prompt tokens that one prefill step takes.
-        max_steps: most decode steps in one dispatch.
+        max_steps: decode steps in one dispatch.
         max_waiting: queue bound; a submission past it is refused.
         policy: `continuous` admits whenever a row and the pages are free; `static` admits only
             when nothing runs, a whole batch at a time.
@@ -106,7 +106,7 @@ class BatcherConfig:
     max_num_seqs: int
     max_model_len: int
     max_chunk: int = 2048
-    max_steps: int = 32
+    max_steps: int = 8
     max_waiting: int = 1_000_000
     policy: Literal["continuous", "static"] = "continuous"
 
@@ -130,7 +130,7 @@ class EngineOptions:
     tensor_parallel_size: int = 1
     page_size: int = 64
     max_chunk: int = 2048
-    max_steps: int = 32
+    max_steps: int = 8
     max_waiting: int = 1_000_000
     policy: Literal["continuous", "static"] = "continuous"
     compilation_cache: str | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +20,7 @@ from jaxinfer.pages import pages_for
 from jaxinfer.runner import Sampled, StepCompiler, StepKey, bucket, chunk_bucket, row_bucket
 from jaxinfer.types import MAX_TOP_LOGPROBS, SamplingParams
 
-# The device runs one dispatch while the host reads the one before. That hides the host behind
-# prefills; a decode loop on a GPU holds the host until it ends (docs/performance.md).
+# The device runs one dispatch while the host reads the one before.
 DISPATCHES_AHEAD = 2
 FEW_TOP_LOGPROBS = 5
 
@@ -152,28 +151,22 @@ class Engine:
 
     # -- the loop ---------------------------------------------------------------------------
 
-    def step(self, most_steps: int | None = None) -> list[Update]:
+    def step(self) -> list[Update]:
         """Keeps the device busy and reads its oldest results.
 
         They may be none: a chunk of a prompt, or a sequence given up meanwhile.
-
-        Args:
-            most_steps: bounds the decode steps of a dispatch, so that tokens come sooner.
         """
-        limits = self.limits
-        if most_steps is not None:
-            limits = replace(limits, max_steps=min(most_steps, limits.max_steps))
         while len(self._in_flight) < DISPATCHES_AHEAD:
-            actions = self._schedule(limits)
+            actions = self._schedule()
             if not actions:
                 break
             for action in actions:
                 self._in_flight.append(_InFlight(action, self._run(action)))
         return self._observe(self._in_flight.popleft()) if self._in_flight else []
 
-    def _schedule(self, limits: BatcherConfig) -> tuple[batcher.Prefill | batcher.Decode, ...]:
+    def _schedule(self) -> tuple[batcher.Prefill | batcher.Decode, ...]:
         events, self._events = tuple(self._events), []
-        self._batcher, actions = batcher.step(self._batcher, events, limits)
+        self._batcher, actions = batcher.step(self._batcher, events, self.limits)
         run = tuple(a for a in actions if not isinstance(a, batcher.Refuse))
         assert len(run) == len(actions), "the API checks the queue before it submits"
         return run

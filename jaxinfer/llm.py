@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-STREAM_STEPS = 4  # decode steps in one dispatch while somebody reads along
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
@@ -64,8 +63,8 @@ class LLM:
         tensor_parallel_size: 1; more is not supported yet.
         page_size: tokens a page of the cache.
         max_chunk: most prompt tokens a step; longer prompts are prefilled in chunks.
-        max_steps: most decode steps in one dispatch: more is faster, but tokens come in larger
-            groups. While a stream is read, no more than 4.
+        max_steps: decode steps in one dispatch. Tokens come in groups of so many, and when the
+            last request ends, up to so many steps have been computed in vain.
         max_waiting: queue bound; more requests at once raise QueueFull.
         policy: `continuous` fills rows as they become free; `static` runs whole batches.
         compilation_cache: directory for compiled programs; None: under the user's cache
@@ -93,7 +92,7 @@ class LLM:
         tensor_parallel_size: int = 1,
         page_size: int = 64,
         max_chunk: int = 2048,
-        max_steps: int = 32,
+        max_steps: int = 8,
         max_waiting: int = 1_000_000,
         policy: Literal["continuous", "static"] = "continuous",
         compilation_cache: str | None = None,
@@ -387,7 +386,7 @@ class LLM:
         """One turn of the engine, its news given to the requests they belong to."""
         engine = self.engine
         try:
-            for update in engine.step(STREAM_STEPS if self._streams else None):
+            for update in engine.step():
                 owner = self._owners.get(update.id)
                 if owner is None:  # given up meanwhile
                     continue

@@ -34,9 +34,6 @@ from pallas_kernels.paged_attention import Backend
 
 logger = logging.getLogger(__name__)
 
-# Decode steps between two looks at whether any row is still running. For each look the host waits
-# for the device, and then the device for the host; steps without a row to run cost as much as any.
-STEPS_UNSEEN = 4
 SCORE_BLOCK = 64  # rows of logits at once when a whole prompt is scored
 
 # A row's bits must not depend on how many rows it is computed with. cuBLAS by its own heuristics
@@ -53,7 +50,7 @@ class StepKey:
         size: tokens of the chunk, or rows.
         pages: columns of the page table that the step looks at.
         page_size: tokens a page.
-        max_steps: decode only; room for the tokens of this many steps.
+        max_steps: decode only; how many steps the program runs.
         backend: of the attention op.
         invariant: a token's bits depend on its sequence alone.
         random, truncated: whether any row samples at random; whether any truncates by top-k,
@@ -138,7 +135,11 @@ def decode_step(
     config: ModelConfig,
     key: StepKey,
 ) -> tuple[PagedCache, SeqState, Sampled]:
-    """`plan.steps` decode steps of rows 0 to `key.size`; fewer when no row is left running."""
+    """`plan.steps` decode steps of rows 0 to `key.size`, at most `key.max_steps`.
+
+    All `max_steps` are computed, those without a row to run too: a loop that ends early would make
+    the host wait for the device at every look, and then the device for the host.
+    """
     R, N = key.size, key.max_steps
     seq = seq._replace(active=seq.active & ~plan.released)
     options = AttentionOptions(1, key.backend, key.invariant)
@@ -165,31 +166,14 @@ def decode_step(
             logprobs = sampling.token_logprobs(raw, token, top=key.top)
         return cache, seq, Sampled(jnp.where(active, token, -1), logprobs, None)
 
-    if N == 1:
-        cache, seq, sampled = one(cache, seq)
-        return cache, seq, jax.tree.map(lambda x: x[None], sampled)
+    def step(carry: tuple[PagedCache, SeqState], i: Array) -> Any:
+        cache, seq = carry
+        running, due = seq.active, i < plan.steps
+        cache, seq, sampled = one(cache, seq._replace(active=running & due))
+        return (cache, seq._replace(active=jnp.where(due, seq.active, running))), sampled
 
-    unseen = min(N, STEPS_UNSEEN)
-    room = -(-N // unseen) * unseen
-    shapes = jax.eval_shape(lambda c, s: one(c, s)[2], cache, seq)
-    empty = jax.tree.map(lambda s: jnp.full((room, *s.shape), -1, s.dtype), shapes)
-
-    def more(carry: tuple[Array, PagedCache, SeqState, Sampled]) -> Array:
-        step, _, seq, _ = carry
-        return (step < plan.steps) & jnp.any(seq.active[:R])
-
-    def body(carry: tuple[Array, PagedCache, SeqState, Sampled]) -> Any:
-        return lax.fori_loop(0, unseen, lambda _, carry: step_or_rest(*carry), carry)
-
-    def step_or_rest(step: Array, cache: PagedCache, seq: SeqState, sampled: Sampled) -> Any:
-        running, due = seq.active, step < plan.steps
-        cache, seq, new = one(cache, seq._replace(active=running & due))
-        seq = seq._replace(active=jnp.where(due, seq.active, running))
-        sampled = jax.tree.map(lambda all_, x: all_.at[step].set(x), sampled, new)
-        return step + 1, cache, seq, sampled
-
-    _, cache, seq, sampled = lax.while_loop(more, body, (jnp.int32(0), cache, seq, empty))
-    return cache, seq, jax.tree.map(lambda x: x[:N], sampled)
+    (cache, seq), sampled = lax.scan(step, (cache, seq), jnp.arange(N))
+    return cache, seq, sampled
 
 
 def _order(

@@ -310,12 +310,6 @@ def test_a_prompt_in_chunks_then_decode():
     assert nothing == ()
 
 
-def test_decode_looks_more_often_while_others_wait():
-    config = BatcherConfig(num_pages=9, page_size=4, max_num_seqs=1, max_model_len=16, max_steps=8)
-    _, [_, [decode]] = actions_of(config, (submit((0, 2, 16), (1, 2, 4)),), ())
-    assert decode.steps == 2
-
-
 def test_a_large_head_of_the_queue_is_not_overtaken():
     state, _ = actions_of(CONFIG, (submit((0, 4, 16), (1, 4, 12), (2, 4, 16), (3, 1, 1)),))
     assert state.rows.id.tolist() == [0, 1, NO_SEQUENCE, NO_SEQUENCE]
