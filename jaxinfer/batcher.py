@@ -1,8 +1,9 @@
 """The scheduler: a pure state machine over NumPy arrays.
 
 `step(state, events, config) -> (state, actions)`: no clock, no I/O, no randomness, no jax. It
-sees lengths, never tokens. Same state and same events give the same actions, so that any run can
-be replayed. A sequence's pages are granted whole when it is admitted, so nothing is preempted.
+sees lengths and keys, never tokens. Same state and same events give the same actions, so that any
+run can be replayed. A sequence's pages are granted whole when it is admitted, so nothing is
+preempted. Pages of a prompt whose keys are known already are shared instead of computed.
 """
 
 from __future__ import annotations
@@ -12,18 +13,29 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxinfer.config import BatcherConfig
-from jaxinfer.pages import PagePool, allocate, create, pages_for, release
+from jaxinfer.pages import (
+    PagePool,
+    allocate,
+    create,
+    find,
+    pages_for,
+    publish,
+    release,
+    share,
+)
 
 NO_SEQUENCE = -1
 
 
 class Submit(NamedTuple):
     """Sequences join the queue. int64 arrays [n]: ids, prompt lengths, and the most tokens
-    (prompt included) that each may reach."""
+    (prompt included) that each may reach. `keys`, objects [n]: of each prompt's full pages, of
+    `pages.page_keys`; without any, the prompt shares nothing."""
 
     ids: np.ndarray
     prompts: np.ndarray
     limits: np.ndarray
+    keys: np.ndarray
 
 
 class Cancel(NamedTuple):
@@ -44,13 +56,15 @@ Event = Submit | Cancel | Finished
 class Prefill(NamedTuple):
     """Run prompt tokens `start` to `stop` of sequence `id` in `row`.
 
-    `pages` int32 [n]: all pages of the row. `last` completes the prompt.
+    `pages` int32 [n]: all pages of the row. `first` begins the sequence; what is before its `start`
+    is in the pages already. `last` completes the prompt.
     """
 
     id: int
     row: int
     start: int
     stop: int
+    first: bool
     last: bool
     limit: int
     pages: np.ndarray
@@ -84,12 +98,14 @@ Action = Prefill | Decode | Refuse
 class Rows(NamedTuple):
     """The running sequences, int64 [M] each; id -1: the row is free.
 
+    `begun`: whether some of it was dispatched. `prefilled`: prompt tokens that were, or are shared.
     `scheduled`: output tokens that the steps dispatched so far may have produced.
     """
 
     id: np.ndarray
     prompt: np.ndarray
     limit: np.ndarray
+    begun: np.ndarray
     prefilled: np.ndarray
     scheduled: np.ndarray
 
@@ -97,12 +113,14 @@ class Rows(NamedTuple):
 class BatcherState(NamedTuple):
     """Everything the scheduler knows. `pages` int32 [M, P_max], 0 where none is granted.
 
-    `released` [M]: rows that the device must be told to stop, with the next action.
+    `keys`, objects [M]: of the full pages of each running sequence's prompt. `released` [M]: rows
+    that the device must be told to stop, with the next action.
     """
 
     waiting: Submit
     rows: Rows
     pages: np.ndarray
+    keys: np.ndarray
     pool: PagePool
     released: np.ndarray
 
@@ -113,9 +131,10 @@ def create_state(config: BatcherConfig) -> BatcherState:
     none = np.empty(0, np.int64)
     zero = np.zeros(M, np.int64)
     state = BatcherState(
-        waiting=Submit(none, none, none),
-        rows=Rows(np.full(M, NO_SEQUENCE), zero, zero, zero, zero),
+        waiting=Submit(none, none, none, np.empty(0, object)),
+        rows=Rows(np.full(M, NO_SEQUENCE), zero, zero, zero, zero, zero),
         pages=np.zeros((M, pages_for(config.max_model_len, config.page_size)), np.int32),
+        keys=np.full(M, None),
         pool=create(config.num_pages),
         released=np.zeros(M, bool),
     )
@@ -197,6 +216,7 @@ def _free(state: BatcherState, row: int, *, tell_device: bool) -> BatcherState:
     return state._replace(
         rows=state.rows._replace(id=_with(state.rows.id, row, NO_SEQUENCE)),
         pages=_with(state.pages, row, 0),
+        keys=_with(state.keys, row, None),
         pool=release(state.pool, granted[granted > 0]),
         released=_with(state.released, row, tell_device),
     )
@@ -212,19 +232,20 @@ def _admit(state: BatcherState, config: BatcherConfig) -> BatcherState:
         running = rows.id != NO_SEQUENCE
         if config.policy == "static" and (running & (rows.scheduled > 1)).any():
             break
-        sequence, prompt, limit = (int(a[0]) for a in state.waiting)
+        sequence, prompt, limit = (int(a[0]) for a in state.waiting[:3])
         wanted = pages_for(limit, config.page_size)
         if wanted > state.pool.available:
             break
         pool, pages = allocate(state.pool, wanted)
         row = int(free[0])
-        new = (sequence, prompt, limit, 0, 0)  # in the order of Rows
+        new = (sequence, prompt, limit, 0, 0, 0)  # in the order of Rows
         granted = np.zeros(state.pages.shape[1], np.int32)
         granted[:wanted] = pages
         state = state._replace(
             waiting=Submit(*(a[1:] for a in state.waiting)),
             rows=Rows(*(_with(a, row, value) for a, value in zip(rows, new, strict=True))),
             pages=_with(state.pages, row, granted),
+            keys=_with(state.keys, row, state.waiting.keys[0]),
             pool=pool,
         )
     return state
@@ -260,6 +281,9 @@ def _schedule(
 def _prefill(
     state: BatcherState, row: int, config: BatcherConfig
 ) -> tuple[BatcherState, tuple[Action, ...]]:
+    first = not state.rows.begun[row]
+    if first:
+        state = _share(state, row, config)
     rows = state.rows
     start, prompt = int(rows.prefilled[row]), int(rows.prompt[row])
     stop = min(prompt, start + config.max_chunk)
@@ -269,19 +293,40 @@ def _prefill(
         row=row,
         start=start,
         stop=stop,
+        first=first,
         last=stop == prompt,
         limit=int(rows.limit[row]),
         pages=granted[granted > 0],
         released=state.released,
     )
     rows = rows._replace(
+        begun=_with(rows.begun, row, 1),
         prefilled=_with(rows.prefilled, row, stop),
         scheduled=_with(rows.scheduled, row, int(stop == prompt)),
     )
-    return state._replace(rows=rows, released=np.zeros_like(state.released)), (action,)
+    # Steps run in the order dispatched: whoever is scheduled from here on finds these pages full.
+    full = slice(start // config.page_size, min(stop // config.page_size, len(state.keys[row])))
+    pool = publish(state.pool, granted[full], state.keys[row][full])
+    return state._replace(rows=rows, pool=pool, released=np.zeros_like(state.released)), (action,)
 
 
-def _with(array: np.ndarray, index: int, value: int | np.ndarray) -> np.ndarray:
+def _share(state: BatcherState, row: int, config: BatcherConfig) -> BatcherState:
+    """Takes the pages of a prompt's beginning that others have filled, for the row's own.
+
+    The last token is computed in any case: what follows it is wanted.
+    """
+    most = (int(state.rows.prompt[row]) - 1) // config.page_size
+    found = find(state.pool, state.keys[row][:most])
+    own = state.pages[row].copy()
+    pool = release(share(state.pool, found), own[: len(found)])
+    own[: len(found)] = found
+    prefilled = _with(state.rows.prefilled, row, len(found) * config.page_size)
+    return state._replace(
+        rows=state.rows._replace(prefilled=prefilled), pages=_with(state.pages, row, own), pool=pool
+    )
+
+
+def _with(array: np.ndarray, index: int, value: int | np.ndarray | None) -> np.ndarray:
     copy = array.copy()
     copy[index] = value
     return copy

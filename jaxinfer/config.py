@@ -99,6 +99,7 @@ class BatcherConfig:
         max_waiting: queue bound; a submission past it is refused.
         policy: `continuous` admits whenever a row and the pages are free; `static` admits only
             when nothing runs, a whole batch at a time.
+        prefix_caching: pages of prompts that begin alike are computed once.
     """
 
     num_pages: int
@@ -109,6 +110,7 @@ class BatcherConfig:
     max_steps: int = 8
     max_waiting: int = 1_000_000
     policy: Literal["continuous", "static"] = "continuous"
+    prefix_caching: bool = True
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class EngineOptions:
     max_steps: int = 8
     max_waiting: int = 1_000_000
     policy: Literal["continuous", "static"] = "continuous"
+    prefix_caching: bool = True
     compilation_cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -152,6 +155,9 @@ class EngineOptions:
                 raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed={self.seed!r}: expected an integer")
+        for name in ("invariant", "prefix_caching"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False")
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or not 0 < share <= 1:
             raise ValueError(

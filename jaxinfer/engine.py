@@ -16,7 +16,7 @@ from jaxinfer.batch import Admission, Chunk, DecodePlan, init_penalties, init_st
 from jaxinfer.cache import init_cache
 from jaxinfer.config import BatcherConfig, ModelConfig
 from jaxinfer.models.decoder import Params
-from jaxinfer.pages import pages_for
+from jaxinfer.pages import page_keys, pages_for
 from jaxinfer.runner import Sampled, StepCompiler, StepKey, bucket, chunk_bucket, row_bucket
 from jaxinfer.types import MAX_TOP_LOGPROBS, SamplingParams
 
@@ -49,8 +49,9 @@ class Sequence:
 class Update(NamedTuple):
     """What one step brought for a sequence.
 
-    `logprobs` describe `tokens`; `scores` describe prompt tokens `scores_from` + 1 on, each given
-    what comes before it.
+    `logprobs` describe `tokens`; `scores` the next prompt tokens, each given what comes before it.
+    `cached`, with a sequence's first token: how many tokens of its prompt
+    were not computed for it.
     """
 
     id: int
@@ -58,6 +59,7 @@ class Update(NamedTuple):
     logprobs: sampling.Logprobs | None
     scores: sampling.Logprobs | None
     finished: bool
+    cached: int = 0
 
 
 class _InFlight(NamedTuple):
@@ -101,6 +103,7 @@ class Engine:
         self._events: list[batcher.Event] = []
         self._live: dict[int, Sequence] = {}
         self._lengths: dict[int, int] = {}
+        self._cached: dict[int, int] = {}  # from a sequence's first chunk to its last
         self._in_flight: deque[_InFlight] = deque()
         self._seq = init_state(self.limits.max_num_seqs, self._batcher.pages.shape[1])
 
@@ -116,14 +119,29 @@ class Engine:
                 np.array(list(new), np.int64),
                 np.array([len(s.prompt) for s in new.values()], np.int64),
                 np.array([s.limit for s in new.values()], np.int64),
+                self._keys(new.values()),
             )
         )
         return list(new)
+
+    def _keys(self, sequences: Iterable[Sequence]) -> np.ndarray:
+        """Of each prompt's pages, objects [n]. A prompt that is scored, or whose tokens the device
+        must see for a penalty, is computed whole: no keys."""
+        keys = [
+            page_keys(s.prompt, self.limits.page_size)
+            if self.limits.prefix_caching and s.score is None and not s.params.penalised
+            else page_keys(s.prompt[:0], self.limits.page_size)
+            for s in sequences
+        ]
+        found = np.empty(len(keys), object)
+        found[:] = keys
+        return found
 
     def cancel(self, sequence: int) -> None:
         """Gives a sequence up; unknown or finished ones are left alone."""
         if self._live.pop(sequence, None) is not None:
             del self._lengths[sequence]
+            self._cached.pop(sequence, None)
             self._events.append(batcher.Cancel(sequence))
 
     def reset(self) -> None:
@@ -229,7 +247,7 @@ class Engine:
             row=np.int32(action.row),
             start=np.int32(action.start),
             count=np.int32(count),
-            first=np.bool_(action.start == 0),
+            first=np.bool_(action.first),
             last=np.bool_(action.last),
             admission=Admission(pages, np.int32(action.limit), rows),
             released=action.released,
@@ -274,10 +292,13 @@ class Engine:
             last = action.last  # nothing follows the prompt's last token
             rows = slice(0, action.stop - action.start - last)
             scores = _take(sampled.scores, rows, sequence.score)
+        if action.first:
+            self._cached[action.id] = action.start
         if not action.last:
             return [Update(action.id, [], None, scores, False)] if scores is not None else []
         tokens = np.asarray(sampled.tokens)
-        return [self._update(action.id, sequence, tokens[:, 0], 0, sampled, scores)]
+        update = self._update(action.id, sequence, tokens[:, 0], 0, sampled, scores)
+        return [update._replace(cached=self._cached.pop(action.id))]
 
     def _observe_decode(self, action: batcher.Decode, sampled: Sampled) -> list[Update]:
         tokens = np.asarray(sampled.tokens)

@@ -67,6 +67,9 @@ class LLM:
             last request ends, up to so many steps have been computed in vain.
         max_waiting: queue bound; more requests at once raise QueueFull.
         policy: `continuous` fills rows as they become free; `static` runs whole batches.
+        prefix_caching: prompts that begin alike share the pages of their beginning, full ones,
+            which are computed once: also while the first of them is still being read, and later as
+            long as the pages are not needed. It changes no token.
         compilation_cache: directory for compiled programs; None: under the user's cache
             directory; "": none.
 
@@ -95,6 +98,7 @@ class LLM:
         max_steps: int = 8,
         max_waiting: int = 1_000_000,
         policy: Literal["continuous", "static"] = "continuous",
+        prefix_caching: bool = True,
         compilation_cache: str | None = None,
     ) -> None:
         from jaxinfer.hub import resolve_model
@@ -107,7 +111,7 @@ class LLM:
             kv_cache_dtype=kv_cache_dtype, seed=seed, invariant=invariant,
             tensor_parallel_size=tensor_parallel_size, page_size=page_size, max_chunk=max_chunk,
             max_steps=max_steps, max_waiting=max_waiting, policy=policy,
-            compilation_cache=compilation_cache,
+            prefix_caching=prefix_caching, compilation_cache=compilation_cache,
         )  # fmt: skip
         directory = resolve_model(str(model), revision)
         config = read_config(directory)
@@ -156,7 +160,6 @@ class LLM:
         self._seeds = random.Random(options.seed)
         self._ids = itertools.count()
         self._owners: dict[int, tuple[Request, Sample]] = {}
-        self._streams = 0  # being read now
         limits = BatcherConfig(
             num_pages=memory.num_pages,
             page_size=memory.page_size,
@@ -166,6 +169,7 @@ class LLM:
             max_steps=options.max_steps,
             max_waiting=options.max_waiting,
             policy=options.policy,
+            prefix_caching=options.prefix_caching,
         )
         kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)
         self._engine: Engine | None = Engine(
@@ -367,7 +371,6 @@ class LLM:
             self._pump()
 
     def _stream(self, request: Request, deltas: deque[Delta]) -> Iterator[Delta]:
-        self._streams += 1
         try:
             self._submit([request])
             while True:
@@ -379,7 +382,6 @@ class LLM:
                     return
                 self._pump()
         finally:
-            self._streams -= 1
             self._cancel([request])
 
     def _pump(self) -> None:

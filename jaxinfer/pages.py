@@ -200,6 +200,7 @@ def page_keys(tokens: np.ndarray, page_size: int, salt: bytes = b"") -> np.ndarr
         digest = hashlib.blake2b(digest + row.tobytes(), digest_size=KEY_BYTES, key=salt).digest()
         keys[i] = np.frombuffer(digest, np.uint64)
     keys[:, 0] |= np.uint64(1)  # zero stands for no key
+    keys.flags.writeable = False
     return keys
 
 

@@ -57,6 +57,7 @@ class Request:
         deltas: for a reader of a stream; None where nobody reads before the end.
         scores: prompt log-probabilities, chunk by chunk.
         failed: why the request was given up.
+        cached: prompt tokens that were not computed, of all samples.
     """
 
     id: str
@@ -70,6 +71,7 @@ class Request:
     deltas: deque[Delta] | None = None
     scores: list[Any] = field(default_factory=list)
     failed: JaxinferError | None = None
+    cached: int = 0
     unfinished: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,6 +98,7 @@ def take(request: Request, sample: Sample, update: Update, tokenizer: Tokenizer 
         request.scores.append(update.scores)
     if not update.tokens and not update.finished:
         return
+    request.cached += update.cached
     before, text = len(sample.tokens), ""
     for position, token in enumerate(update.tokens):
         sample.tokens.append(token)
@@ -131,6 +134,7 @@ def finish(request: Request, tokenizer: Tokenizer | None) -> RequestOutput:
         finished=request.finished,
         seed=request.seed,
         prompt_logprobs=_prompt_logprobs(request, tokenizer),
+        num_cached_tokens=request.cached,
     )
 
 

@@ -105,6 +105,7 @@ class RequestOutput:
     """A request's result, with the fields of vLLM's and the seed that repeats it.
 
     `error` is set, and `outputs` empty, for a request refused under `on_error="return"`.
+    `num_cached_tokens`: prompt tokens, of all samples together, that were found in the cache.
     """
 
     request_id: str
@@ -115,6 +116,7 @@ class RequestOutput:
     seed: int = 0
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
     error: JaxinferError | None = None
+    num_cached_tokens: int = 0
 
 
 @dataclass(frozen=True)

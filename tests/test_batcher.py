@@ -27,36 +27,47 @@ from jaxinfer.batcher import (
     step,
 )
 from jaxinfer.config import BatcherConfig
+from jaxinfer.pages import check, page_keys
 
 PLENTY = 1000  # of room in the queue: nothing is refused
 
 
-def submit(*sequences):
-    """Of (id, prompt, limit)."""
+def submit(*sequences, keys=None):
+    """Of (id, prompt, limit); prompts share nothing, unless `keys` say so."""
     columns = zip(*sequences, strict=True)
-    return Submit(*(np.array(column, np.int64) for column in columns))
+    found = np.empty(len(sequences), object)
+    found[:] = [np.empty((0, 2), np.uint64)] * len(sequences) if keys is None else keys
+    return Submit(*(np.array(column, np.int64) for column in columns), found)
+
+
+def content(shared, sequence, position):
+    """What stands for a token: prompts begin alike where they are of one family, as far as that
+    goes. `shared[sequence]`: (family, tokens)."""
+    family, tokens = shared[sequence]
+    return family * 100 + position if position < tokens else (sequence + 10) * 100 + position
 
 
 def arrays(value):
     """All arrays in nested tuples."""
     if isinstance(value, np.ndarray):
-        return [value]
+        return [value, *(a for a in value if isinstance(a, np.ndarray) and value.dtype == object)]
     return [a for item in value for a in arrays(item)] if isinstance(value, tuple) else []
 
 
 def plain(value):
     """Nested tuples with lists for arrays, to be compared."""
     if isinstance(value, np.ndarray):
-        return value.tolist()
+        return [plain(x) for x in value] if value.dtype == object else value.tolist()
     return (type(value).__name__, *map(plain, value)) if isinstance(value, tuple) else value
 
 
 class Device:
-    """Executes actions. `ends[id]`: the tokens that sequence has when it really ends."""
+    """Executes actions. `ends[id]`: the tokens that sequence has when it really ends. `shared`:
+    of `content`."""
 
-    def __init__(self, config, ends):
+    def __init__(self, config, ends, shared):
         M = config.max_num_seqs
-        self.config, self.ends = config, ends
+        self.config, self.ends, self.shared = config, ends, shared
         self.owner, self.length, self.active = [None] * M, [0] * M, [False] * M
         self.pages = [np.empty(0, int)] * M
         self.slots = {}
@@ -69,7 +80,7 @@ class Device:
 
     def _prefill(self, a):
         assert not self.active[a.row]
-        if a.start == 0:
+        if a.first:
             self.owner[a.row], self.pages[a.row] = a.id, a.pages
         assert self.owner[a.row] == a.id
         assert self.pages[a.row].tolist() == a.pages.tolist()
@@ -99,9 +110,10 @@ class Device:
     def _write(self, row, position):
         """Stores a token, and reads all before it as attention does."""
         pages, size = self.pages[row], self.config.page_size
-        self.slots[pages[position // size], position % size] = (self.owner[row], position)
+        owner = self.owner[row]
+        self.slots[pages[position // size], position % size] = content(self.shared, owner, position)
         for p in range(position):
-            assert self.slots[pages[p // size], p % size] == (self.owner[row], p)
+            assert self.slots[pages[p // size], p % size] == content(self.shared, owner, p)
 
 
 class Host:
@@ -110,7 +122,8 @@ class Host:
     def __init__(self, config):
         self.config, self.state = config, create_state(config)
         self.ends, self.totals = {}, {}  # of the sequences not yet ended
-        self.device = Device(config, self.ends)
+        self.shared, self.saved = {}, 0
+        self.device = Device(config, self.ends, self.shared)
         self.events, self.in_flight, self.history = [], deque(), []
         self.known, self.refused, self.ended, self.cancelled = 0, set(), set(), set()
         self.read, self.decoded = {}, set()  # id -> prompt tokens prefilled; ids ever decoded
@@ -118,17 +131,20 @@ class Host:
         self.to_release, self.unseen = set(), set()
 
     def submit(self, sequences):
-        rows = []
-        for prompt, output, part in sequences:
+        rows, keys = [], []
+        for prompt, output, part, family, tokens in sequences:
             prompt = min(prompt, self.most)
             limit = min(prompt + output, self.most)
             self.prompts[self.known], self.limits[self.known] = prompt, limit
             self.totals[self.known] = prompt
             self.ends[self.known] = min(limit, prompt + 1 + int(part * (limit - prompt)))
             rows.append((self.known, prompt, limit))
+            self.shared[self.known] = (family, tokens)
+            ids = np.array([content(self.shared, self.known, p) for p in range(prompt)])
+            keys.append(page_keys(ids, self.config.page_size))
             self.unseen.add(self.known)
             self.known += 1
-        self.events.append(submit(*rows))
+        self.events.append(submit(*rows, keys=keys))
 
     @property
     def most(self):
@@ -187,7 +203,8 @@ class Host:
         granted = [pages[pages > 0].tolist() for pages in state.pages]
         flat = [page for pages in granted for page in pages]
         free = np.flatnonzero(state.pool.free).tolist()
-        assert sorted(flat + free) == list(range(1, config.num_pages))
+        assert sorted({*flat, *free}) == list(range(1, config.num_pages))
+        check(state.pool, [np.array(pages, int) for pages in granted])
         rows = state.rows
         for row, pages in enumerate(granted):
             needed = -(-rows.limit[row] // config.page_size) if rows.id[row] >= 0 else 0
@@ -209,7 +226,13 @@ class Host:
         assert set(np.flatnonzero(action.released).tolist()) == self.to_release
         self.to_release = set()
         if isinstance(action, Prefill):
-            assert action.start == self.read.get(action.id, 0)
+            assert action.first == (action.id not in self.read)
+            if action.first:
+                self.saved += action.start
+                self.read[action.id] = action.start
+                assert action.start % config.page_size == 0
+                assert action.start <= self.shared[action.id][1]
+            assert action.start == self.read[action.id]
             assert 0 < action.stop - action.start <= config.max_chunk
             assert action.last == (action.stop == self.prompts[action.id])
             assert action.limit == self.limits[action.id]
@@ -254,9 +277,16 @@ configs = st.builds(
     max_waiting=st.sampled_from([1, 3, PLENTY]),
     policy=st.sampled_from(["continuous", "static"]),
 )
-# (prompt tokens, output tokens at most, which part of them there really is)
+# (prompt tokens, output tokens at most, which part of them there really is, which prompts begin
+# like this one, and for how many tokens)
 sequences = st.lists(
-    st.tuples(st.integers(1, 12), st.integers(0, 12), st.sampled_from([0.0, 0.5, 0.9])),
+    st.tuples(
+        st.integers(1, 12),
+        st.integers(0, 12),
+        st.sampled_from([0.0, 0.5, 0.9]),
+        st.integers(0, 1),
+        st.sampled_from([0, 5, 12]),
+    ),
     min_size=1,
     max_size=5,
 )
@@ -308,6 +338,31 @@ def test_a_prompt_in_chunks_then_decode():
     assert (decode.rows, decode.steps, decode.tokens) == (1, 2, 9)  # the prefill gave the first
     assert decode.ids.tolist() == [7]
     assert nothing == ()
+
+
+def test_a_prefix_is_shared_while_the_first_prompt_with_it_is_still_read():
+    prompt = np.arange(10)
+    keys = [page_keys(np.append(prompt, last), 4) for last in (1, 2)]
+    state, found = actions_of(CONFIG, (submit((0, 11, 12), (1, 11, 12), keys=keys),), *[()] * 3)
+    chunks = [(a.id, a.start, a.stop, a.first, a.last) for [a] in found]
+    assert chunks == [
+        (0, 0, 4, True, False), (0, 4, 8, False, False), (0, 8, 11, False, True),
+        (1, 8, 11, True, True),
+    ]  # fmt: skip
+    assert state.pages[0, :2].tolist() == state.pages[1, :2].tolist()
+    assert state.pages[0, 2] != state.pages[1, 2]
+    assert state.pool.holders[state.pages[0, :3]].tolist() == [2, 2, 1]
+
+
+def test_a_prefix_is_remembered_after_its_sequence_has_ended():
+    keys = [page_keys(np.arange(8), 4)]
+    state, _ = actions_of(CONFIG, (submit((0, 8, 8), keys=keys),), ())
+    state, actions = step(state, (Finished(np.array([0])),), CONFIG)
+    assert actions == ()
+    # The last token is computed all the same: half of what is known is of use.
+    state, [again] = step(state, (submit((1, 8, 9), keys=keys),), CONFIG)
+    assert isinstance(again, Prefill)
+    assert (again.start, again.stop, again.first, again.last) == (4, 8, True, True)
 
 
 def test_a_large_head_of_the_queue_is_not_overtaken():

@@ -66,7 +66,7 @@ def llm(shared: LLM) -> Iterator[LLM]:
 
 def check_idle(llm: LLM) -> None:
     assert llm._owners == {}
-    assert llm.engine._live == llm.engine._lengths == {}
+    assert llm.engine._live == llm.engine._lengths == llm.engine._cached == {}
     while not llm.engine.idle:
         assert llm.engine.step() == []
     assert llm.engine.waiting == 0
@@ -666,6 +666,44 @@ def test_arrangements(tiny: TinyModel, llm: LLM, options: dict[str, Any]) -> Non
     with make(tiny, **options) as other:
         assert tokens(other.generate(MANY, params)) == want
         check_idle(other)
+
+
+@pytest.mark.parametrize("params", [GREEDY, replace(RANDOM, n=2, logprobs=2)])
+def test_prompts_that_begin_alike_are_computed_once(
+    tiny: TinyModel, params: SamplingParams
+) -> None:
+    beginning = list(range(40, 80))
+    prompts = [[*beginning, *range(100 + i, 100 + 3 * i)] for i in range(1, 6)]
+    with make(tiny, page_size=8, prefix_caching=False) as plain:
+        want = plain.generate(prompts, params)
+    with make(tiny, page_size=8) as llm:
+        got = llm.generate(prompts, params)
+        again = llm.generate(prompts, params)
+        check_idle(llm)
+    assert [out.outputs for out in got] == [out.outputs for out in want]
+    assert [out.outputs for out in again] == [out.outputs for out in want]
+    assert [out.num_cached_tokens for out in want] == [0] * 5
+    # Of whole pages of 8; a prompt's last token is computed in any case.
+    own = [(len(prompt) - 1) // 8 * 8 for prompt in prompts]
+    others = [0, 40, 40, 40, 40]
+    assert [out.num_cached_tokens for out in got] == [
+        first + (params.n - 1) * all_ for first, all_ in zip(others, own, strict=True)
+    ]
+    assert [out.num_cached_tokens for out in again] == [params.n * all_ for all_ in own]
+
+
+@pytest.mark.parametrize(
+    "params", [replace(GREEDY, repetition_penalty=1.2), replace(GREEDY, prompt_logprobs=1)]
+)
+def test_what_needs_the_whole_prompt_computes_it(tiny: TinyModel, params: SamplingParams) -> None:
+    prompt = list(range(40, 80))
+    with make(tiny, page_size=8) as llm:
+        first = llm.generate(prompt, params)
+        assert llm.generate(prompt, GREEDY)[0].num_cached_tokens == 0
+        second = llm.generate(prompt, params)
+    assert first[0].outputs == second[0].outputs
+    assert first[0].prompt_logprobs == second[0].prompt_logprobs
+    assert second[0].num_cached_tokens == 0
 
 
 # -- life ----------------------------------------------------------------------------------------
