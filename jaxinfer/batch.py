@@ -76,8 +76,9 @@ class Admission(NamedTuple):
 class Chunk(NamedTuple):
     """Prompt tokens `start` to `start + count` of the sequence in `row`, padded to C.
 
-    `first` applies `admission`; `last` samples the token after the prompt. `targets` [C] are the
-    tokens whose log-probabilities are wanted after each token (scoring only).
+    `first` applies `admission`; `last` samples the token after them. Tokens from `prompt` on were
+    sampled before the sequence was preempted. `targets` [C] are the tokens whose log-probabilities
+    are wanted after each token (scoring only).
     `released` [M] are rows to stop before anything else.
     """
 
@@ -85,6 +86,7 @@ class Chunk(NamedTuple):
     row: Host
     start: Host
     count: Host
+    prompt: Host
     first: Host
     last: Host
     admission: Admission
@@ -93,10 +95,13 @@ class Chunk(NamedTuple):
 
 
 class DecodePlan(NamedTuple):
-    """Decode `steps` times; `released` [M] as in `Chunk`."""
+    """Decode `steps` times; `released` [M] as in `Chunk`. `pages` int32 [M, W], 0 for none, go to
+    each row of the page table from column `columns` [M] on."""
 
     steps: Host
     released: Host
+    columns: Host
+    pages: Host
 
 
 def init_state(max_num_seqs: int, max_pages: int, groups: int = 1) -> SeqState:
@@ -136,13 +141,16 @@ def admit(seq: SeqState, chunk: Chunk) -> SeqState:
 
     penalties = seq.penalties
     if penalties is not None:
-        valid = jnp.arange(chunk.tokens.shape[0]) < chunk.count
+        offset = jnp.arange(chunk.tokens.shape[0])
+        sampled = chunk.start + offset >= chunk.prompt
         vocab = penalties.prompt.shape[1]
+        tokens = jnp.where(offset < chunk.count, chunk.tokens, vocab)  # past the end: dropped
         kept = jnp.where(chunk.first, False, penalties.prompt[row])
-        kept = kept.at[jnp.where(valid, chunk.tokens, vocab)].set(True, mode="drop")
+        kept = kept.at[jnp.where(sampled, vocab, tokens)].set(True, mode="drop")
+        counts = jnp.where(chunk.first, 0, penalties.counts[row])
+        counts = counts.at[jnp.where(sampled, tokens, vocab)].add(1, mode="drop")
         penalties = PenaltyState(
-            penalties.prompt.at[row].set(kept),
-            penalties.counts.at[row].set(jnp.where(chunk.first, 0, penalties.counts[row])),
+            penalties.prompt.at[row].set(kept), penalties.counts.at[row].set(counts)
         )
     table = jnp.where(chunk.first, new.pages, seq.page_table[:, row])
     return seq._replace(
@@ -151,6 +159,15 @@ def admit(seq: SeqState, chunk: Chunk) -> SeqState:
         rows=jax.tree.map(put, seq.rows, new.rows),
         penalties=penalties,
     )
+
+
+def extend(seq: SeqState, plan: DecodePlan) -> SeqState:
+    """Stops the released rows, and notes the pages that others were granted."""
+    M, W = plan.pages.shape
+    columns = plan.columns[:, None] + jnp.arange(W)
+    columns = jnp.where(plan.pages > 0, columns, seq.page_table.shape[2])  # none: dropped
+    table = seq.page_table.at[:, jnp.arange(M)[:, None], columns].set(plan.pages, mode="drop")
+    return seq._replace(active=seq.active & ~plan.released, page_table=table)
 
 
 def assemble_chunk(seq: SeqState, chunk: Chunk, *, pages: int, page_size: int) -> Batch:

@@ -2,8 +2,13 @@
 
 `step(state, events, config) -> (state, actions)`: no clock, no I/O, no randomness, no jax. It
 sees lengths and keys, never tokens. Same state and same events give the same actions, so that any
-run can be replayed. A sequence's pages are granted whole when it is admitted, so nothing is
-preempted. Pages of a prompt whose keys are known already are shared instead of computed.
+run can be replayed.
+
+Ids are given in order of arrival: a smaller one is older, and comes first. A sequence is granted
+pages for its prompt when it is admitted, and more as it grows. Where they run out, the youngest
+running sequence is preempted: it gives all its pages back, and waits again with the tokens it has
+until then, which are computed anew. So the oldest always gets on. Pages of a prompt whose keys are
+known already are shared instead of computed.
 """
 
 from __future__ import annotations
@@ -38,8 +43,17 @@ class Submit(NamedTuple):
     keys: np.ndarray
 
 
+class Return(NamedTuple):
+    """A preempted sequence of which nothing is on its way any more waits again, with `tokens`
+    tokens; `keys` as in `Submit`."""
+
+    id: int
+    tokens: int
+    keys: np.ndarray
+
+
 class Cancel(NamedTuple):
-    """A sequence, waiting or running, is given up by the host."""
+    """A sequence, waiting, running or preempted, is given up by the host."""
 
     id: int
 
@@ -50,7 +64,7 @@ class Finished(NamedTuple):
     ids: np.ndarray
 
 
-Event = Submit | Cancel | Finished
+Event = Submit | Return | Cancel | Finished
 
 
 class Prefill(NamedTuple):
@@ -75,7 +89,8 @@ class Decode(NamedTuple):
     """Run `steps` decode steps of rows 0 to `rows`.
 
     `ids` [rows]: the sequence in each row that takes part, or -1. `tokens`: the longest that any
-    of them may have become afterwards.
+    of them may have become afterwards. `pages` int32 [M, W]: pages granted to each row, 0 for none,
+    from column `columns` [M] of its page table on.
     """
 
     rows: int
@@ -83,6 +98,14 @@ class Decode(NamedTuple):
     ids: np.ndarray
     tokens: int
     released: np.ndarray
+    columns: np.ndarray
+    pages: np.ndarray
+
+
+class Preempt(NamedTuple):
+    """Sequence `id` has no pages any more. The host says `Return` once it has read all results."""
+
+    id: int
 
 
 class Refuse(NamedTuple):
@@ -92,12 +115,13 @@ class Refuse(NamedTuple):
     reason: str
 
 
-Action = Prefill | Decode | Refuse
+Action = Prefill | Decode | Preempt | Refuse
 
 
 class Rows(NamedTuple):
     """The running sequences, int64 [M] each; id -1: the row is free.
 
+    `prompt`: tokens to read before it can go on: its prompt, and what it had when it was preempted.
     `begun`: whether some of it was dispatched. `prefilled`: prompt tokens that were, or are shared.
     `scheduled`: output tokens that the steps dispatched so far may have produced.
     """
@@ -114,10 +138,12 @@ class BatcherState(NamedTuple):
     """Everything the scheduler knows. `pages` int32 [M, P_max], 0 where none is granted.
 
     `keys`, objects [M]: of the full pages of each running sequence's prompt. `released` [M]: rows
-    that the device must be told to stop, with the next action.
+    that the device must be told to stop, with the next action. `parked` int64 [n, 2]: preempted
+    sequences and their limits.
     """
 
     waiting: Submit
+    parked: np.ndarray
     rows: Rows
     pages: np.ndarray
     keys: np.ndarray
@@ -132,6 +158,7 @@ def create_state(config: BatcherConfig) -> BatcherState:
     zero = np.zeros(M, np.int64)
     state = BatcherState(
         waiting=Submit(none, none, none, np.empty(0, object)),
+        parked=np.empty((0, 2), np.int64),
         rows=Rows(np.full(M, NO_SEQUENCE), zero, zero, zero, zero, zero),
         pages=np.zeros((M, pages_for(config.max_model_len, config.page_size)), np.int32),
         keys=np.full(M, None),
@@ -150,8 +177,8 @@ def step(
     The state passed in is left as it was; arrays of what is returned are read-only.
 
     Raises:
-        ValueError: an event that names a sequence which is neither waiting nor running, or a
-            submission that could never fit.
+        ValueError: an event that names a sequence which is neither waiting nor running nor
+            preempted, or a submission that could never fit.
     """
     actions: list[Action] = []
     for event in events:
@@ -159,11 +186,13 @@ def step(
             case Submit():
                 state, refused = _submit(state, event, config)
                 actions += refused
+            case Return():
+                state = _return(state, event)
             case Cancel():
-                state = _cancel(state, event.id)
+                state = _leave(state, event.id, tell_device=True)
             case Finished():
                 for sequence in event.ids:
-                    state = _free(state, _row_of(state, int(sequence)), tell_device=False)
+                    state = _leave(state, int(sequence), tell_device=False)
     state = _admit(state, config)
     state, run = _schedule(state, config)
     _seal(state, state.waiting, state.rows, *run)
@@ -171,8 +200,9 @@ def step(
 
 
 def idle(state: BatcherState) -> bool:
-    """Whether nothing waits and nothing runs."""
-    return not len(state.waiting.ids) and bool((state.rows.id == NO_SEQUENCE).all())
+    """Whether nothing waits, runs, or is preempted."""
+    still = bool((state.rows.id == NO_SEQUENCE).all())
+    return still and not len(state.waiting.ids) and not len(state.parked)
 
 
 def _submit(
@@ -195,18 +225,40 @@ def _submit(
     return state._replace(waiting=waiting), [Refuse(int(i), reason) for i in event.ids[room:]]
 
 
-def _cancel(state: BatcherState, sequence: int) -> BatcherState:
+def _return(state: BatcherState, event: Return) -> BatcherState:
+    """Back to the queue, before all that came later."""
+    (at,) = np.nonzero(state.parked[:, 0] == event.id)
+    if not len(at):
+        raise ValueError(f"sequence {event.id} is not preempted")
+    limit = int(state.parked[at[0], 1])
+    if not 1 <= event.tokens < limit:
+        raise ValueError(f"sequence {event.id}: {event.tokens} tokens, expected 1 to {limit - 1}")
+    waiting = state.waiting
+    before = int(np.searchsorted(waiting.ids, event.id))
+    own = np.empty(1, object)
+    own[0] = event.keys
+    keys = np.concatenate([waiting.keys[:before], own, waiting.keys[before:]])
+    waiting = Submit(
+        np.insert(waiting.ids, before, event.id),
+        np.insert(waiting.prompts, before, event.tokens),
+        np.insert(waiting.limits, before, limit),
+        keys,
+    )
+    return state._replace(waiting=waiting, parked=np.delete(state.parked, at, axis=0))
+
+
+def _leave(state: BatcherState, sequence: int, *, tell_device: bool) -> BatcherState:
+    """Forgets a sequence, wherever it is."""
     waits = state.waiting.ids == sequence
     if waits.any():
         return state._replace(waiting=Submit(*(a[~waits] for a in state.waiting)))
-    return _free(state, _row_of(state, sequence), tell_device=True)
-
-
-def _row_of(state: BatcherState, sequence: int) -> int:
+    parked = state.parked[:, 0] == sequence
+    if parked.any():
+        return state._replace(parked=state.parked[~parked])
     found = np.flatnonzero(state.rows.id == sequence)
     if not len(found):
-        raise ValueError(f"sequence {sequence} is neither waiting nor running")
-    return int(found[0])
+        raise ValueError(f"sequence {sequence} is neither waiting nor running nor preempted")
+    return _free(state, int(found[0]), tell_device=tell_device)
 
 
 def _free(state: BatcherState, row: int, *, tell_device: bool) -> BatcherState:
@@ -233,8 +285,9 @@ def _admit(state: BatcherState, config: BatcherConfig) -> BatcherState:
         if config.policy == "static" and (running & (rows.scheduled > 1)).any():
             break
         sequence, prompt, limit = (int(a[0]) for a in state.waiting[:3])
-        wanted = pages_for(limit, config.page_size)
-        if wanted > state.pool.available:
+        wanted = pages_for(prompt, config.page_size)
+        # A page more for each that runs already: to admit one only to preempt it is no gain.
+        if wanted + np.count_nonzero(running) > state.pool.available:
             break
         pool, pages = allocate(state.pool, wanted)
         row = int(free[0])
@@ -255,27 +308,59 @@ def _schedule(
     state: BatcherState, config: BatcherConfig
 ) -> tuple[BatcherState, tuple[Action, ...]]:
     rows = state.rows
-    running = rows.id != NO_SEQUENCE
-    unread = np.flatnonzero(running & (rows.prefilled < rows.prompt))
+    unread = np.flatnonzero((rows.id != NO_SEQUENCE) & (rows.prefilled < rows.prompt))
     if len(unread):
-        return _prefill(state, int(unread[0]), config)
-    left = np.where(running, rows.limit - rows.prompt - rows.scheduled, 0)
-    if not (left > 0).any():
-        return state, ()
-    steps = int(min(config.max_steps, left.max()))
-    count = int(np.flatnonzero(left > 0)[-1]) + 1
-    scheduled = rows.scheduled + np.clip(left, 0, steps)
+        oldest = unread[rows.id[unread].argmin()]
+        return _prefill(state, int(oldest), config)
+    preempted: list[Action] = []
+    while True:
+        rows = state.rows
+        running = rows.id != NO_SEQUENCE
+        left = np.where(running, rows.limit - rows.prompt - rows.scheduled, 0)
+        if not (left > 0).any():
+            return state, tuple(preempted)
+        steps = int(min(config.max_steps, left.max()))
+        scheduled = rows.scheduled + np.clip(left, 0, steps)
+        had = np.count_nonzero(state.pages, axis=1)
+        # The last token of all is not in the cache before the step after it.
+        wanted = -(-(rows.prompt + scheduled - 1) // config.page_size)
+        new = np.where(left > 0, np.maximum(wanted - had, 0), 0)
+        if new.sum() <= state.pool.available:
+            break
+        youngest = int(np.where(running, rows.id, NO_SEQUENCE).argmax())
+        preempted.append(Preempt(int(rows.id[youngest])))
+        parked = np.array([[rows.id[youngest], rows.limit[youngest]]])
+        state = _free(state, youngest, tell_device=True)
+        state = state._replace(parked=np.concatenate([state.parked, parked]))
+    state, granted = _grant(state, had, new, pages_for(config.max_steps, config.page_size) + 1)
     part = left > 0
+    count = int(np.flatnonzero(part)[-1]) + 1
     action = Decode(
         rows=count,
         steps=steps,
         ids=np.where(part, rows.id, NO_SEQUENCE)[:count],
         tokens=int((rows.prompt + scheduled)[part].max()),
         released=state.released,
+        columns=had.astype(np.int32),
+        pages=granted,
     )
     return state._replace(
         rows=rows._replace(scheduled=scheduled), released=np.zeros_like(state.released)
-    ), (action,)
+    ), (*preempted, action)
+
+
+def _grant(
+    state: BatcherState, had: np.ndarray, new: np.ndarray, width: int
+) -> tuple[BatcherState, np.ndarray]:
+    """`new` [M] more pages for each row, after the `had` [M] that it has; int32 [M, width]."""
+    pool, pages = allocate(state.pool, int(new.sum()))
+    row = np.repeat(np.arange(len(new)), new)
+    place = np.arange(len(row)) - np.repeat(np.cumsum(new) - new, new)
+    granted = np.zeros((len(new), width), np.int32)
+    granted[row, place] = pages
+    table = state.pages.copy()
+    table[row, had[row] + place] = pages
+    return state._replace(pages=table, pool=pool), granted
 
 
 def _prefill(

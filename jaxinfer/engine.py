@@ -62,8 +62,11 @@ class Update(NamedTuple):
     cached: int = 0
 
 
+Run = batcher.Prefill | batcher.Decode
+
+
 class _InFlight(NamedTuple):
-    action: batcher.Prefill | batcher.Decode
+    action: Run
     sampled: Sampled
 
 
@@ -102,7 +105,9 @@ class Engine:
         self._batcher = batcher.create_state(self.limits)
         self._events: list[batcher.Event] = []
         self._live: dict[int, Sequence] = {}
-        self._lengths: dict[int, int] = {}
+        self._outputs: dict[int, list[int]] = {}
+        self._scored: dict[int, int] = {}  # prompt tokens whose scores were given out
+        self._preempted: set[int] = set()
         self._cached: dict[int, int] = {}  # from a sequence's first chunk to its last
         self._in_flight: deque[_InFlight] = deque()
         self._seq = init_state(self.limits.max_num_seqs, self._batcher.pages.shape[1])
@@ -113,36 +118,42 @@ class Engine:
         """Queues sequences; returns their ids. The caller has validated them."""
         new = {next(self._ids): sequence for sequence in sequences}
         self._live |= new
-        self._lengths |= {i: len(s.prompt) for i, s in new.items()}
+        self._outputs |= {i: [] for i in new}
+        self._scored |= {i: 0 for i, s in new.items() if s.score is not None}
         self._events.append(
             batcher.Submit(
                 np.array(list(new), np.int64),
                 np.array([len(s.prompt) for s in new.values()], np.int64),
                 np.array([s.limit for s in new.values()], np.int64),
-                self._keys(new.values()),
+                _objects([self._keys(i) for i in new]),
             )
         )
         return list(new)
 
-    def _keys(self, sequences: Iterable[Sequence]) -> np.ndarray:
-        """Of each prompt's pages, objects [n]. A prompt that is scored, or whose tokens the device
-        must see for a penalty, is computed whole: no keys."""
-        keys = [
-            page_keys(s.prompt, self.limits.page_size)
-            if self.limits.prefix_caching and s.score is None and not s.params.penalised
-            else page_keys(s.prompt[:0], self.limits.page_size)
-            for s in sequences
-        ]
-        found = np.empty(len(keys), object)
-        found[:] = keys
-        return found
+    def _tokens(self, sequence: int) -> np.ndarray:
+        """All that is known of a sequence: its prompt, and what was sampled."""
+        outputs = np.array(self._outputs[sequence], np.int32)
+        return np.concatenate([self._live[sequence].prompt, outputs])
+
+    def _keys(self, sequence: int) -> np.ndarray:
+        """Of the pages of its tokens. One that is scored, or whose tokens the device must see for a
+        penalty, is computed whole: no keys."""
+        live, limits = self._live[sequence], self.limits
+        whole = live.score is not None or live.params.penalised or not limits.prefix_caching
+        tokens = self._tokens(sequence)
+        return page_keys(tokens[:0] if whole else tokens, limits.page_size)
 
     def cancel(self, sequence: int) -> None:
         """Gives a sequence up; unknown or finished ones are left alone."""
         if self._live.pop(sequence, None) is not None:
-            del self._lengths[sequence]
-            self._cached.pop(sequence, None)
+            self._forget(sequence)
             self._events.append(batcher.Cancel(sequence))
+
+    def _forget(self, sequence: int) -> None:
+        del self._outputs[sequence]
+        self._scored.pop(sequence, None)
+        self._cached.pop(sequence, None)
+        self._preempted.discard(sequence)
 
     def reset(self) -> None:
         """Forgets every sequence, after a failure or an interrupt in the middle of a step."""
@@ -182,14 +193,26 @@ class Engine:
                 self._in_flight.append(_InFlight(action, self._run(action)))
         return self._observe(self._in_flight.popleft()) if self._in_flight else []
 
-    def _schedule(self) -> tuple[batcher.Prefill | batcher.Decode, ...]:
+    def _schedule(self) -> tuple[Run, ...]:
         events, self._events = tuple(self._events), []
         self._batcher, actions = batcher.step(self._batcher, events, self.limits)
-        run = tuple(a for a in actions if not isinstance(a, batcher.Refuse))
-        assert len(run) == len(actions), "the API checks the queue before it submits"
+        run = tuple(a for a in actions if isinstance(a, Run))
+        preempted = [a.id for a in actions if isinstance(a, batcher.Preempt)]
+        self._preempted |= set(preempted)
+        known = len(run) + len(preempted)
+        assert known == len(actions), "the API checks the queue before it submits"
+        self._return_preempted()
         return run
 
-    def _run(self, action: batcher.Prefill | batcher.Decode) -> Sampled:
+    def _return_preempted(self) -> None:
+        """Those of which no results are on their way may wait again."""
+        on_the_way = {i for done in self._in_flight for i in _ids(done.action)}
+        for sequence in sorted(self._preempted - on_the_way):
+            self._preempted.remove(sequence)
+            tokens = len(self._live[sequence].prompt) + len(self._outputs[sequence])
+            self._events.append(batcher.Return(sequence, tokens, self._keys(sequence)))
+
+    def _run(self, action: Run) -> Sampled:
         prefill = isinstance(action, batcher.Prefill)
         key, plan = self._prefill(action) if prefill else self._decode(action)
         # A plan of NumPy arrays would take jax's slow path, which waits for the device.
@@ -207,7 +230,9 @@ class Engine:
         if finished:
             self._events.append(batcher.Finished(np.array(finished, np.int64)))
         for sequence in finished:
-            del self._live[sequence], self._lengths[sequence]
+            del self._live[sequence]
+            self._forget(sequence)
+        self._return_preempted()
         return updates
 
     # -- plans ------------------------------------------------------------------------------
@@ -230,8 +255,9 @@ class Engine:
             **self._sampling([action.id]),
         )
         tokens, targets = np.zeros(size, np.int32), np.zeros(size, np.int32)
-        tokens[:count] = sequence.prompt[action.start : action.stop]
-        following = sequence.prompt[action.start + 1 : action.stop + 1]
+        known = self._tokens(action.id)
+        tokens[:count] = known[action.start : action.stop]
+        following = known[action.start + 1 : action.stop + 1]
         targets[: len(following)] = following
         pages = np.zeros(self._batcher.pages.shape[1], np.int32)
         pages[: len(action.pages)] = action.pages
@@ -247,6 +273,7 @@ class Engine:
             row=np.int32(action.row),
             start=np.int32(action.start),
             count=np.int32(count),
+            prompt=np.int32(len(sequence.prompt)),
             first=np.bool_(action.first),
             last=np.bool_(action.last),
             admission=Admission(pages, np.int32(action.limit), rows),
@@ -265,7 +292,9 @@ class Engine:
             max_steps=self.limits.max_steps,
             **self._sampling(int(i) for i in action.ids if i != batcher.NO_SEQUENCE),
         )
-        return key, DecodePlan(np.int32(action.steps), action.released)
+        return key, DecodePlan(
+            np.int32(action.steps), action.released, action.columns, action.pages
+        )
 
     def _page_bucket(self, tokens: int) -> int:
         wanted = bucket(pages_for(tokens, self.limits.page_size))
@@ -287,18 +316,30 @@ class Engine:
         sequence = self._live.get(action.id)
         if sequence is None:  # cancelled meanwhile
             return []
-        scores = None
-        if sequence.score is not None:
-            last = action.last  # nothing follows the prompt's last token
-            rows = slice(0, action.stop - action.start - last)
-            scores = _take(sampled.scores, rows, sequence.score)
+        scores = self._scores(action, sequence, sampled)
         if action.first:
-            self._cached[action.id] = action.start
+            again = bool(self._outputs[action.id])
+            self._cached[action.id] = 0 if again else action.start
         if not action.last:
             return [Update(action.id, [], None, scores, False)] if scores is not None else []
         tokens = np.asarray(sampled.tokens)
         update = self._update(action.id, sequence, tokens[:, 0], 0, sampled, scores)
         return [update._replace(cached=self._cached.pop(action.id))]
+
+    def _scores(
+        self, action: batcher.Prefill, sequence: Sequence, sampled: Sampled
+    ) -> sampling.Logprobs | None:
+        """Of the chunk's prompt tokens; those that were given out before a preemption are not given
+        out again, and what follows the prompt's last token is no part of it."""
+        if sequence.score is None:
+            return None
+        before, last = self._scored[action.id], len(sequence.prompt) - 1
+        begin, end = max(before, action.start), min(action.stop, last)
+        if begin >= end and before:
+            return None
+        self._scored[action.id] = max(before, end)
+        rows = slice(begin - action.start, max(begin, end) - action.start)
+        return _take(sampled.scores, rows, sequence.score)
 
     def _observe_decode(self, action: batcher.Decode, sampled: Sampled) -> list[Update]:
         tokens = np.asarray(sampled.tokens)
@@ -324,10 +365,21 @@ class Engine:
             logprobs = _take(
                 sampled.logprobs, (slice(0, len(tokens)), row), sequence.params.logprobs
             )
-        self._lengths[id] += len(tokens)
-        ended = self._lengths[id] >= sequence.limit
+        self._outputs[id] += tokens
+        ended = len(sequence.prompt) + len(self._outputs[id]) >= sequence.limit
         stopped = bool(tokens) and tokens[-1] in sequence.stop_ids
         return Update(id, tokens, logprobs, scores, ended or stopped)
+
+
+def _ids(action: Run) -> list[int]:
+    """Sequences of which an action brings results."""
+    return [action.id] if isinstance(action, batcher.Prefill) else action.ids.tolist()
+
+
+def _objects(items: list[Any]) -> np.ndarray:
+    found = np.empty(len(items), object)
+    found[:] = items
+    return found
 
 
 def _top_bucket(top: int | None) -> int | None:

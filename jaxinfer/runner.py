@@ -26,6 +26,7 @@ from jaxinfer.batch import (
     admit,
     assemble_chunk,
     assemble_decode,
+    extend,
 )
 from jaxinfer.cache import PagedCache
 from jaxinfer.config import ModelConfig
@@ -141,7 +142,7 @@ def decode_step(
     the host wait for the device at every look, and then the device for the host.
     """
     R, N = key.size, key.max_steps
-    seq = seq._replace(active=seq.active & ~plan.released)
+    seq = extend(seq, plan)
     options = AttentionOptions(1, key.backend, key.invariant)
     everyone = jnp.arange(R)
 

@@ -19,8 +19,10 @@ from jaxinfer.batcher import (
     Cancel,
     Decode,
     Finished,
+    Preempt,
     Prefill,
     Refuse,
+    Return,
     Submit,
     create_state,
     idle,
@@ -61,6 +63,11 @@ def plain(value):
     return (type(value).__name__, *map(plain, value)) if isinstance(value, tuple) else value
 
 
+def ids_of(action):
+    """Sequences of which an action brings results."""
+    return [action.id] if isinstance(action, Prefill) else action.ids.tolist()
+
+
 class Device:
     """Executes actions. `ends[id]`: the tokens that sequence has when it really ends. `shared`:
     of `content`."""
@@ -96,6 +103,12 @@ class Device:
         assert not any(self.active[a.rows :])
         assert all(self.owner[r] == a.ids[r] for r in range(a.rows) if self.active[r])
         made = {}
+        for row, (column, pages) in enumerate(zip(a.columns, a.pages, strict=True)):
+            new = pages[pages > 0]
+            if len(new):
+                assert self.owner[row] == a.ids[row]
+                assert len(self.pages[row]) == column
+                self.pages[row] = np.concatenate([self.pages[row], new])
         for _ in range(a.steps):
             for row in np.flatnonzero(self.active):
                 self._write(row, self.length[row])
@@ -127,8 +140,9 @@ class Host:
         self.events, self.in_flight, self.history = [], deque(), []
         self.known, self.refused, self.ended, self.cancelled = 0, set(), set(), set()
         self.read, self.decoded = {}, set()  # id -> prompt tokens prefilled; ids ever decoded
-        self.prompts, self.limits = {}, {}
-        self.to_release, self.unseen = set(), set()
+        self.prompts, self.limits = {}, {}  # what a sequence has to read, and may become
+        self.to_release, self.unseen, self.preempted = set(), set(), set()
+        self.again, self.any_row = set(), 0
 
     def submit(self, sequences):
         rows, keys = [], []
@@ -156,6 +170,7 @@ class Host:
         if mine:
             sequence = mine[which % len(mine)]
             del self.totals[sequence]
+            self.preempted.discard(sequence)
             self.cancelled.add(sequence)
             self.events.append(Cancel(sequence))
 
@@ -170,16 +185,41 @@ class Host:
         assert plain(before) == copy
         assert not any(a.flags.writeable for a in arrays((self.state, actions)))
         self.history.append((events, plain(actions)))
-        self.check_state(before)
+        self.check_state(before, actions)
         for action in actions:
             if isinstance(action, Refuse):
                 assert action.id in self.totals or action.id in self.cancelled
                 self.totals.pop(action.id, None)
                 self.refused.add(action.id)
+            elif isinstance(action, Preempt):
+                self.preempt(action.id, rows)
             else:
                 self.check_action(action)
                 self.in_flight.append((action, self.device.run(action)))
+        self.return_preempted()
         return bool(actions)
+
+    def preempt(self, sequence, rows):
+        """The youngest of those that ran, never the only one."""
+        running = [int(s) for s in self.state.rows.id if s != NO_SEQUENCE]
+        assert running
+        assert sequence > max(running)
+        self.preempted.add(sequence)
+        self.again.add(sequence)
+        if sequence in rows:
+            self.to_release.add(rows[sequence])
+        else:  # admitted in the same step: whichever row it was
+            self.any_row += 1
+
+    def return_preempted(self):
+        """Those of which nothing is on its way wait again, with what they have become."""
+        on_the_way = {i for a, _ in self.in_flight for i in ids_of(a)}
+        for sequence in sorted(self.preempted - on_the_way):
+            self.preempted.remove(sequence)
+            tokens = self.prompts[sequence] = self.totals[sequence]
+            self.read.pop(sequence, None)
+            ids = np.array([content(self.shared, sequence, p) for p in range(tokens)])
+            self.events.append(Return(sequence, tokens, page_keys(ids, self.config.page_size)))
 
     def observe(self):
         if self.in_flight:
@@ -194,11 +234,13 @@ class Host:
                 if complete and not still_queued and self.totals[sequence] == self.ends[sequence]:
                     done.append(sequence)
                     del self.totals[sequence]
+                    self.preempted.discard(sequence)
             self.ended |= set(done)
             if done:
                 self.events.append(Finished(np.array(done, np.int64)))
+            self.return_preempted()
 
-    def check_state(self, before):
+    def check_state(self, before, actions):
         state, config = self.state, self.config
         granted = [pages[pages > 0].tolist() for pages in state.pages]
         flat = [page for pages in granted for page in pages]
@@ -207,31 +249,40 @@ class Host:
         check(state.pool, [np.array(pages, int) for pages in granted])
         rows = state.rows
         for row, pages in enumerate(granted):
-            needed = -(-rows.limit[row] // config.page_size) if rows.id[row] >= 0 else 0
+            tokens = rows.prompt[row] + max(0, rows.scheduled[row] - 1)
+            needed = -(-tokens // config.page_size) if rows.id[row] >= 0 else 0
             assert len(pages) == needed
         running = [int(s) for s in rows.id if s != NO_SEQUENCE]
         waiting = state.waiting.ids.tolist()
         assert waiting == sorted(waiting)
-        assert len(waiting) <= config.max_waiting
-        assert all(s not in self.read for s in waiting)  # first come, first served:
-        assert not waiting or all(s < waiting[0] for s in running)
+        assert all(s not in self.read for s in waiting)
         new = set(running) - set(before.rows.id.tolist())
         if config.policy == "static":
             assert not (new and self.decoded & (set(running) - new))
-        elif waiting and len(running) < config.max_num_seqs:
-            assert -(-state.waiting.limits[0] // config.page_size) > state.pool.available
+        elif (
+            waiting
+            and len(running) < config.max_num_seqs
+            # Afterwards pages were taken, or given back because they are shared.
+            and not any(isinstance(a, Decode | Preempt) for a in actions)
+            and not any(isinstance(a, Prefill) and a.first and a.start for a in actions)
+        ):
+            wanted = -(-state.waiting.prompts[0] // config.page_size)
+            assert wanted + len(running) > state.pool.available
 
     def check_action(self, action):
         config = self.config
-        assert set(np.flatnonzero(action.released).tolist()) == self.to_release
-        self.to_release = set()
+        released = set(np.flatnonzero(action.released).tolist())
+        assert released >= self.to_release
+        assert len(released - self.to_release) <= self.any_row
+        self.to_release, self.any_row = set(), 0
         if isinstance(action, Prefill):
             assert action.first == (action.id not in self.read)
             if action.first:
                 self.saved += action.start
                 self.read[action.id] = action.start
                 assert action.start % config.page_size == 0
-                assert action.start <= self.shared[action.id][1]
+                if action.id not in self.again:  # else its own pages may be found
+                    assert action.start <= self.shared[action.id][1]
             assert action.start == self.read[action.id]
             assert 0 < action.stop - action.start <= config.max_chunk
             assert action.last == (action.stop == self.prompts[action.id])
@@ -250,7 +301,7 @@ class Host:
     def drain(self):
         for _ in range(10_000):
             worked = self.schedule()
-            if not worked and not self.in_flight:
+            if not worked and not self.in_flight and not self.events:
                 break
             self.observe()
         assert idle(self.state)
@@ -331,13 +382,48 @@ def test_a_prompt_in_chunks_then_decode():
     [first], [second], [decode], nothing = found
     assert isinstance(first, Prefill)
     assert (first.id, first.row, first.start, first.stop, first.last) == (7, 0, 0, 4, False)
-    assert first.pages.tolist() == [1, 2, 3]
+    assert first.pages.tolist() == [1, 2]
     assert isinstance(second, Prefill)
     assert (second.start, second.stop, second.last, second.limit) == (4, 6, True, 9)
     assert isinstance(decode, Decode)
     assert (decode.rows, decode.steps, decode.tokens) == (1, 2, 9)  # the prefill gave the first
     assert decode.ids.tolist() == [7]
+    assert not decode.pages.any()  # the last token needs no slot
     assert nothing == ()
+
+
+def test_the_youngest_is_preempted_and_waits_again_before_those_that_came_later():
+    config = BatcherConfig(
+        num_pages=6, page_size=4, max_num_seqs=2, max_model_len=16, max_chunk=8, max_steps=4
+    )
+    state, _ = actions_of(config, (submit((0, 4, 16), (1, 4, 16), (2, 4, 16)),), ())
+    state, [first] = step(state, (), config)  # both decode: five pages are enough for 7 tokens each
+    assert isinstance(first, Decode)
+    assert np.count_nonzero(first.pages, axis=1).tolist() == [1, 1]
+    state, [preempt, decode] = step(state, (), config)
+    assert preempt == Preempt(1)
+    assert isinstance(decode, Decode)
+    assert decode.ids.tolist() == [0]
+    assert decode.released.tolist() == [False, True]
+    assert state.parked.tolist() == [[1, 16]]
+    assert state.waiting.ids.tolist() == [2]
+    state, _ = step(state, (Return(1, 9, page_keys(np.arange(9), 4)),), config)
+    assert state.waiting.ids.tolist() == [1, 2]
+    assert state.waiting.prompts.tolist() == [9, 4]
+    state, [again] = step(state, (Finished(np.array([0])),), config)
+    assert isinstance(again, Prefill)
+    assert (again.id, again.start, again.stop, again.limit) == (1, 0, 8, 16)
+
+
+@pytest.mark.parametrize("event", [Return(0, 4, None), Return(7, 4, None), Return(1, 16, None)])
+def test_what_was_not_preempted_cannot_return(event):
+    config = BatcherConfig(
+        num_pages=6, page_size=4, max_num_seqs=2, max_model_len=16, max_chunk=8, max_steps=4
+    )
+    state, _ = actions_of(config, (submit((0, 4, 16), (1, 4, 16)),), (), (), ())
+    assert state.parked.tolist() == [[1, 16]]
+    with pytest.raises(ValueError, match="sequence"):
+        step(state, (event,), config)
 
 
 def test_a_prefix_is_shared_while_the_first_prompt_with_it_is_still_read():
@@ -366,7 +452,7 @@ def test_a_prefix_is_remembered_after_its_sequence_has_ended():
 
 
 def test_a_large_head_of_the_queue_is_not_overtaken():
-    state, _ = actions_of(CONFIG, (submit((0, 4, 16), (1, 4, 12), (2, 4, 16), (3, 1, 1)),))
+    state, _ = actions_of(CONFIG, (submit((0, 12, 16), (1, 12, 12), (2, 12, 16), (3, 1, 1)),))
     assert state.rows.id.tolist() == [0, 1, NO_SEQUENCE, NO_SEQUENCE]
     assert state.waiting.ids.tolist() == [2, 3]
 
@@ -424,7 +510,7 @@ def test_full_queue_refuses_the_rest_by_name():
 def test_unknown_sequence(event):
     state, _ = actions_of(CONFIG, (submit((0, 2, 8)),))
     copy = plain(state)
-    with pytest.raises(ValueError, match="sequence 3 is neither waiting nor running"):
+    with pytest.raises(ValueError, match="sequence 3 is neither waiting nor running nor preempt"):
         step(state, (event,), CONFIG)
     assert plain(state) == copy
 

@@ -13,10 +13,12 @@ from jaxinfer.batch import (
     Admission,
     Batch,
     Chunk,
+    DecodePlan,
     SeqState,
     admit,
     assemble_chunk,
     assemble_decode,
+    extend,
     init_state,
 )
 from jaxinfer.cache import TRASH_PAGE, PagedCache, init_cache
@@ -231,7 +233,8 @@ def chunk(part: Part, row: int, size: int, columns: int, released) -> Chunk:
     tokens = np.full(size, 5, np.int32)  # padding that would show if it were taken for a token
     tokens[:count] = part.tokens[part.start : part.stop]
     return Chunk(
-        tokens, np.int32(row), np.int32(part.start), np.int32(count), np.bool_(part.start == 0),
+        tokens, np.int32(row), np.int32(part.start), np.int32(count), np.int32(64),
+        np.bool_(part.start == 0),
         np.bool_(False), admission(part.pages, columns, 40), released, None,
     )  # fmt: skip
 
@@ -240,6 +243,15 @@ def same(got: Batch, want: Batch) -> None:
     for name, a, b in zip(Batch._fields, got, want, strict=True):
         if name != "logit_rows":
             np.testing.assert_array_equal(a, b, err_msg=name)
+
+
+def test_rows_are_granted_pages_and_stopped():
+    seq = init_state(3, 5)
+    seq = seq._replace(active=jnp.array([True, True, False]), page_table=seq.page_table + 9)
+    columns, pages = np.array([2, 0, 4], np.int32), np.array([[7, 8], [0, 0], [6, 0]], np.int32)
+    got = extend(seq, DecodePlan(np.int32(1), np.array([False, True, False]), columns, pages))
+    assert got.active.tolist() == [True, False, False]
+    assert got.page_table.tolist() == [[[9, 9, 7, 8, 9], [9] * 5, [9, 9, 9, 9, 6]]]
 
 
 def test_assemble_chunk_is_the_batch_built_by_hand():
