@@ -206,6 +206,7 @@ class Host:
         assert sequence > max(running)
         self.preempted.add(sequence)
         self.again.add(sequence)
+        self.decoded.discard(sequence)
         if sequence in rows:
             self.to_release.add(rows[sequence])
         else:  # admitted in the same step: whichever row it was
