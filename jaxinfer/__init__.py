@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxinfer.async_llm import AsyncLLM
     from jaxinfer.config import ModelConfig
     from jaxinfer.errors import (
         CapacityError,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _WHERE = {
+    "AsyncLLM": "async_llm",
     "LLM": "llm",
     "ModelConfig": "config",
     **dict.fromkeys(
@@ -60,6 +62,7 @@ _WHERE = {
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "CapacityError",
     "CheckpointError",
     "CompletionOutput",

@@ -228,8 +228,8 @@ class LLM:
         The request is checked at once; it runs while the iterator is read. Closing the iterator
         cancels it.
         """
-        request = self._prepare(prompt, SamplingParams() if params is None else params, 0)
-        request.deltas = deque()
+        request = self.prepare(prompt, params)
+        assert request.deltas is not None
         return self._stream(request, request.deltas)
 
     def chat(
@@ -274,6 +274,71 @@ class LLM:
         ]
         self._run(requests)
         return [token_logprobs(request) for request in requests]
+
+    # -- for loops of one's own, as AsyncLLM's -------------------------------------------------
+
+    def prepare(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+        """A checked request, for `submit`; what comes of it is added to its `deltas`.
+
+        Raises:
+            InvalidRequest.
+        """
+        request = self._prepare(prompt, SamplingParams() if params is None else params, 0)
+        request.deltas = deque()
+        return request
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queues requests of `prepare`.
+
+        Raises:
+            QueueFull: all of them were left out.
+        """
+        wanted = sum(len(r.samples) for r in requests)
+        if self.engine.waiting + wanted > self._options.max_waiting:
+            raise QueueFull(
+                f"{wanted} sequences do not fit in the queue: {self.engine.waiting} of "
+                f"{self._options.max_waiting} wait already"
+            )
+        pairs = [(request, sample) for request in requests for sample in request.samples]
+        ids = self.engine.submit([s for request in requests for s in sequences(request)])
+        for sequence, (request, sample) in zip(ids, pairs, strict=True):
+            sample.sequence = sequence
+            self._owners[sequence] = (request, sample)
+
+    def pump(self) -> None:
+        """One turn of the engine, its news given to the requests they belong to.
+
+        What goes wrong with one request's text fails that request. What goes wrong in a step fails
+        all that were running, and is raised.
+        """
+        engine = self.engine
+        try:
+            for update in engine.step():
+                owner = self._owners.get(update.id)
+                if owner is None:  # given up meanwhile
+                    continue
+                request, sample = owner
+                try:
+                    take(request, sample, update, self.tokenizer)
+                except Exception as error:
+                    request.failed = JaxinferError(f"{type(error).__name__}: {error}")
+                    self.cancel([request])
+                    continue
+                if sample.finish_reason:
+                    del self._owners[update.id]
+                    engine.cancel(update.id)
+        except BaseException as error:
+            # A step that broke off may have consumed the state it was given, and news half given
+            # out are lost: start anew.
+            self._fail_all(JaxinferError(f"interrupted by {type(error).__name__}: {error}"))
+            engine.reset()
+            raise
+
+    def cancel(self, requests: Sequence[Request]) -> None:
+        """Gives up what is left of requests; nothing where they have finished."""
+        for sample in (s for request in requests for s in request.samples):
+            if sample.sequence is not None and self._owners.pop(sample.sequence, None):
+                self.engine.cancel(sample.sequence)
 
     # -- inside -----------------------------------------------------------------------------
 
@@ -342,37 +407,24 @@ class LLM:
             samples=[Sample(i) for i in range(params.n)],
         )
 
-    def _submit(self, requests: Sequence[Request]) -> None:
-        wanted = sum(len(r.samples) for r in requests)
-        if self.engine.waiting + wanted > self._options.max_waiting:
-            raise QueueFull(
-                f"{wanted} sequences do not fit in the queue: {self.engine.waiting} of "
-                f"{self._options.max_waiting} wait already"
-            )
-        pairs = [(request, sample) for request in requests for sample in request.samples]
-        ids = self.engine.submit([s for request in requests for s in sequences(request)])
-        for sequence, (request, sample) in zip(ids, pairs, strict=True):
-            sample.sequence = sequence
-            self._owners[sequence] = (request, sample)
-
     def _run(self, requests: Sequence[Request]) -> None:
         """Runs requests to their end."""
         try:
-            self._submit(requests)
+            self.submit(requests)
             for request in requests:  # each turn of the engine serves them all
                 self._wait(request)
         finally:
-            self._cancel(requests)
+            self.cancel(requests)
 
     def _wait(self, request: Request) -> None:
         while not request.finished:
             if request.failed:
                 raise request.failed
-            self._pump()
+            self.pump()
 
     def _stream(self, request: Request, deltas: deque[Delta]) -> Iterator[Delta]:
         try:
-            self._submit([request])
+            self.submit([request])
             while True:
                 while deltas:
                     yield deltas.popleft()
@@ -380,35 +432,9 @@ class LLM:
                     raise request.failed
                 if request.finished:
                     return
-                self._pump()
+                self.pump()
         finally:
-            self._cancel([request])
-
-    def _pump(self) -> None:
-        """One turn of the engine, its news given to the requests they belong to."""
-        engine = self.engine
-        try:
-            for update in engine.step():
-                owner = self._owners.get(update.id)
-                if owner is None:  # given up meanwhile
-                    continue
-                request, sample = owner
-                take(request, sample, update, self.tokenizer)
-                if sample.finish_reason:
-                    del self._owners[update.id]
-                    engine.cancel(update.id)
-        except BaseException as error:
-            # A step that broke off may have consumed the state it was given, and news half given
-            # out are lost: start anew.
-            self._fail_all(JaxinferError(f"interrupted by {type(error).__name__}: {error}"))
-            engine.reset()
-            raise
-
-    def _cancel(self, requests: Sequence[Request]) -> None:
-        """Gives up what is left of requests; nothing where they have finished."""
-        for sample in (s for request in requests for s in request.samples):
-            if sample.sequence is not None and self._owners.pop(sample.sequence, None):
-                self.engine.cancel(sample.sequence)
+            self.cancel([request])
 
     def _fail_all(self, error: JaxinferError) -> None:
         for request, _ in self._owners.values():

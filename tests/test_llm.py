@@ -257,11 +257,11 @@ def test_cancelled_sequences_leave_the_queue_at_once(tiny: TinyModel) -> None:
     with make(tiny, max_waiting=1, max_num_seqs=1) as llm:
         first, second = llm.stream(IDS[0], GREEDY), llm.stream(IDS[1], GREEDY)
         next(first)
-        llm._submit([llm._prepare(IDS[1], GREEDY, 0)])
+        llm.submit([llm.prepare(IDS[1], GREEDY)])
         assert llm.engine.waiting == 1
         with pytest.raises(QueueFull):
             next(second)
-        llm._cancel([request for request, _ in llm._owners.values()][1:])
+        llm.cancel([request for request, _ in llm._owners.values()][1:])
         assert llm.engine.waiting == 0
         list(first)
         check_idle(llm)

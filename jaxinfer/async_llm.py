@@ -1,0 +1,189 @@
+"""`AsyncLLM`: many requests at once from asyncio, over one engine."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Self
+
+from jaxinfer.errors import JaxinferError
+from jaxinfer.llm import LLM, Prompt
+from jaxinfer.requests import Request
+from jaxinfer.types import Delta, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+MAX_UNREAD = 64  # Deltas kept for a slow reader; later ones are added to the last
+CLOSED = "this AsyncLLM is closed"
+
+
+@dataclass
+class _Reader:
+    """One request and who reads it. Only `loop` touches `unread`, `ended` and `error`."""
+
+    request: Request
+    loop: asyncio.AbstractEventLoop
+    unread: deque[Delta] = field(default_factory=deque)
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    ended: bool = False
+    error: BaseException | None = None
+
+    def feed(self, deltas: list[Delta], ended: bool, error: BaseException | None) -> None:
+        for delta in deltas:
+            last = self.unread[-1] if self.unread else None
+            if last is not None and len(self.unread) >= MAX_UNREAD and last.index == delta.index:
+                delta = _joined(self.unread.pop(), delta)
+            self.unread.append(delta)
+        self.ended |= ended
+        self.error = self.error or error
+        self.news.set()
+
+
+def _joined(a: Delta, b: Delta) -> Delta:
+    return replace(b, text=a.text + b.text, token_ids=a.token_ids + b.token_ids)
+
+
+class AsyncLLM:
+    """Serves requests as they come, all batched together.
+
+    A thread of its own runs the engine. The `LLM` belongs to it from then on: do not use it beside.
+
+        async with AsyncLLM(llm) as server:
+            async for delta in server.generate("def f(", SamplingParams(max_tokens=32)):
+                print(delta.text, end="")
+
+    Args:
+        llm: what runs the requests; closed by `close`.
+    """
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._readers: dict[str, _Reader] = {}  # by request id; the thread's own
+        self._todo: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._refusing = self._stopping = self._ended = False
+        self._thread = threading.Thread(target=self._work, name="jaxinfer-engine", daemon=True)
+        self._thread.start()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> AsyncGenerator[Delta]:
+        """Completes one prompt, yielding what is new as it comes; the last Delta has the result.
+
+        The request is checked at once, and begins when it is first read. Closing the iterator, or
+        cancelling the task that reads it, cancels the request. A reader that falls behind finds
+        several steps' tokens in one Delta.
+
+        Raises:
+            InvalidRequest: at once. QueueFull, JaxinferError: from the iterator.
+        """
+        if self._refusing:
+            raise JaxinferError(CLOSED)
+        return self._read(self._llm.prepare(prompt, params))
+
+    async def close(self, *, drain: bool = False) -> None:
+        """Ends the thread and closes the LLM; new requests are refused from now on.
+
+        Args:
+            drain: let running requests finish first; otherwise their readers get a JaxinferError.
+        """
+        self._refusing = True
+        self._post(partial(self._stop, drain))
+        await asyncio.to_thread(self._thread.join)
+        self._llm.close()
+
+    async def _read(self, request: Request) -> AsyncGenerator[Delta]:
+        reader = _Reader(request, asyncio.get_running_loop())
+        if not self._post(partial(self._begin, reader)):
+            raise JaxinferError(CLOSED)
+        try:
+            while True:
+                while reader.unread:
+                    yield reader.unread.popleft()
+                if reader.error is not None:
+                    raise reader.error
+                if reader.ended:
+                    return
+                reader.news.clear()
+                await reader.news.wait()
+        finally:
+            self._post(partial(self._end, reader))
+
+    def _post(self, task: Callable[[], None]) -> bool:
+        """Has the thread run a task before its next turn; False if it has ended."""
+        with self._changed:
+            if not self._ended:
+                self._todo.append(task)
+                self._changed.notify()
+            return not self._ended
+
+    # -- in the thread ----------------------------------------------------------------------
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                while not (self._todo or self._readers or self._stopping):
+                    self._changed.wait()
+                if self._stopping and not (self._todo or self._readers):
+                    self._ended = True
+                    return
+                todo = list(self._todo)
+                self._todo.clear()
+            for task in todo:
+                task()
+            if self._readers:
+                self._turn()
+
+    def _begin(self, reader: _Reader) -> None:
+        self._readers[reader.request.id] = reader
+        try:
+            if self._stopping:
+                raise JaxinferError(CLOSED)
+            self._llm.submit([reader.request])
+        except JaxinferError as error:
+            self._tell(reader, error)
+
+    def _end(self, reader: _Reader) -> None:
+        """Nobody reads it any more."""
+        if self._readers.pop(reader.request.id, None) is not None:
+            self._llm.cancel([reader.request])
+
+    def _stop(self, drain: bool) -> None:
+        self._stopping = True
+        for reader in () if drain else list(self._readers.values()):
+            self._llm.cancel([reader.request])
+            self._tell(reader, JaxinferError(CLOSED))
+
+    def _turn(self) -> None:
+        """One turn of the engine. What breaks it fails the requests that were in it, no others."""
+        try:
+            self._llm.pump()
+        except Exception:
+            logger.exception("a step failed, and with it the requests that were running")
+        for reader in list(self._readers.values()):
+            self._tell(reader, reader.request.failed)
+
+    def _tell(self, reader: _Reader, error: BaseException | None) -> None:
+        request = reader.request
+        assert request.deltas is not None
+        deltas = list(request.deltas)
+        request.deltas.clear()
+        ended = request.finished or error is not None
+        if ended:
+            del self._readers[request.id]
+        if deltas or ended:
+            try:
+                reader.loop.call_soon_threadsafe(reader.feed, deltas, ended, error)
+            except RuntimeError:  # its loop is closed
+                self._end(reader)
