@@ -59,9 +59,11 @@ class Cancel(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """A sequence that the device has ended itself. int64 [n]."""
+    """Sequences that the device has ended itself. int64 [n]; `keys`, objects [n]: of the pages that
+    all their tokens but the last fill, to be found by whoever goes on from there."""
 
     ids: np.ndarray
+    keys: np.ndarray
 
 
 Event = Submit | Return | Cancel | Finished
@@ -191,7 +193,8 @@ def step(
             case Cancel():
                 state = _leave(state, event.id, tell_device=True)
             case Finished():
-                for sequence in event.ids:
+                for sequence, keys in zip(event.ids, event.keys, strict=True):
+                    state = _remember(state, int(sequence), keys)
                     state = _leave(state, int(sequence), tell_device=False)
     state = _admit(state, config)
     state, run = _schedule(state, config)
@@ -245,6 +248,15 @@ def _return(state: BatcherState, event: Return) -> BatcherState:
         keys,
     )
     return state._replace(waiting=waiting, parked=np.delete(state.parked, at, axis=0))
+
+
+def _remember(state: BatcherState, sequence: int, keys: np.ndarray) -> BatcherState:
+    """Publishes the pages of a running sequence."""
+    found = np.flatnonzero(state.rows.id == sequence)
+    if not len(found):
+        return state
+    pages = state.pages[found[0], : len(keys)]
+    return state._replace(pool=publish(state.pool, pages, keys))
 
 
 def _leave(state: BatcherState, sequence: int, *, tell_device: bool) -> BatcherState:

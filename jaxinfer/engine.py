@@ -228,7 +228,9 @@ class Engine:
             updates = self._observe_decode(done.action, done.sampled)
         finished = [u.id for u in updates if u.finished]
         if finished:
-            self._events.append(batcher.Finished(np.array(finished, np.int64)))
+            size = self.limits.page_size if self.limits.prefix_caching else 1 << 30
+            keys = _objects([page_keys(self._tokens(i)[:-1], size) for i in finished])
+            self._events.append(batcher.Finished(np.array(finished, np.int64), keys))
         for sequence in finished:
             del self._live[sequence]
             self._forget(sequence)

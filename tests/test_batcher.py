@@ -63,6 +63,12 @@ def plain(value):
     return (type(value).__name__, *map(plain, value)) if isinstance(value, tuple) else value
 
 
+def finished(*ids, keys=None):
+    found = np.empty(len(ids), object)
+    found[:] = [np.empty((0, 2), np.uint64)] * len(ids) if keys is None else keys
+    return Finished(np.array(ids, np.int64), found)
+
+
 def ids_of(action):
     """Sequences of which an action brings results."""
     return [action.id] if isinstance(action, Prefill) else action.ids.tolist()
@@ -154,11 +160,14 @@ class Host:
             self.ends[self.known] = min(limit, prompt + 1 + int(part * (limit - prompt)))
             rows.append((self.known, prompt, limit))
             self.shared[self.known] = (family, tokens)
-            ids = np.array([content(self.shared, self.known, p) for p in range(prompt)])
-            keys.append(page_keys(ids, self.config.page_size))
+            keys.append(self.keys(self.known, prompt))
             self.unseen.add(self.known)
             self.known += 1
         self.events.append(submit(*rows, keys=keys))
+
+    def keys(self, sequence, tokens):
+        ids = [content(self.shared, sequence, p) for p in range(tokens)]
+        return page_keys(np.array(ids, int), self.config.page_size)
 
     @property
     def most(self):
@@ -219,8 +228,7 @@ class Host:
             self.preempted.remove(sequence)
             tokens = self.prompts[sequence] = self.totals[sequence]
             self.read.pop(sequence, None)
-            ids = np.array([content(self.shared, sequence, p) for p in range(tokens)])
-            self.events.append(Return(sequence, tokens, page_keys(ids, self.config.page_size)))
+            self.events.append(Return(sequence, tokens, self.keys(sequence, tokens)))
 
     def observe(self):
         if self.in_flight:
@@ -238,7 +246,8 @@ class Host:
                     self.preempted.discard(sequence)
             self.ended |= set(done)
             if done:
-                self.events.append(Finished(np.array(done, np.int64)))
+                keys = [self.keys(i, self.ends[i] - 1) for i in done]
+                self.events.append(finished(*done, keys=keys))
             self.return_preempted()
 
     def check_state(self, before, actions):
@@ -411,7 +420,7 @@ def test_the_youngest_is_preempted_and_waits_again_before_those_that_came_later(
     state, _ = step(state, (Return(1, 9, page_keys(np.arange(9), 4)),), config)
     assert state.waiting.ids.tolist() == [1, 2]
     assert state.waiting.prompts.tolist() == [9, 4]
-    state, [again] = step(state, (Finished(np.array([0])),), config)
+    state, [again] = step(state, (finished(0),), config)
     assert isinstance(again, Prefill)
     assert (again.id, again.start, again.stop, again.limit) == (1, 0, 8, 16)
 
@@ -444,12 +453,24 @@ def test_a_prefix_is_shared_while_the_first_prompt_with_it_is_still_read():
 def test_a_prefix_is_remembered_after_its_sequence_has_ended():
     keys = [page_keys(np.arange(8), 4)]
     state, _ = actions_of(CONFIG, (submit((0, 8, 8), keys=keys),), ())
-    state, actions = step(state, (Finished(np.array([0])),), CONFIG)
+    state, actions = step(state, (finished(0),), CONFIG)
     assert actions == ()
     # The last token is computed all the same: half of what is known is of use.
     state, [again] = step(state, (submit((1, 8, 9), keys=keys),), CONFIG)
     assert isinstance(again, Prefill)
     assert (again.start, again.stop, again.first, again.last) == (4, 8, True, True)
+
+
+def test_what_a_sequence_has_said_is_remembered_too():
+    said = np.arange(12)
+    _, found = actions_of(
+        CONFIG,
+        (submit((0, 5, 13), keys=[page_keys(said[:5], 4)]),), (), (),
+        (finished(0, keys=[page_keys(said, 4)]), submit((1, 14, 16), keys=[page_keys(said, 4)])),
+    )  # fmt: skip
+    [again] = found[-1]
+    assert isinstance(again, Prefill)
+    assert (again.id, again.start, again.stop, again.last) == (1, 12, 14, True)
 
 
 def test_a_large_head_of_the_queue_is_not_overtaken():
@@ -465,9 +486,9 @@ def test_static_policy_admits_a_whole_batch_at_a_time():
     batch = submit((0, 2, 8), (1, 2, 8))
     state, _ = actions_of(config, (batch,), (), (), (submit((2, 2, 8)),))
     assert state.waiting.ids.tolist() == [2]
-    state, _ = step(state, (Finished(np.array([0])),), config)
+    state, _ = step(state, (finished(0),), config)
     assert state.waiting.ids.tolist() == [2]
-    state, [action] = step(state, (Finished(np.array([1])),), config)
+    state, [action] = step(state, (finished(1),), config)
     assert isinstance(action, Prefill)
     assert action.id == 2
 
@@ -507,7 +528,7 @@ def test_full_queue_refuses_the_rest_by_name():
     assert state.waiting.ids.tolist() == [1, 4]
 
 
-@pytest.mark.parametrize("event", [Cancel(3), Finished(np.array([0, 3]))])
+@pytest.mark.parametrize("event", [Cancel(3), finished(0, 3)])
 def test_unknown_sequence(event):
     state, _ = actions_of(CONFIG, (submit((0, 2, 8)),))
     copy = plain(state)

@@ -733,6 +733,19 @@ def test_prompts_that_begin_alike_are_computed_once(
     assert [out.num_cached_tokens for out in again] == [params.n * all_ for all_ in own]
 
 
+def test_a_conversation_goes_on_from_what_was_said(tiny: TinyModel) -> None:
+    params = replace(GREEDY, max_tokens=20, ignore_eos=True)
+    with make(tiny, page_size=8) as llm:
+        said = (
+            *range(40, 50),
+            *llm.generate([list(range(40, 50))], params)[0].outputs[0].token_ids,
+        )
+        (again,) = llm.generate([[*said, 7, 8]], GREEDY)
+    with make(tiny, page_size=8, prefix_caching=False) as plain:
+        assert tokens([again]) == tokens(plain.generate([[*said, 7, 8]], GREEDY))
+    assert again.num_cached_tokens == 24  # of 29: the last one said was never read
+
+
 @pytest.mark.parametrize(
     "params", [replace(GREEDY, repetition_penalty=1.2), replace(GREEDY, prompt_logprobs=1)]
 )
@@ -740,7 +753,7 @@ def test_what_needs_the_whole_prompt_computes_it(tiny: TinyModel, params: Sampli
     prompt = list(range(40, 80))
     with make(tiny, page_size=8) as llm:
         first = llm.generate(prompt, params)
-        assert llm.generate(prompt, GREEDY)[0].num_cached_tokens == 0
+        assert llm.generate(prompt, GREEDY)[0].num_cached_tokens > 0
         second = llm.generate(prompt, params)
     assert first[0].outputs == second[0].outputs
     assert first[0].prompt_logprobs == second[0].prompt_logprobs
