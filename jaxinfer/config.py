@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 
@@ -136,6 +137,7 @@ class EngineOptions:
     max_waiting: int = 1_000_000
     policy: Literal["continuous", "static"] = "continuous"
     prefix_caching: bool = True
+    event_log: str | None = None
     compilation_cache: str | None = None
 
     def __post_init__(self) -> None:
@@ -158,6 +160,10 @@ class EngineOptions:
         for name in ("invariant", "prefix_caching"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False")
+        if self.event_log is not None and not Path(self.event_log).absolute().parent.is_dir():
+            raise ValueError(
+                f"event_log={self.event_log!r}: expected a file in a folder that exists"
+            )
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or not 0 < share <= 1:
             raise ValueError(

@@ -6,12 +6,12 @@ import itertools
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import numpy as np
 
-from jaxinfer import batcher, sampling
+from jaxinfer import batcher, eventlog, sampling
 from jaxinfer.batch import Admission, Chunk, DecodePlan, init_penalties, init_state
 from jaxinfer.cache import init_cache
 from jaxinfer.config import BatcherConfig, ModelConfig
@@ -79,6 +79,7 @@ class Engine:
         limits: sizes; the cache is made to fit them.
         dtype: of the KV cache.
         invariant: see `runner.StepCompiler`.
+        event_log: an open file to which the scheduler's events go; see `eventlog`.
     """
 
     def __init__(
@@ -89,7 +90,9 @@ class Engine:
         *,
         dtype: Any,
         invariant: bool = True,
+        event_log: TextIO | None = None,
     ) -> None:
+        self._log = event_log
         self.config, self.limits = config, limits
         self._params, self._dtype = params, dtype
         platform = jax.tree.leaves(params)[0].devices().pop().platform
@@ -102,6 +105,8 @@ class Engine:
         self._clear()
 
     def _clear(self) -> None:
+        if self._log is not None:
+            eventlog.write_header(self._log, self.limits)
         self._batcher = batcher.create_state(self.limits)
         self._events: list[batcher.Event] = []
         self._live: dict[int, Sequence] = {}
@@ -196,6 +201,8 @@ class Engine:
     def _schedule(self) -> tuple[Run, ...]:
         events, self._events = tuple(self._events), []
         self._batcher, actions = batcher.step(self._batcher, events, self.limits)
+        if self._log is not None and (events or actions):
+            eventlog.write_step(self._log, events, actions)
         run = tuple(a for a in actions if isinstance(a, Run))
         preempted = [a.id for a in actions if isinstance(a, batcher.Preempt)]
         self._preempted |= set(preempted)

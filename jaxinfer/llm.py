@@ -70,6 +70,8 @@ class LLM:
         prefix_caching: prompts that begin alike share the pages of their beginning, full ones,
             which are computed once: also while the first of them is still being read, and later as
             long as the pages are not needed. It changes no token.
+        event_log: file for the scheduler's events, written anew; `jaxinfer replay` shows from it
+            what was scheduled, step by step.
         compilation_cache: directory for compiled programs; None: under the user's cache
             directory; "": none.
 
@@ -99,6 +101,7 @@ class LLM:
         max_waiting: int = 1_000_000,
         policy: Literal["continuous", "static"] = "continuous",
         prefix_caching: bool = True,
+        event_log: str | None = None,
         compilation_cache: str | None = None,
     ) -> None:
         from jaxinfer.hub import resolve_model
@@ -111,7 +114,8 @@ class LLM:
             kv_cache_dtype=kv_cache_dtype, seed=seed, invariant=invariant,
             tensor_parallel_size=tensor_parallel_size, page_size=page_size, max_chunk=max_chunk,
             max_steps=max_steps, max_waiting=max_waiting, policy=policy,
-            prefix_caching=prefix_caching, compilation_cache=compilation_cache,
+            prefix_caching=prefix_caching, event_log=event_log,
+            compilation_cache=compilation_cache,
         )  # fmt: skip
         directory = resolve_model(str(model), revision)
         config = read_config(directory)
@@ -172,9 +176,11 @@ class LLM:
             prefix_caching=options.prefix_caching,
         )
         kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)
+        self._event_log = open(options.event_log, "w") if options.event_log else None  # noqa: SIM115
         self._engine: Engine | None = Engine(
-            params, config, limits, dtype=kv_dtype, invariant=options.invariant
-        )
+            params, config, limits, dtype=kv_dtype, invariant=options.invariant,
+            event_log=self._event_log,
+        )  # fmt: skip
 
     # -- life -------------------------------------------------------------------------------
 
@@ -182,6 +188,8 @@ class LLM:
         """Frees the device's memory. Nothing can be generated afterwards."""
         self._fail_all(JaxinferError("the LLM was closed"))
         self._engine = None
+        if self._event_log is not None:
+            self._event_log.close()
 
     def __enter__(self) -> Self:
         return self

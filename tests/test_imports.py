@@ -25,7 +25,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "pages": ({"jaxinfer.pages"}, {"data"}),
-    "batcher": ({"jaxinfer.batcher"}, {"pages"}),
+    "batcher": ({"jaxinfer.batcher", "jaxinfer.eventlog"}, {"pages"}),
     "quant": ({"jaxinfer.quant"}, {"kernels", "data"}),
     "cache": ({"jaxinfer.cache"}, {"kernels", "data"}),
     "layers": ({"jaxinfer.layers", "jaxinfer.rope"}, {"cache", "quant"}),

@@ -1,4 +1,4 @@
-"""The command line: `jaxinfer generate`, `chat`, `logprobs`, `info` and `verify`.
+"""The command line: `jaxinfer generate`, `chat`, `logprobs`, `info`, `replay` and `verify`.
 
 Data goes to stdout, everything else to stderr. JAX and transformers are imported by the commands
 that need them, so that `jaxinfer --help` is quick.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -122,6 +123,9 @@ def generate(
         int | None,
         typer.Option(help="With --json: each token's, and those of this many of the likeliest."),
     ] = None,
+    event_log: Annotated[
+        str | None, typer.Option(help="File for the scheduler's events; see `jaxinfer replay`.")
+    ] = None,
 ) -> None:
     """Completes prompts. One prompt is printed as it comes."""
     if logprobs is not None and not as_json:
@@ -133,7 +137,7 @@ def generate(
         stop=tuple(stop or ()), ignore_eos=ignore_eos, logprobs=logprobs,
     )  # fmt: skip
     options = ModelOptions(
-        model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype
+        model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype, event_log
     )
     with open_llm(options) as llm:
         if len(wanted) == 1 and n == 1 and not as_json:
@@ -245,6 +249,18 @@ def info(
         write_record(record("info", **description))
     else:
         print_info(description)
+
+
+@app.command(epilog=EPILOG)
+def replay(
+    log: Annotated[Path, typer.Argument(help="Written by `generate --event-log`.", exists=True)],
+) -> None:
+    """Runs the scheduler again over an event log, and shows each step: what came, what was run,
+    what waits and why."""
+    from jaxinfer import eventlog
+
+    for step in eventlog.replay(log):
+        print(eventlog.describe(step))
 
 
 @app.command(epilog=EPILOG)

@@ -30,6 +30,7 @@ class ModelOptions:
     max_model_len: int | None
     gpu_memory_utilization: float
     kv_cache_dtype: KvCacheDtype
+    event_log: str | None = None
 
 
 def open_llm(options: ModelOptions) -> LLM:
@@ -45,6 +46,7 @@ def open_llm(options: ModelOptions) -> LLM:
             max_model_len=options.max_model_len,
             gpu_memory_utilization=options.gpu_memory_utilization,
             kv_cache_dtype=options.kv_cache_dtype,
+            event_log=options.event_log,
         )
     except ValueError as error:
         if isinstance(error, JaxinferError):

@@ -1,0 +1,83 @@
+"""The scheduler's event log: what an engine wrote is replayed to the same actions."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxinfer import LLM, InvalidRequest, SamplingParams
+from jaxinfer.cli import main
+from jaxinfer.eventlog import describe, replay
+from tests.conftest import TinyModel
+
+PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+
+
+@pytest.fixture(scope="module")
+def log(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of prompts that share a beginning, with preemptions and a cancellation."""
+    path = tmp_path_factory.mktemp("log") / "events.jsonl"
+    options: dict[str, Any] = {
+        "dtype": "float32", "max_num_seqs": 4, "max_model_len": 48, "max_chunk": 16, "max_steps": 4,
+        "page_size": 8, "kv_cache_bytes": 11 * 2048, "event_log": str(path),
+    }  # fmt: skip
+    with LLM.from_params(tiny.params, tiny.config, **options) as llm:
+        llm.generate([[*range(20, 30), i] for i in range(6)], PARAMS)
+        stream = llm.stream([1, 2, 3], PARAMS)
+        next(stream)
+        stream.close()
+        llm.generate([[4, 5]], PARAMS)
+    return path
+
+
+def test_replay(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = list(replay(log))
+    assert [step.number for step in steps] == list(range(2, 2 + len(steps)))
+    told = "\n".join(map(describe, steps))
+    for word in (
+        "6 submitted", "read 0 [0:11]", "8 shared", "4 steps of", "preempted: no pages left",
+        "returns with", "wait", "cancelled", "finished",
+    ):  # fmt: skip
+        assert word in told
+    assert main(["replay", str(log)]) == 0
+    assert capsys.readouterr().out == told + "\n"
+
+
+def test_a_line_cut_off_by_a_kill_is_left_out(log: Path, tmp_path: Path) -> None:
+    whole = log.read_text()
+    (cut := tmp_path / "cut.jsonl").write_text(whole[:-20])
+    assert len(list(replay(cut))) == len(list(replay(log))) - 1
+
+
+def test_an_engine_that_was_reset_begins_again(log: Path, tmp_path: Path) -> None:
+    lines = log.read_text().splitlines(keepends=True)
+    (twice := tmp_path / "twice.jsonl").write_text("".join(lines[:5] + lines))
+    assert len(list(replay(twice))) == 4 + len(lines) - 1
+
+
+@pytest.mark.parametrize("bad", ["", "x", "[]\n", "{}\n", '{"version": 2, "config": {}}\n'])
+def test_no_event_log(bad: str, tmp_path: Path) -> None:
+    (path := tmp_path / "bad.jsonl").write_text(bad)
+    if not bad.endswith("\n"):
+        assert list(replay(path)) == []
+        return
+    with pytest.raises(InvalidRequest, match="line 1"):
+        list(replay(path))
+
+
+def test_a_scheduler_that_does_something_else_is_noticed(log: Path, tmp_path: Path) -> None:
+    lines = log.read_text().splitlines(keepends=True)
+    step = json.loads(lines[3])
+    step["actions"][0]["row"] = 99
+    lines[3] = json.dumps(step) + "\n"
+    (path := tmp_path / "other.jsonl").write_text("".join(lines))
+    with pytest.raises(InvalidRequest, match="line 4: the scheduler now does"):
+        list(replay(path))
+
+
+def test_where_a_log_cannot_be(tiny: TinyModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="event_log="):
+        LLM.from_params(tiny.params, tiny.config, event_log=str(tmp_path / "none" / "log"))
