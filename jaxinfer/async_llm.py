@@ -77,7 +77,7 @@ class AsyncLLM:
         await self.close()
 
     def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
     ) -> AsyncGenerator[Delta]:
         """Completes one prompt, yielding what is new as it comes; the last Delta has the result.
 
@@ -90,7 +90,7 @@ class AsyncLLM:
         """
         if self._refusing:
             raise JaxinferError(CLOSED)
-        return self._read(self._llm.prepare(prompt, params))
+        return self._read(self._llm.prepare(prompt, params, priority=priority))
 
     async def close(self, *, drain: bool = False) -> None:
         """Ends the thread and closes the LLM; new requests are refused from now on.

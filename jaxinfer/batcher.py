@@ -4,11 +4,11 @@
 sees lengths and keys, never tokens. Same state and same events give the same actions, so that any
 run can be replayed.
 
-Ids are given in order of arrival: a smaller one is older, and comes first. A sequence is granted
-pages for its prompt when it is admitted, and more as it grows. Where they run out, the youngest
-running sequence is preempted: it gives all its pages back, and waits again with the tokens it has
-until then, which are computed anew. So the oldest always gets on. Pages of a prompt whose keys are
-known already are shared instead of computed.
+Sequences come in order of rank, those of one rank in order of their ids, which are given in order
+of arrival. A sequence is granted pages for its prompt when it is admitted, and more as it grows.
+Where they run out, the last running sequence in that order is preempted: it gives all its pages
+back, and waits again with the tokens it has until then, which are computed anew. So the first
+always gets on. Pages of a prompt whose keys are known already are shared instead of computed.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ NO_SEQUENCE = -1
 
 class Submit(NamedTuple):
     """Sequences join the queue. int64 arrays [n]: ids, prompt lengths, and the most tokens
-    (prompt included) that each may reach. `keys`, objects [n]: of each prompt's full pages, of
-    `pages.page_keys`; without any, the prompt shares nothing."""
+    (prompt included) that each may reach; their ranks. `keys`, objects [n]: of each prompt's full
+    pages, of `pages.page_keys`; without any, the prompt shares nothing."""
 
     ids: np.ndarray
     prompts: np.ndarray
     limits: np.ndarray
+    ranks: np.ndarray
     keys: np.ndarray
 
 
@@ -131,6 +132,7 @@ class Rows(NamedTuple):
     id: np.ndarray
     prompt: np.ndarray
     limit: np.ndarray
+    rank: np.ndarray
     begun: np.ndarray
     prefilled: np.ndarray
     scheduled: np.ndarray
@@ -140,8 +142,8 @@ class BatcherState(NamedTuple):
     """Everything the scheduler knows. `pages` int32 [M, P_max], 0 where none is granted.
 
     `keys`, objects [M]: of the full pages of each running sequence's prompt. `released` [M]: rows
-    that the device must be told to stop, with the next action. `parked` int64 [n, 2]: preempted
-    sequences and their limits.
+    that the device must be told to stop, with the next action. `parked` int64 [n, 3]: preempted
+    sequences, their limits and ranks.
     """
 
     waiting: Submit
@@ -159,9 +161,9 @@ def create_state(config: BatcherConfig) -> BatcherState:
     none = np.empty(0, np.int64)
     zero = np.zeros(M, np.int64)
     state = BatcherState(
-        waiting=Submit(none, none, none, np.empty(0, object)),
-        parked=np.empty((0, 2), np.int64),
-        rows=Rows(np.full(M, NO_SEQUENCE), zero, zero, zero, zero, zero),
+        waiting=Submit(none, none, none, none, np.empty(0, object)),
+        parked=np.empty((0, 3), np.int64),
+        rows=Rows(np.full(M, NO_SEQUENCE), zero, zero, zero, zero, zero, zero),
         pages=np.zeros((M, pages_for(config.max_model_len, config.page_size)), np.int32),
         keys=np.full(M, None),
         pool=create(config.num_pages),
@@ -221,7 +223,7 @@ def _submit(
             f"{event.limits.tolist()}"
         )
     room = max(0, config.max_waiting - len(state.waiting.ids))
-    waiting = Submit(
+    waiting = _in_order(
         *(np.concatenate([a, b[:room]]) for a, b in zip(state.waiting, event, strict=True))
     )
     reason = f"the queue is full: {config.max_waiting} sequences wait already"
@@ -229,25 +231,24 @@ def _submit(
 
 
 def _return(state: BatcherState, event: Return) -> BatcherState:
-    """Back to the queue, before all that came later."""
+    """Back to the queue, to its place in the order."""
     (at,) = np.nonzero(state.parked[:, 0] == event.id)
     if not len(at):
         raise ValueError(f"sequence {event.id} is not preempted")
-    limit = int(state.parked[at[0], 1])
+    _, limit, rank = (int(x) for x in state.parked[at[0]])
     if not 1 <= event.tokens < limit:
         raise ValueError(f"sequence {event.id}: {event.tokens} tokens, expected 1 to {limit - 1}")
-    waiting = state.waiting
-    before = int(np.searchsorted(waiting.ids, event.id))
     own = np.empty(1, object)
     own[0] = event.keys
-    keys = np.concatenate([waiting.keys[:before], own, waiting.keys[before:]])
-    waiting = Submit(
-        np.insert(waiting.ids, before, event.id),
-        np.insert(waiting.prompts, before, event.tokens),
-        np.insert(waiting.limits, before, limit),
-        keys,
-    )
+    new = (*([x] for x in (event.id, event.tokens, limit, rank)), own)
+    waiting = _in_order(*(np.append(a, x) for a, x in zip(state.waiting, new, strict=True)))
     return state._replace(waiting=waiting, parked=np.delete(state.parked, at, axis=0))
+
+
+def _in_order(*columns: np.ndarray) -> Submit:
+    queue = Submit(*columns)
+    order = np.lexsort((queue.ids, queue.ranks))
+    return Submit(*(column[order] for column in queue))
 
 
 def _remember(state: BatcherState, sequence: int, keys: np.ndarray) -> BatcherState:
@@ -296,14 +297,14 @@ def _admit(state: BatcherState, config: BatcherConfig) -> BatcherState:
         running = rows.id != NO_SEQUENCE
         if config.policy == "static" and (running & (rows.scheduled > 1)).any():
             break
-        sequence, prompt, limit = (int(a[0]) for a in state.waiting[:3])
+        sequence, prompt, limit, rank = (int(a[0]) for a in state.waiting[:4])
         wanted = pages_for(prompt, config.page_size)
         # A page more for each that runs already: to admit one only to preempt it is no gain.
         if wanted + np.count_nonzero(running) > state.pool.available:
             break
         pool, pages = allocate(state.pool, wanted)
         row = int(free[0])
-        new = (sequence, prompt, limit, 0, 0, 0)  # in the order of Rows
+        new = (sequence, prompt, limit, rank, 0, 0, 0)  # in the order of Rows
         granted = np.zeros(state.pages.shape[1], np.int32)
         granted[:wanted] = pages
         state = state._replace(
@@ -322,8 +323,8 @@ def _schedule(
     rows = state.rows
     unread = np.flatnonzero((rows.id != NO_SEQUENCE) & (rows.prefilled < rows.prompt))
     if len(unread):
-        oldest = unread[rows.id[unread].argmin()]
-        return _prefill(state, int(oldest), config)
+        first = unread[np.lexsort((rows.id[unread], rows.rank[unread]))[0]]
+        return _prefill(state, int(first), config)
     preempted: list[Action] = []
     while True:
         rows = state.rows
@@ -339,10 +340,10 @@ def _schedule(
         new = np.where(left > 0, np.maximum(wanted - had, 0), 0)
         if new.sum() <= state.pool.available:
             break
-        youngest = int(np.where(running, rows.id, NO_SEQUENCE).argmax())
-        preempted.append(Preempt(int(rows.id[youngest])))
-        parked = np.array([[rows.id[youngest], rows.limit[youngest]]])
-        state = _free(state, youngest, tell_device=True)
+        last = int(np.lexsort((rows.id, rows.rank, running))[-1])
+        preempted.append(Preempt(int(rows.id[last])))
+        parked = np.array([[rows.id[last], rows.limit[last], rows.rank[last]]])
+        state = _free(state, last, tell_device=True)
         state = state._replace(parked=np.concatenate([state.parked, parked]))
     state, granted = _grant(state, had, new, pages_for(config.max_steps, config.page_size) + 1)
     part = left > 0

@@ -23,6 +23,8 @@ from jaxinfer.types import MAX_TOP_LOGPROBS, SamplingParams
 # The device runs one dispatch while the host reads the one before.
 DISPATCHES_AHEAD = 2
 FEW_TOP_LOGPROBS = 5
+# How many later sequences a step of priority lets pass at most: nobody waits for ever.
+PRIORITY_ARRIVALS = 1000
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Sequence:
     Attributes:
         prompt: int32 [N].
         limit: tokens at which it ends, prompt included; len(prompt) generates nothing.
+        priority: a smaller one comes before those that arrived up to PRIORITY_ARRIVALS earlier, for
+            each step between them.
         stop_ids: tokens at which it ends, the model's own included.
         score: how many of the likeliest tokens to return after each prompt token; None: no
             prompt log-probabilities at all.
@@ -42,6 +46,7 @@ class Sequence:
     limit: int
     seed: int
     sample: int = 0
+    priority: int = 0
     stop_ids: tuple[int, ...] = ()
     score: int | None = None
 
@@ -130,6 +135,7 @@ class Engine:
                 np.array(list(new), np.int64),
                 np.array([len(s.prompt) for s in new.values()], np.int64),
                 np.array([s.limit for s in new.values()], np.int64),
+                np.array([i + PRIORITY_ARRIVALS * s.priority for i, s in new.items()], np.int64),
                 _objects([self._keys(i) for i in new]),
             )
         )

@@ -22,6 +22,7 @@ from jaxinfer.loading import check_params, load_weights, plan, prepare_backend
 from jaxinfer.requests import Request, Sample, finish, refused, sequences, take, token_logprobs
 from jaxinfer.sizing import MemoryPlan
 from jaxinfer.types import (
+    MAX_PRIORITY,
     MAX_SEED,
     MAX_TOP_LOGPROBS,
     Delta,
@@ -215,6 +216,7 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        priority: int | Sequence[int] = 0,
         on_error: Literal["raise", "return"] = "raise",
     ) -> list[RequestOutput]:
         """Completes prompts; results in the order of the prompts.
@@ -222,21 +224,25 @@ class LLM:
         Args:
             prompts: texts or lists of token ids; one alone is a list of one.
             params: for all prompts, or one for each.
+            priority: for all prompts, or one for each; smaller ones are served first, and give way
+                last where pages run out. Nobody waits for ever.
             on_error: `raise` refuses the whole call for one bad request, before any work;
                 `return` serves the others and gives the bad one's error in `RequestOutput.error`.
 
         Raises:
             InvalidRequest, QueueFull.
         """
-        return self._complete(as_prompts(prompts), params, on_error, self._encode)
+        return self._complete(as_prompts(prompts), params, on_error, self._encode, priority)
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+    ) -> Iterator[Delta]:
         """Completes one prompt, yielding what is new as it comes; the last Delta has the result.
 
         The request is checked at once; it runs while the iterator is read. Closing the iterator
         cancels it.
         """
-        request = self.prepare(prompt, params)
+        request = self.prepare(prompt, params, priority=priority)
         assert request.deltas is not None
         return self._stream(request, request.deltas)
 
@@ -285,13 +291,16 @@ class LLM:
 
     # -- for loops of one's own, as AsyncLLM's -------------------------------------------------
 
-    def prepare(self, prompt: Prompt, params: SamplingParams | None = None) -> Request:
+    def prepare(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+    ) -> Request:
         """A checked request, for `submit`; what comes of it is added to its `deltas`.
 
         Raises:
             InvalidRequest.
         """
-        request = self._prepare(prompt, SamplingParams() if params is None else params, 0)
+        params = SamplingParams() if params is None else params
+        request = self._prepare(prompt, params, 0, priority=priority)
         request.deltas = deque()
         return request
 
@@ -356,14 +365,25 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         on_error: Literal["raise", "return"],
         encode: Encode,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'return'")
         each = one_each(params, len(prompts))
+        several = isinstance(priority, list | tuple | np.ndarray)
+        places: list[Any] = list(priority) if several else [priority] * len(prompts)
+        if len(places) != len(prompts):
+            raise InvalidRequest(
+                f"{len(places)} for {len(prompts)} prompts: give one, or one for each",
+                field="priority",
+            )
         requests: list[Request | RequestOutput] = []
-        for index, (prompt, wanted) in enumerate(zip(prompts, each, strict=True)):
+        for index, prompt in enumerate(prompts):
             try:
-                requests.append(self._prepare(prompt, wanted, index, encode=encode))
+                request = self._prepare(
+                    prompt, each[index], index, encode=encode, priority=places[index]
+                )
+                requests.append(request)
             except InvalidRequest as error:
                 if on_error == "raise":
                     raise
@@ -387,9 +407,15 @@ class LLM:
         *,
         encode: Encode | None = None,
         generate: bool = True,
+        priority: int = 0,
     ) -> Request:
         """Checks a request and tokenises it; touches nothing else."""
         validate(params, index=index, vocab_size=self.config.vocab_size)
+        if not isinstance(priority, int | np.integer) or not abs(priority) <= MAX_PRIORITY:
+            raise InvalidRequest(
+                f"{priority!r} is not an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}",
+                index=index, field="priority",
+            )  # fmt: skip
         if params.stop_strings and self.tokenizer is None:
             raise InvalidRequest("stop strings need a tokenizer", index=index, field="stop")
         try:
@@ -413,6 +439,7 @@ class LLM:
             limit=min(most, longest) if generate else len(tokens),
             eos_ids=self.config.eos_token_ids,
             samples=[Sample(i) for i in range(params.n)],
+            priority=int(priority),
         )
 
     def _run(self, requests: Sequence[Request]) -> None:

@@ -57,6 +57,7 @@ class Request:
         deltas: for a reader of a stream; None where nobody reads before the end.
         scores: prompt log-probabilities, chunk by chunk.
         failed: why the request was given up.
+        priority: a smaller one is served first.
         cached: prompt tokens that were not computed, of all samples.
     """
 
@@ -71,6 +72,7 @@ class Request:
     deltas: deque[Delta] | None = None
     scores: list[Any] = field(default_factory=list)
     failed: JaxinferError | None = None
+    priority: int = 0
     cached: int = 0
     unfinished: int = field(init=False)
 
@@ -167,6 +169,7 @@ def sequences(request: Request) -> list[Sequence]:
             limit=request.limit,
             seed=request.seed,
             sample=sample.index,
+            priority=request.priority,
             stop_ids=request.stop_ids,
             # The prompt is the same for every sample: one scores it for all.
             score=request.params.prompt_logprobs if sample.index == 0 else None,

@@ -19,6 +19,7 @@ MODEL_STOP_IDS = 8  # of MAX_STOP_IDS, kept for the model's own
 MAX_TOP_LOGPROBS = 20
 MAX_SAMPLES = 256
 MAX_SEED = 2**63
+MAX_PRIORITY = 1000
 
 
 @dataclass(frozen=True)

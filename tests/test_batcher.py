@@ -34,12 +34,13 @@ from jaxinfer.pages import check, page_keys
 PLENTY = 1000  # of room in the queue: nothing is refused
 
 
-def submit(*sequences, keys=None):
+def submit(*sequences, keys=None, ranks=None):
     """Of (id, prompt, limit); prompts share nothing, unless `keys` say so."""
     columns = zip(*sequences, strict=True)
     found = np.empty(len(sequences), object)
     found[:] = [np.empty((0, 2), np.uint64)] * len(sequences) if keys is None else keys
-    return Submit(*(np.array(column, np.int64) for column in columns), found)
+    ranks = np.zeros(len(sequences), np.int64) if ranks is None else np.array(ranks)
+    return Submit(*(np.array(column, np.int64) for column in columns), ranks, found)
 
 
 def content(shared, sequence, position):
@@ -141,7 +142,7 @@ class Host:
     def __init__(self, config):
         self.config, self.state = config, create_state(config)
         self.ends, self.totals = {}, {}  # of the sequences not yet ended
-        self.shared, self.saved = {}, 0
+        self.shared, self.ranks, self.saved = {}, {}, 0
         self.device = Device(config, self.ends, self.shared)
         self.events, self.in_flight, self.history = [], deque(), []
         self.known, self.refused, self.ended, self.cancelled = 0, set(), set(), set()
@@ -151,8 +152,8 @@ class Host:
         self.again, self.any_row = set(), 0
 
     def submit(self, sequences):
-        rows, keys = [], []
-        for prompt, output, part, family, tokens in sequences:
+        rows, keys, ranks = [], [], []
+        for prompt, output, part, family, tokens, rank in sequences:
             prompt = min(prompt, self.most)
             limit = min(prompt + output, self.most)
             self.prompts[self.known], self.limits[self.known] = prompt, limit
@@ -160,10 +161,15 @@ class Host:
             self.ends[self.known] = min(limit, prompt + 1 + int(part * (limit - prompt)))
             rows.append((self.known, prompt, limit))
             self.shared[self.known] = (family, tokens)
+            self.ranks[self.known] = rank
+            ranks.append(rank)
             keys.append(self.keys(self.known, prompt))
             self.unseen.add(self.known)
             self.known += 1
-        self.events.append(submit(*rows, keys=keys))
+        self.events.append(submit(*rows, keys=keys, ranks=ranks))
+
+    def place(self, sequence):
+        return self.ranks[sequence], sequence
 
     def keys(self, sequence, tokens):
         ids = [content(self.shared, sequence, p) for p in range(tokens)]
@@ -209,10 +215,10 @@ class Host:
         return bool(actions)
 
     def preempt(self, sequence, rows):
-        """The youngest of those that ran, never the only one."""
+        """The last in order of those that ran, never the only one."""
         running = [int(s) for s in self.state.rows.id if s != NO_SEQUENCE]
         assert running
-        assert sequence > max(running)
+        assert self.place(sequence) > max(map(self.place, running))
         self.preempted.add(sequence)
         self.again.add(sequence)
         self.decoded.discard(sequence)
@@ -264,7 +270,7 @@ class Host:
             assert len(pages) == needed
         running = [int(s) for s in rows.id if s != NO_SEQUENCE]
         waiting = state.waiting.ids.tolist()
-        assert waiting == sorted(waiting)
+        assert waiting == sorted(waiting, key=self.place)
         assert all(s not in self.read for s in waiting)
         new = set(running) - set(before.rows.id.tolist())
         if config.policy == "static":
@@ -339,7 +345,7 @@ configs = st.builds(
     policy=st.sampled_from(["continuous", "static"]),
 )
 # (prompt tokens, output tokens at most, which part of them there really is, which prompts begin
-# like this one, and for how many tokens)
+# like this one, for how many tokens, rank)
 sequences = st.lists(
     st.tuples(
         st.integers(1, 12),
@@ -347,6 +353,7 @@ sequences = st.lists(
         st.sampled_from([0.0, 0.5, 0.9]),
         st.integers(0, 1),
         st.sampled_from([0, 5, 12]),
+        st.sampled_from([0, 0, 3]),
     ),
     min_size=1,
     max_size=5,
@@ -415,7 +422,7 @@ def test_the_youngest_is_preempted_and_waits_again_before_those_that_came_later(
     assert isinstance(decode, Decode)
     assert decode.ids.tolist() == [0]
     assert decode.released.tolist() == [False, True]
-    assert state.parked.tolist() == [[1, 16]]
+    assert state.parked.tolist() == [[1, 16, 0]]
     assert state.waiting.ids.tolist() == [2]
     state, _ = step(state, (Return(1, 9, page_keys(np.arange(9), 4)),), config)
     assert state.waiting.ids.tolist() == [1, 2]
@@ -431,7 +438,7 @@ def test_what_was_not_preempted_cannot_return(event):
         num_pages=6, page_size=4, max_num_seqs=2, max_model_len=16, max_chunk=8, max_steps=4
     )
     state, _ = actions_of(config, (submit((0, 4, 16), (1, 4, 16)),), (), (), ())
-    assert state.parked.tolist() == [[1, 16]]
+    assert state.parked.tolist() == [[1, 16, 0]]
     with pytest.raises(ValueError, match="sequence"):
         step(state, (event,), config)
 
@@ -459,6 +466,19 @@ def test_a_prefix_is_remembered_after_its_sequence_has_ended():
     state, [again] = step(state, (submit((1, 8, 9), keys=keys),), CONFIG)
     assert isinstance(again, Prefill)
     assert (again.start, again.stop, again.first, again.last) == (4, 8, True, True)
+
+
+def test_a_smaller_rank_comes_first_and_is_preempted_last():
+    config = BatcherConfig(
+        num_pages=6, page_size=4, max_num_seqs=2, max_model_len=16, max_chunk=8, max_steps=4
+    )
+    sequences = submit((0, 4, 16), (1, 4, 16), (2, 4, 16), (3, 4, 16), ranks=[5, 5, 0, 1])
+    state, found = actions_of(config, (sequences,), (), (), ())
+    assert [a.id for [a] in found[:2]] == [2, 3]
+    assert found[3][0] == Preempt(3)
+    assert state.waiting.ids.tolist() == [0, 1]
+    state, _ = step(state, (Return(3, 9, page_keys(np.arange(9), 4)),), config)
+    assert state.waiting.ids.tolist() == [3, 0, 1]
 
 
 def test_what_a_sequence_has_said_is_remembered_too():

@@ -733,6 +733,26 @@ def test_prompts_that_begin_alike_are_computed_once(
     assert [out.num_cached_tokens for out in again] == [params.n * all_ for all_ in own]
 
 
+def test_priorities_decide_who_is_served_first(tiny: TinyModel) -> None:
+    with make(tiny, max_num_seqs=1) as llm:
+        alone = [tokens(llm.generate([p], GREEDY))[0] for p in IDS]
+        submitted = [llm.prepare(p, GREEDY, priority=i) for p, i in zip(IDS, (1, 0, -3, 0))]  # noqa: B905
+        llm.submit(submitted)
+        ended: list[str] = []
+        while len(ended) < len(submitted):
+            llm.pump()
+            ended += [r.id for r in submitted if r.finished and r.id not in ended]
+        assert ended == [submitted[i].id for i in (2, 1, 3, 0)]
+        assert tokens(llm.generate(IDS, GREEDY, priority=[3, 2, 1, 0])) == alone
+        check_idle(llm)
+
+
+@pytest.mark.parametrize("priority", [1001, 0.5, "high", [0, 1]])
+def test_bad_priorities(llm: LLM, priority: Any) -> None:
+    with pytest.raises(InvalidRequest, match="priority"):
+        llm.generate([IDS[0]], GREEDY, priority=priority)
+
+
 def test_a_conversation_goes_on_from_what_was_said(tiny: TinyModel) -> None:
     params = replace(GREEDY, max_tokens=20, ignore_eos=True)
     with make(tiny, page_size=8) as llm:
