@@ -21,8 +21,8 @@ def log(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of prompts that share a beginning, with preemptions and a cancellation."""
     path = tmp_path_factory.mktemp("log") / "events.jsonl"
     options: dict[str, Any] = {
-        "dtype": "float32", "max_num_seqs": 4, "max_model_len": 48, "max_chunk": 16, "max_steps": 4,
-        "page_size": 8, "kv_cache_bytes": 11 * 2048, "event_log": str(path),
+        "dtype": "float32", "max_num_seqs": 2, "max_model_len": 48, "max_chunk": 16, "max_steps": 4,
+        "page_size": 8, "kv_cache_bytes": 8 * 2048, "event_log": str(path),
     }  # fmt: skip
     with LLM.from_params(tiny.params, tiny.config, **options) as llm:
         llm.generate([[*range(20, 30), i] for i in range(6)], PARAMS)

@@ -673,10 +673,12 @@ def test_arrangements(tiny: TinyModel, llm: LLM, options: dict[str, Any]) -> Non
 @pytest.mark.parametrize(
     "params",
     [
-        replace(GREEDY, max_tokens=24),
-        replace(RANDOM, max_tokens=24, n=2, logprobs=2),
-        replace(RANDOM, max_tokens=24, repetition_penalty=1.3, presence_penalty=0.5),
-        replace(GREEDY, max_tokens=20, prompt_logprobs=1, frequency_penalty=0.7),
+        replace(RANDOM, max_tokens=24, n=2, logprobs=2, repetition_penalty=1.3),
+        pytest.param(replace(GREEDY, max_tokens=24), marks=pytest.mark.slow),
+        pytest.param(
+            replace(GREEDY, max_tokens=20, prompt_logprobs=1, frequency_penalty=0.7),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_preempted_request_gives_the_same(
@@ -709,7 +711,10 @@ def test_a_preempted_request_gives_the_same(
             assert (x and x.keys()) == (y and y.keys())
 
 
-@pytest.mark.parametrize("params", [GREEDY, replace(RANDOM, n=2, logprobs=2)])
+@pytest.mark.parametrize(
+    "params",
+    [pytest.param(GREEDY, marks=pytest.mark.slow), replace(RANDOM, n=2, logprobs=2)],
+)
 def test_prompts_that_begin_alike_are_computed_once(
     tiny: TinyModel, params: SamplingParams
 ) -> None:
@@ -767,7 +772,11 @@ def test_a_conversation_goes_on_from_what_was_said(tiny: TinyModel) -> None:
 
 
 @pytest.mark.parametrize(
-    "params", [replace(GREEDY, repetition_penalty=1.2), replace(GREEDY, prompt_logprobs=1)]
+    "params",
+    [
+        replace(GREEDY, repetition_penalty=1.2),
+        pytest.param(replace(GREEDY, prompt_logprobs=1), marks=pytest.mark.slow),
+    ],
 )
 def test_what_needs_the_whole_prompt_computes_it(tiny: TinyModel, params: SamplingParams) -> None:
     prompt = list(range(40, 80))

@@ -12,7 +12,7 @@ QUICK_SM80 = (
     "int8-token-d128-bfloat16", "everything",
 )  # fmt: skip
 QUICK_SM90 = (
-    "sm90-d128-page64-prefill", "sm90-group5-decode",
+    "sm90-d128-page64-prefill",
     "sm90-int8-token-d128-decode", "sm90-everything-decode", "sm90-free-prefill",
     "sm90-many-decode",
 )  # fmt: skip

@@ -192,8 +192,9 @@ def test_every_unit_meets_every_head_and_only_long_ones_change_places(
     heads: int, long: int, others: int
 ) -> None:
     count = long + others
-    items = item(jnp.arange(count * heads, dtype=jnp.int32), heads, jnp.int32(long))
-    walk = [(int(u), int(h)) for u, h in zip(*items, strict=True)]
+    every = jnp.arange(80 * 9, dtype=jnp.int32)  # of one shape, so that little is compiled
+    units, of = (np.asarray(x).tolist() for x in item(every, heads, jnp.int32(long)))
+    walk = list(zip(units, of, strict=True))[: count * heads]
     assert sorted(walk) == [(u, h) for u in range(count) for h in range(heads)]
     assert {u for u, _ in walk[: long * heads]} == set(range(long))
     for head in range(heads):  # of what may wait for another, no place is changed
