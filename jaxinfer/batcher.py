@@ -13,7 +13,8 @@ always gets on. Pages of a prompt whose keys are known already are shared instea
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -125,7 +126,7 @@ class Rows(NamedTuple):
     """The running sequences, int64 [M] each; id -1: the row is free.
 
     `prompt`: tokens to read before it can go on: its prompt, and what it had when it was preempted.
-    `begun`: whether some of it was dispatched. `prefilled`: prompt tokens that were, or are shared.
+    `prefilled`: prompt tokens that were dispatched, or are shared; 0 before the first chunk.
     `scheduled`: output tokens that the steps dispatched so far may have produced.
     """
 
@@ -133,7 +134,6 @@ class Rows(NamedTuple):
     prompt: np.ndarray
     limit: np.ndarray
     rank: np.ndarray
-    begun: np.ndarray
     prefilled: np.ndarray
     scheduled: np.ndarray
 
@@ -163,7 +163,7 @@ def create_state(config: BatcherConfig) -> BatcherState:
     state = BatcherState(
         waiting=Submit(none, none, none, none, np.empty(0, object)),
         parked=np.empty((0, 3), np.int64),
-        rows=Rows(np.full(M, NO_SEQUENCE), zero, zero, zero, zero, zero, zero),
+        rows=Rows(np.full(M, NO_SEQUENCE), zero, zero, zero, zero, zero),
         pages=np.zeros((M, pages_for(config.max_model_len, config.page_size)), np.int32),
         keys=np.full(M, None),
         pool=create(config.num_pages),
@@ -204,6 +204,13 @@ def step(
     return state, (*actions, *run)
 
 
+def objects(items: Sequence[Any]) -> np.ndarray:
+    """An array of objects [n], as events hold keys."""
+    found = np.empty(len(items), object)
+    found[:] = items
+    return found
+
+
 def idle(state: BatcherState) -> bool:
     """Whether nothing waits, runs, or is preempted."""
     still = bool((state.rows.id == NO_SEQUENCE).all())
@@ -238,9 +245,7 @@ def _return(state: BatcherState, event: Return) -> BatcherState:
     _, limit, rank = (int(x) for x in state.parked[at[0]])
     if not 1 <= event.tokens < limit:
         raise ValueError(f"sequence {event.id}: {event.tokens} tokens, expected 1 to {limit - 1}")
-    own = np.empty(1, object)
-    own[0] = event.keys
-    new = (*([x] for x in (event.id, event.tokens, limit, rank)), own)
+    new = (*([x] for x in (event.id, event.tokens, limit, rank)), objects([event.keys]))
     waiting = _in_order(*(np.append(a, x) for a, x in zip(state.waiting, new, strict=True)))
     return state._replace(waiting=waiting, parked=np.delete(state.parked, at, axis=0))
 
@@ -304,7 +309,7 @@ def _admit(state: BatcherState, config: BatcherConfig) -> BatcherState:
             break
         pool, pages = allocate(state.pool, wanted)
         row = int(free[0])
-        new = (sequence, prompt, limit, rank, 0, 0, 0)  # in the order of Rows
+        new = (sequence, prompt, limit, rank, 0, 0)  # in the order of Rows
         granted = np.zeros(state.pages.shape[1], np.int32)
         granted[:wanted] = pages
         state = state._replace(
@@ -379,7 +384,7 @@ def _grant(
 def _prefill(
     state: BatcherState, row: int, config: BatcherConfig
 ) -> tuple[BatcherState, tuple[Action, ...]]:
-    first = not state.rows.begun[row]
+    first = not state.rows.prefilled[row]
     if first:
         state = _share(state, row, config)
     rows = state.rows
@@ -398,7 +403,6 @@ def _prefill(
         released=state.released,
     )
     rows = rows._replace(
-        begun=_with(rows.begun, row, 1),
         prefilled=_with(rows.prefilled, row, stop),
         scheduled=_with(rows.scheduled, row, int(stop == prompt)),
     )

@@ -136,7 +136,7 @@ class Engine:
                 np.array([len(s.prompt) for s in new.values()], np.int64),
                 np.array([s.limit for s in new.values()], np.int64),
                 np.array([i + PRIORITY_ARRIVALS * s.priority for i, s in new.items()], np.int64),
-                _objects([self._keys(i) for i in new]),
+                batcher.objects([self._keys(i) for i in new]),
             )
         )
         return list(new)
@@ -149,10 +149,14 @@ class Engine:
     def _keys(self, sequence: int) -> np.ndarray:
         """Of the pages of its tokens. One that is scored, or whose tokens the device must see for a
         penalty, is computed whole: no keys."""
-        live, limits = self._live[sequence], self.limits
-        whole = live.score is not None or live.params.penalised or not limits.prefix_caching
-        tokens = self._tokens(sequence)
-        return page_keys(tokens[:0] if whole else tokens, limits.page_size)
+        live, tokens = self._live[sequence], self._tokens(sequence)
+        whole = live.score is not None or live.params.penalised
+        return self._page_keys(tokens[:0] if whole else tokens)
+
+    def _page_keys(self, tokens: np.ndarray) -> np.ndarray:
+        """Of the pages that `tokens` fill; none where nothing is to be shared."""
+        limits = self.limits
+        return page_keys(tokens if limits.prefix_caching else tokens[:0], limits.page_size)
 
     def cancel(self, sequence: int) -> None:
         """Gives a sequence up; unknown or finished ones are left alone."""
@@ -241,8 +245,7 @@ class Engine:
             updates = self._observe_decode(done.action, done.sampled)
         finished = [u.id for u in updates if u.finished]
         if finished:
-            size = self.limits.page_size if self.limits.prefix_caching else 1 << 30
-            keys = _objects([page_keys(self._tokens(i)[:-1], size) for i in finished])
+            keys = batcher.objects([self._page_keys(self._tokens(i)[:-1]) for i in finished])
             self._events.append(batcher.Finished(np.array(finished, np.int64), keys))
         for sequence in finished:
             del self._live[sequence]
@@ -389,12 +392,6 @@ class Engine:
 def _ids(action: Run) -> list[int]:
     """Sequences of which an action brings results."""
     return [action.id] if isinstance(action, batcher.Prefill) else action.ids.tolist()
-
-
-def _objects(items: list[Any]) -> np.ndarray:
-    found = np.empty(len(items), object)
-    found[:] = items
-    return found
 
 
 def _top_bucket(top: int | None) -> int | None:

@@ -157,9 +157,7 @@ def _event(fields: dict[str, Any]) -> Event:
             made = [np.array(k, np.uint64).reshape(-1, 2) for k in (x if several else [x])]
             for keys in made:
                 keys.flags.writeable = False
-            objects = np.empty(len(made), object)
-            objects[:] = made
-            values[name] = objects if several else made[0]
+            values[name] = batcher.objects(made) if several else made[0]
         else:
             values[name] = np.array(x, np.int64) if isinstance(x, list) else x
     return kind(**values)

@@ -26,6 +26,7 @@ from jaxinfer.batcher import (
     Submit,
     create_state,
     idle,
+    objects,
     step,
 )
 from jaxinfer.config import BatcherConfig
@@ -37,8 +38,7 @@ PLENTY = 1000  # of room in the queue: nothing is refused
 def submit(*sequences, keys=None, ranks=None):
     """Of (id, prompt, limit); prompts share nothing, unless `keys` say so."""
     columns = zip(*sequences, strict=True)
-    found = np.empty(len(sequences), object)
-    found[:] = [np.empty((0, 2), np.uint64)] * len(sequences) if keys is None else keys
+    found = objects(keys or [np.empty((0, 2), np.uint64)] * len(sequences))
     ranks = np.zeros(len(sequences), np.int64) if ranks is None else np.array(ranks)
     return Submit(*(np.array(column, np.int64) for column in columns), ranks, found)
 
@@ -65,8 +65,7 @@ def plain(value):
 
 
 def finished(*ids, keys=None):
-    found = np.empty(len(ids), object)
-    found[:] = [np.empty((0, 2), np.uint64)] * len(ids) if keys is None else keys
+    found = objects(keys or [np.empty((0, 2), np.uint64)] * len(ids))
     return Finished(np.array(ids, np.int64), found)
 
 
