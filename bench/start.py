@@ -1,0 +1,100 @@
+"""An LLM to measure: a shape with random weights, or the demo target; and whether it is warm."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from bench import parts, shapes
+
+if TYPE_CHECKING:
+    from jaxinfer.config import ModelConfig
+    from jaxinfer.llm import LLM
+
+# The weights are made before the LLM, which could have reserved the memory itself.
+ENV = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
+# What is measured, by what each step must be able to do: see `warm_up`.
+GREEDY, SAMPLED, LOGPROBS = "greedy", "sampled", "logprobs"
+MOST_RUNS = 3
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights in memory. `name`: what it is called in the names of records."""
+
+    name: str
+    params: Any
+    config: ModelConfig
+    dtype: str
+
+
+def load(name: str) -> Model:
+    """`demo`, or a shape with random weights; bfloat16, on a CPU float32."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxinfer.hub import resolve_model
+    from jaxinfer.loading import load_weights
+    from jaxinfer.models.families import read_config
+    from jaxinfer.models.weights import init_params
+
+    parts.check_platform(jax.default_backend())
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name == "demo":
+        directory = resolve_model(name)
+        config = read_config(directory)
+        return Model(name, load_weights(directory, config, jnp.dtype(dtype)), config, dtype)
+    config = shapes.model_config(name)
+    params = init_params(config, jax.random.key(0), jnp.dtype(dtype))
+    return Model(shapes.short(name), jax.block_until_ready(params), config, dtype)
+
+
+def start(model: Model, options: dict[str, Any]) -> LLM:
+    """An LLM over the model's weights; several may follow one another, each closed by `close`."""
+    from jaxinfer import LLM
+
+    return LLM.from_params(model.params, model.config, dtype=model.dtype, **options)
+
+
+def close(llm: LLM) -> None:
+    """Closes it, and sees to it that its memory is free for the next."""
+    llm.close()
+    gc.collect()
+
+
+def warm_up(llm: LLM, kinds: Sequence[str]) -> None:
+    """Compiles ahead of time what requests of these kinds need, where the LLM can do that.
+
+    Args:
+        llm: what is to be measured.
+        kinds: of GREEDY, SAMPLED (with truncation), LOGPROBS.
+    """
+    ahead = getattr(llm, "warm_up", None)
+    if ahead is not None:
+        ahead(kinds)
+
+
+def until_warm[T](llm: LLM, run: Callable[[int], T]) -> tuple[T, dict[str, int]]:
+    """Calls `run(0)`, `run(1)`, … until one of them compiles nothing, at most MOST_RUNS.
+
+    Returns:
+        What the last one returned, and how many calls there were and what the last one compiled.
+    """
+    for i in range(MOST_RUNS):
+        before = llm.engine.compiler.count
+        found = run(i)
+        compiled = llm.engine.compiler.count - before
+        if not compiled or i == MOST_RUNS - 1:
+            return found, {"runs": i + 1, "compiled_in_last_run": compiled}
+    raise AssertionError("unreachable")
+
+
+def chunk_option(tokens: int) -> dict[str, int]:
+    """The option of LLM that bounds the prompt tokens of a step, by the name that it has now."""
+    from jaxinfer.config import EngineOptions
+
+    names = {field.name for field in fields(EngineOptions)}
+    name = "max_num_batched_tokens" if "max_num_batched_tokens" in names else "max_chunk"
+    return {name: tokens}
