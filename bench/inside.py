@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +13,8 @@ import numpy as np
 
 if TYPE_CHECKING:
     from jaxinfer.llm import LLM
+
+PREEMPT = '"kind": "Preempt"'
 
 
 def waste(llm: LLM) -> tuple[int, int]:
@@ -26,27 +32,46 @@ def waste(llm: LLM) -> tuple[int, int]:
     return int(held[rows.id >= 0].sum()), int(pages.sum()) * llm.memory_plan.page_size
 
 
-def preemptions(event_log: str | Path) -> int:
+class Preemptions(io.TextIOBase):
+    """An event log that is only counted: `count` sequences were preempted."""
+
+    count = 0
+
+    def write(self, text: str, /) -> int:
+        self.count += text.count(PREEMPT)
+        return len(text)
+
+
+@contextmanager
+def preemptions(llm: LLM) -> Iterator[Preemptions]:
+    """Counts, from here on, what an event log would hold, for an LLM that was started without."""
+    log, engine = Preemptions(), llm.engine
+    before, engine._log = engine._log, log
+    try:
+        yield log
+    finally:
+        engine._log = before
+
+
+def logged_preemptions(event_log: Path) -> int:
     """Sequences that the scheduler has preempted, by an LLM's event log."""
-    with Path(event_log).open() as file:
-        return sum(line.count('"kind": "Preempt"') for line in file)
+    with event_log.open() as file:
+        return sum(line.count(PREEMPT) for line in file)
 
 
-def device_ms_per_step(llm: LLM, prompts: list[list[int]], repeats: int = 30) -> float:
-    """Milliseconds that the device alone takes for one decode step of these prompts.
+def device_seconds(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
+    """Seconds that the device alone takes for one `generate` call of these prompts.
 
-    The requests are begun until all of them decode; then the newest dispatch is run again,
-    `repeats` times one after the other, without the host between: each waits for the one before it,
-    whose cache and state it is given. Lengths grow as they do in generation. Nothing is left
-    running, and the engine begins anew.
+    The call is made, and the steps that it dispatches are noted with their plans. Then the same
+    compiled steps run again in the same order on a new cache, without the host between: each takes
+    the cache and state that the one before it returns, and nothing is read before the end. As for
+    the wall time, the difference of two such calls is what counts (`bench.timing`).
 
     Args:
-        llm: with as many rows as there are prompts, and room for 32 · `repeats` more tokens.
-        prompts: one for each row.
-        repeats: dispatches timed, after as many that are not.
+        llm: idle. Its cache is made anew, twice.
+        prompts: token ids.
+        tokens: output tokens of each, greedy.
     """
-    import time
-
     import jax
 
     from jaxinfer import SamplingParams
@@ -59,32 +84,22 @@ def device_ms_per_step(llm: LLM, prompts: list[list[int]], repeats: int = 30) ->
         calls.append((key, plan))
         return run(key, params, cache, seq, plan)
 
-    left = llm.memory_plan.max_model_len - max(map(len, prompts))
-    sampling = SamplingParams(temperature=0, max_tokens=left, ignore_eos=True)
-    requests = [llm.prepare(prompt, sampling) for prompt in prompts]
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    engine.reset()
     compiler.run = noted
     try:
-        llm.submit(requests)
-        while any(not sample.tokens for r in requests for sample in r.samples) or (
-            len(calls) < 2 or calls[-1][0] != calls[-2][0]
-        ):
-            llm.pump()
-        compiler.run = run
-        key, plan = calls[-1]
-        steps = int(getattr(plan, "steps", 1))
-
-        def replay() -> float:
-            began = time.perf_counter()
-            for _ in range(repeats):
-                engine._cache, engine._seq, _ = run(
-                    key, engine._params, engine._cache, engine._seq, plan
-                )
-            jax.block_until_ready(engine._seq)
-            return time.perf_counter() - began
-
-        replay()
-        return 1000 * replay() / (repeats * steps)
+        llm.generate(prompts, sampling)
     finally:
         compiler.run = run
-        llm.cancel(requests)
+    engine.reset()
+    try:
+        jax.block_until_ready((engine._cache, engine._seq, calls))
+        began = time.perf_counter()
+        for key, plan in calls:
+            engine._cache, engine._seq, _ = run(
+                key, engine._params, engine._cache, engine._seq, plan
+            )
+        jax.block_until_ready(engine._seq)
+        return time.perf_counter() - began
+    finally:
         engine.reset()

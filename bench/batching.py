@@ -1,0 +1,50 @@
+"""All that is measured of batching, most of it in one process on one LLM.
+
+    python -m bench.batching --shape llama-3.1-8b
+    python -m bench.batching --measure throughput,serve,waste --seconds 60 --no-hf
+
+Each is a script of its own too: `bench.throughput`, `bench.serve`, `bench.prefix`, `bench.steady`,
+`bench.soak`, `bench.waste`; `bench.invariance` and `bench.host` are not part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from bench import (
+    hf_batching,
+    measuring,
+    prefix,
+    serve,
+    soak,
+    steady,
+    throughput,
+    waste,
+)
+from bench.parts import Part
+
+# In order of what matters most; `waste` runs the same list as `throughput`, and warms it up.
+MEASUREMENTS = {
+    **waste.MEASUREMENTS,
+    "throughput": throughput.MEASUREMENTS["throughput"],
+    **serve.MEASUREMENTS,
+    **prefix.MEASUREMENTS,
+    **steady.MEASUREMENTS,
+    **soak.MEASUREMENTS,
+    "static": throughput.MEASUREMENTS["static"],
+}
+
+
+def main() -> None:
+    parser = measuring.parser(MEASUREMENTS)
+    parser.add_argument("--no-hf", action="store_true", help="without HF transformers")
+    args = parser.parse_args()
+
+    def more(args: argparse.Namespace) -> list[Part]:
+        return [] if args.no_hf else hf_batching.make_parts(args.shape)
+
+    measuring.main("bench.batching", MEASUREMENTS, more=more, derived=throughput.derived, args=args)
+
+
+if __name__ == "__main__":
+    main()
