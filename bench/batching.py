@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 
 from bench import (
-    hf_batching,
     measuring,
     prefix,
     serve,
@@ -20,8 +19,11 @@ from bench import (
     steady,
     throughput,
     waste,
+    workloads,
 )
 from bench.parts import Part
+
+HF_S = 180.0
 
 # In order of what matters most; `waste` runs the same list as `throughput`, and warms it up.
 MEASUREMENTS = {
@@ -35,13 +37,20 @@ MEASUREMENTS = {
 }
 
 
+def hf_part(shape: str) -> Part:
+    """HF transformers, in the environment that has torch."""
+    n = workloads.scale_of(shape).first
+    words = ("--shape", shape, "--requests", str(n), "--seconds", str(HF_S))
+    return Part("hf_batching", "bench.hf_batching", words, HF_S + 60, torch=True)
+
+
 def main() -> None:
     parser = measuring.parser(MEASUREMENTS)
     parser.add_argument("--no-hf", action="store_true", help="without HF transformers")
     args = parser.parse_args()
 
     def more(args: argparse.Namespace) -> list[Part]:
-        return [] if args.no_hf else hf_batching.make_parts(args.shape)
+        return [] if args.no_hf else [hf_part(args.shape)]
 
     measuring.main("bench.batching", MEASUREMENTS, more=more, derived=throughput.derived, args=args)
 

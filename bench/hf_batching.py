@@ -20,7 +20,7 @@ import torch  # pyright: ignore[reportMissingImports]
 from transformers import GenerationConfig
 
 from bench import hf_decode, parts, shapes, workloads
-from bench.parts import Part, emit
+from bench.parts import emit
 from bench.record import Record
 from bench.workloads import Workload
 
@@ -28,13 +28,6 @@ ATTENTION = "sdpa"
 SEED = 700
 WARM_UP = 16  # requests
 TAIL = 4000
-
-
-def make_parts(shape: str, requests: int | None = None, timeout_s: float = 240.0) -> list[Part]:
-    """One process, in the environment that has torch."""
-    n = requests or workloads.scale_of(shape).first
-    words = ("--shape", shape, "--requests", str(n), "--seconds", str(timeout_s - 60))
-    return [Part("hf_batching", "bench.hf_batching", words, timeout_s, torch=True)]
 
 
 def run(manager: Any, load: Workload, latest: float) -> float:

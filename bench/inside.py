@@ -45,8 +45,9 @@ class Preemptions(io.TextIOBase):
 @contextmanager
 def preemptions(llm: LLM) -> Iterator[Preemptions]:
     """Counts, from here on, what an event log would hold, for an LLM that was started without."""
-    log, engine = Preemptions(), llm.engine
-    before, engine._log = engine._log, log
+    engine: Any = llm.engine
+    log, before = Preemptions(), engine._log
+    engine._log = log
     try:
         yield log
     finally:

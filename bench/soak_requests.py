@@ -89,13 +89,12 @@ def wrong(ask: Ask, output: RequestOutput) -> str | None:
     if not output.finished or len(output.outputs) != params.n:
         return f"finished={output.finished}, {len(output.outputs)} of {params.n} samples"
     for one in output.outputs:
-        ids, most = one.token_ids, params.max_tokens
+        ids, last = one.token_ids, len(one.token_ids) - 1
         stops = [i for i, token in enumerate(ids) if token in params.stop_token_ids]
-        if one.finish_reason == "length" and (
-            len(ids) != most or stops[:1] not in ([], [most - 1])
-        ):
-            return f"ended by its length with {len(ids)} of {most} tokens, stop tokens at {stops}"
-        if one.finish_reason == "stop" and stops != [len(ids) - 1]:
+        full = len(ids) == params.max_tokens and stops in ([], [last])
+        if one.finish_reason == "length" and not full:
+            return f"ended with {len(ids)} of {params.max_tokens} tokens, stop tokens at {stops}"
+        if one.finish_reason == "stop" and stops != [last]:
             return f"stopped with {len(ids)} tokens, stop tokens at {stops}"
         if one.finish_reason not in ("length", "stop"):
             return f"finish_reason={one.finish_reason!r}"
