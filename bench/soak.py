@@ -5,8 +5,8 @@
 For so many seconds new requests are added whenever those under way could grow to less than one and
 a half times the KV cache: sequences are preempted. Some requests are cancelled, before or after
 their first tokens. Some of those that have ended are asked for again with one of their tokens as
-stop token. In the end a random sample is run again, each alone, and must give the same tokens and
-log-probabilities. A failure is a request that came to anything but what it asked for.
+stop token. In the end a random sample is run again, each alone, and must give the same tokens.
+A failure is a request that came to anything but what it asked for.
 """
 
 from __future__ import annotations
@@ -111,23 +111,27 @@ def run(llm: LLM, setup: Setup, load: Load, r: random.Random) -> int:
         for ask, output in load.turn(llm):
             if ask.expected is None and r.random() < soak_requests.AGAIN:
                 pending.append(soak_requests.again(ask, output, r))
-    llm.pump()  # what was cancelled last
     load.counts["seconds"] = round(time.monotonic() - began)
     return llm.engine.compiler.count - (compiled or 0)
 
 
-def alone(llm: LLM, done: Sequence[tuple[Ask, RequestOutput]], r: random.Random) -> list[str]:
-    """Runs a random sample again, each by itself; what differs, and first how many there were."""
+def alone(
+    llm: LLM, done: Sequence[tuple[Ask, RequestOutput]], r: random.Random
+) -> tuple[list[str], dict[str, int]]:
+    """Runs a random sample again, each by itself: those with other tokens; and how many there were,
+    and how many had other log-probabilities."""
     short = [x for x in done if (x[0].params.max_tokens or 0) <= SHORT_ENOUGH]
-    latest, failures, n = time.monotonic() + SAMPLE_S, [], 0
+    latest, failures, counts = time.monotonic() + SAMPLE_S, [], Counter()
     for ask, output in r.sample(short, min(SAMPLE, len(short))):
         if time.monotonic() > latest:
             break
         (again,) = llm.generate([ask.prompt], ask.params)
-        n += 1
-        if outcome.of(again) != outcome.of(output):
-            failures.append(f"{_shown(ask)}: other tokens or log-probabilities when run alone")
-    return [str(n), *failures]
+        new, old = outcome.of(again), outcome.of(output)
+        counts["run_again_alone"] += 1
+        counts["of_those_other_logprobs"] += new.bits != old.bits
+        if new.tokens != old.tokens:
+            failures.append(f"{_shown(ask)}: other tokens when run alone")
+    return failures, counts
 
 
 def measure(llm: LLM, setup: Setup) -> Iterator[Record]:
@@ -136,16 +140,17 @@ def measure(llm: LLM, setup: Setup) -> Iterator[Record]:
     try:
         with inside.preemptions(llm) as preempted:
             compiles = run(llm, setup, load, r)
-        n, *different = alone(llm, load.done, r)
+        different, again = alone(llm, load.done, r)
     finally:
         llm.cancel([request for _, request, _ in load.live.values()])
     failures = load.failures + different
+    llm.pump()  # takes note of the last ones' end
     if slots := inside.waste(llm)[1]:
         failures.append(f"{slots} slots are granted still, with nothing under way")
     detail: dict[str, Any] = {
         **setup.detail,
         **load.counts,
-        "run_again_alone": int(n),
+        **again,
         "preemptions": preempted.count,
     }
     if not preempted.count:

@@ -11,7 +11,7 @@ from bench.workloads import Prompt, Scale
 from jaxinfer.types import RequestOutput, SamplingParams
 
 FAMILIES = 8
-IN_FAMILY, CANCELLED, SEVERAL, SCORED, AGAIN = 0.4, 0.08, 0.1, 0.2, 0.1  # shares of the requests
+IN_FAMILY, CANCELLED, SEVERAL, SCORED, AGAIN = 0.4, 0.08, 0.2, 0.2, 0.1  # shares of the requests
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,6 @@ def asks(scale: Scale, vocab_size: int, seed: int) -> Iterator[Ask]:
         prompt = r.choice(families) + own if r.random() < IN_FAMILY else own
         tokens = length(scale.soak_tokens)
         params = SamplingParams(
-            n=r.randrange(2, 5) if r.random() < SEVERAL else 1,
             max_tokens=tokens,
             seed=r.randrange(1 << 31),
             ignore_eos=True,
@@ -62,10 +61,14 @@ def asks(scale: Scale, vocab_size: int, seed: int) -> Iterator[Ask]:
             temperature=0,
         )
         if r.random() < 0.5:
+            several = r.random() < SEVERAL  # of greedy ones there can be no more than one
             params = replace(
-                params, temperature=r.uniform(0.5, 1.2), top_k=r.choice((0, 50)),
+                params,
+                n=r.randrange(2, 5) if several else 1,
+                temperature=r.uniform(0.5, 1.2),
+                top_k=r.choice((0, 50)),
                 top_p=r.choice((1.0, 0.9)),
-            )  # fmt: skip
+            )
         yield Ask(
             prompt[: scale.soak_longest],
             params,
