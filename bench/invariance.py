@@ -1,92 +1,212 @@
-"""Does a request's result depend on what it is batched with? Tokens and log-probability bits.
+"""Does a request's result depend on how it is run? Tokens and log-probability bits.
 
-    python -m bench.invariance --model demo
+    python -m bench.invariance --model demo,llama-3.1-8b
 
-The same requests, half of them greedy, are run alone, a few at a time, and all at once; every
-token and every bit of every log-probability is compared with the run alone.
+The same requests, half greedy and half at temperature 1 with a seed, run alone, and then:
+
+- `batch7`, `batch64`, `all`: so many at once.
+- `chunk`: another LLM over the same weights, which reads prompts in smaller chunks; an eighth of
+  the requests at once.
+- `prefix`: each of these again, its prompt found in the cache, as is checked.
+- `preempt`: all at once in that LLM, whose cache holds a third of them: its event log must show
+  that sequences were preempted.
+- `scored`: `llm.logprobs` of prompt and output, against those that came while it was generated.
+
+`invariance.MODEL.ARRANGEMENT.tokens` and `.logprob_bits` are shares of requests that are the same
+as alone. Prefixes are not shared in the first LLM, so that every batch reads its prompts.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench import parts, record
+from bench import inside, outcome, parts, record, shapes, start, workloads
+from bench.outcome import Result
 from bench.parts import Part, emit
 from bench.record import Record
+from jaxinfer.types import RequestOutput, SamplingParams
 
-REQUESTS, TOKENS, FEW = 48, 32, 7
+if TYPE_CHECKING:
+    from jaxinfer.llm import LLM
+
+REQUESTS = {"demo": 200, "tiny": 16}  # a shape: SHAPE_REQUESTS
+SHAPE_REQUESTS = 50
 LONGEST_PROMPT = 300
+TOKENS = (32, 160)  # output tokens; the longer ones grow over several pages
+GROUPS = (7, 64)
+MAX_MODEL_LEN = 512
+PAGE_SIZE = 64
+CHUNK = 96  # prompt tokens a step, in the other LLM
+CHUNK_ROWS = 64
+HELD = 3  # the cache holds one over this of what all requests come to
+GROUP = 8  # one over this of the requests at once, which the cache can hold together
 
-Results = list[tuple[tuple[int, ...], bytes]]  # of each request: tokens, log-probabilities
 
+@dataclass(frozen=True)
+class Requests:
+    """Of one model, in order."""
 
-def make_parts(model: str) -> list[Part]:
-    """One process."""
-    return [Part("invariance", "bench.invariance", ("--part", "--model", model), 120)]
+    prompts: tuple[list[int], ...]
+    params: tuple[SamplingParams, ...]
 
-
-def run_part(path: Path | None, model: str) -> None:
-    """Records the share of requests that come out the same, for each arrangement."""
-    import jax
-
-    from jaxinfer import LLM, SamplingParams
-
-    parts.check_platform(jax.default_backend())
-    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    rng = np.random.default_rng(0)
-    with LLM(model, dtype=dtype, max_num_seqs=REQUESTS, max_model_len=512) as llm:
-        lengths = rng.integers(1, LONGEST_PROMPT, REQUESTS)
-        prompts = [rng.integers(0, llm.config.vocab_size, n).tolist() for n in lengths]
-        params = [
-            SamplingParams(
-                temperature=0.8 * (i % 2), seed=i, max_tokens=TOKENS, ignore_eos=True, logprobs=0
-            )
-            for i in range(REQUESTS)
+    @property
+    def pages(self) -> list[int]:
+        """That each comes to."""
+        lengths = [
+            len(ids) + (p.max_tokens or 0) for ids, p in zip(self.prompts, self.params, strict=True)
         ]
+        return [-(-n // PAGE_SIZE) for n in lengths]
 
-        def run(rows: Sequence[int]) -> Results:
-            outputs = llm.generate([prompts[i] for i in rows], [params[i] for i in rows])
-            found = []
-            for completion in (output.outputs[0] for output in outputs):
-                assert completion.logprobs is not None
-                entries = zip(completion.logprobs, completion.token_ids, strict=True)
-                bits = np.array([entry[t].logprob for entry, t in entries], np.float32)
-                found.append((completion.token_ids, bits.tobytes()))
-            return found
 
-        def arranged(size: int) -> Results:
-            groups = [range(REQUESTS)[at : at + size] for at in range(0, REQUESTS, size)]
-            return [result for group in groups for result in run(group)]
+def requests(n: int, vocab_size: int) -> Requests:
+    """`n` of them, half greedy."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, LONGEST_PROMPT, n).tolist()
+    params = tuple(
+        SamplingParams(
+            temperature=float(i % 2), seed=i, max_tokens=int(tokens), ignore_eos=True, logprobs=0
+        )
+        for i, tokens in enumerate(rng.choice(TOKENS, n))
+    )
+    return Requests(workloads.random_ids(1, lengths, vocab_size), params)
 
-        alone = arranged(1)
-        for name, size in (("few", FEW), ("all", REQUESTS)):
-            together = arranged(size)
-            detail = {"model": model, "dtype": dtype, "requests": REQUESTS, "tokens": TOKENS}
-            detail["at_once"] = size
-            for kind, part in (("tokens", 0), ("logprob_bits", 1)):
-                same = [a[part] == b[part] for a, b in zip(alone, together, strict=True)]
-                emit(
-                    path, Record(f"invariance.{name}.{kind}", np.mean(same).item(), "ratio", detail)
-                )
+
+def run(llm: LLM, asked: Requests, size: int, times: int = 1) -> list[list[RequestOutput]]:
+    """All requests, `size` at once, and each such group `times` times: the outputs of each time."""
+    outputs: list[list[RequestOutput]] = [[] for _ in range(times)]
+    for at in range(0, len(asked.prompts), size):
+        group = slice(at, at + size)
+        for found in outputs:
+            found += llm.generate(asked.prompts[group], asked.params[group])
+    return outputs
+
+
+def results(outputs: Sequence[RequestOutput]) -> list[Result]:
+    return [outcome.of(output) for output in outputs]
+
+
+def scored(llm: LLM, outputs: Sequence[RequestOutput]) -> list[Result]:
+    """The same results with the log-probabilities that `llm.logprobs` gives."""
+    sequences = [[*out.prompt_token_ids, *out.outputs[0].token_ids] for out in outputs]
+    found = []
+    for output, score in zip(outputs, llm.logprobs(sequences), strict=True):
+        own = score.logprobs[len(output.prompt_token_ids) - 1 :]
+        found.append(outcome.of(output)._replace(bits=np.asarray(own, np.float32).tobytes()))
+    return found
+
+
+def share_records(
+    stem: str, base: Sequence[Result], other: Sequence[Result], detail: dict[str, Any]
+) -> list[Record]:
+    """Shares of requests with the same tokens, and with the same bits."""
+    detail = {**detail, "requests": len(base), "digest": outcome.digest(base)}
+    found = []
+    for kind in Result._fields:
+        same = [getattr(a, kind) == getattr(b, kind) for a, b in zip(base, other, strict=True)]
+        name = f"{stem}.{'logprob_bits' if kind == 'bits' else kind}"
+        found.append(Record(name, sum(same) / len(same), "ratio", detail))
+    return found
+
+
+def measure(model: start.Model, n: int, given: dict[str, Any]) -> Iterator[Record]:
+    """All arrangements of one model, on two LLMs, one after the other."""
+    stem = f"invariance.{model.name}"
+    asked = requests(n, model.config.vocab_size)
+    options = {"max_num_seqs": n, "max_model_len": MAX_MODEL_LEN, "page_size": PAGE_SIZE, **given}
+    llm = start.start(model, {**options, "prefix_caching": False})
+    start.warm_up(llm, (start.GREEDY, start.SAMPLED, start.LOGPROBS))
+    (outputs,) = run(llm, asked, 1)
+    alone = results(outputs)
+    detail = {"dtype": model.dtype, "options": options}
+    for size in (*(g for g in GROUPS if g < n), n):
+        (together,) = run(llm, asked, size)
+        name = "all" if size == n else f"batch{size}"
+        yield from share_records(f"{stem}.{name}", alone, results(together), detail)
+    checked = scored(llm, outputs)
+    yield share_records(f"{stem}.scored", alone, checked, detail)[1]
+    start.close(llm)
+    yield from _with_little_memory(model, asked, alone, options)
+
+
+def _with_little_memory(
+    model: start.Model, asked: Requests, alone: list[Result], options: dict[str, Any]
+) -> Iterator[Record]:
+    """`chunk`, `prefix` and `preempt`, in an LLM with few pages, small chunks, prefixes shared."""
+    from jaxinfer.cache import page_bytes
+
+    stem = f"invariance.{model.name}"
+    pages = 1 + max(sum(asked.pages) // HELD, MAX_MODEL_LEN // PAGE_SIZE)
+    with tempfile.TemporaryDirectory(prefix="bench-") as folder:
+        log = os.path.join(folder, "events.jsonl")
+        other = {
+            **options,
+            **start.chunk_option(CHUNK),
+            "max_num_seqs": min(len(alone), CHUNK_ROWS),
+            "kv_cache_bytes": pages * page_bytes(model.config, PAGE_SIZE, model.dtype),
+            "event_log": log,
+        }
+        llm = start.start(model, other)
+        start.warm_up(llm, (start.GREEDY, start.SAMPLED, start.LOGPROBS))
+        detail = {"dtype": model.dtype, "options": other}
+        chunked, again = run(llm, asked, max(1, len(alone) // GROUP), times=2)
+        yield from share_records(f"{stem}.chunk", alone, results(chunked), detail)
+        cached = [output.num_cached_tokens for output in again]
+        if not any(cached):
+            yield Record(f"{stem}.prefix.failed", None, error="no prompt was found in the cache")
+        else:
+            reuse = {**detail, "cached_tokens": sum(cached), "reused": sum(map(bool, cached))}
+            yield from share_records(f"{stem}.prefix", alone, results(again), reuse)
+        before = inside.logged_preemptions(Path(log))
+        (crowded,) = run(llm, asked, len(alone))
+        detail["preemptions"] = inside.logged_preemptions(Path(log)) - before
+        if not detail["preemptions"]:
+            yield Record(f"{stem}.preempt.failed", None, error="nothing was preempted")
+        else:
+            yield from share_records(f"{stem}.preempt", alone, results(crowded), detail)
+        start.close(llm)
+
+
+def make_parts(*models: str, llm: dict[str, Any] | None = None) -> list[Part]:
+    """A process for each: `demo`, or a shape of `bench.shapes`."""
+    return [
+        Part(
+            f"invariance.{shapes.short(model)}",
+            "bench.invariance",
+            ("--part", "--model", model, "--llm", json.dumps(llm or {})),
+            420,
+            start.ENV,
+        )
+        for model in models
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="the same requests in other batches")
-    parser.add_argument("--model", default="demo")
+    parser = argparse.ArgumentParser(description="the same requests, run in other ways")
+    parser.add_argument("--model", type=lambda text: text.split(","), default=["demo"])
+    parser.add_argument("--llm", type=json.loads, default={}, help="options of LLM, as JSON")
+    parser.add_argument("--requests", type=int, help="how many; fewer are faster")
     parser.add_argument("--part", action="store_true", help="measure in this process")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     parser.add_argument("--records", type=Path)
     args = parser.parse_args()
     if args.part:
-        run_part(args.records, args.model)
+        (model,) = args.model
+        n = args.requests or REQUESTS.get(model, SHAPE_REQUESTS)
+        for found in measure(start.load(model), n, args.llm):
+            emit(args.records, found)
         return
     run = record.start(parts.command_line("bench.invariance"))
     path = record.path_for(run, "invariance", args.out)
-    parts.print_table(parts.run_parts(make_parts(args.model), run, path))
+    parts.print_table(parts.run_parts(make_parts(*args.model, llm=args.llm), run, path))
 
 
 if __name__ == "__main__":
