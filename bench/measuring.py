@@ -49,7 +49,7 @@ class Setup:
     scale: Scale
     rate: float = 16.0
     seconds: float = 60.0
-    repeats: int = 5
+    repeats: int = 3
     detail: dict[str, Any] = field(default_factory=dict)
 
 
@@ -164,7 +164,7 @@ def parser(measurements: Mapping[str, Measurement]) -> argparse.ArgumentParser:
     made.add_argument("--llm", type=json.loads, default={}, help="options of LLM, as JSON")
     made.add_argument("--rate", type=float, default=16.0, help="requests a second, of serve")
     made.add_argument("--seconds", type=float, default=60.0, help="of soak")
-    made.add_argument("--repeats", type=int, default=5, help="of timed pairs")
+    made.add_argument("--repeats", type=int, default=3, help="of timed pairs")
     made.add_argument("--minutes", type=float, help="for all of it")
     made.add_argument("--out", type=Path, default=record.RESULTS)
     made.add_argument("--part", action="store_true", help="measure in this process")

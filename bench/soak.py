@@ -2,8 +2,8 @@
 
     python -m bench.soak --seconds 120 --shape llama-3.1-8b
 
-For so many seconds new requests are added whenever those under way could grow to less than one and
-a half times the KV cache: sequences are preempted. Some requests are cancelled, before or after
+For so many seconds new requests are added whenever those under way could grow to less than twice
+the KV cache: sequences are preempted. Some requests are cancelled, before or after
 their first tokens. Some of those that have ended are asked for again with one of their tokens as
 stop token. In the end a random sample is run again, each alone, and must give the same tokens.
 A failure is a request that came to anything but what it asked for.
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from jaxinfer.requests import Request
 
 SEED = 600
-OVERCOMMIT = 1.5
+OVERCOMMIT = 2.0
 SAMPLE = 24  # of the requests run again; as many as fit in SAMPLE_S
 SAMPLE_S = 25.0
 SHORT_ENOUGH = 200  # output tokens, of those run again

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,8 @@ class Model:
 
 def load(name: str) -> Model:
     """`demo`, or a shape with random weights; bfloat16, on a CPU float32."""
+    for variable, value in ENV.items():  # in time, if nothing has run on the GPU yet
+        os.environ.setdefault(variable, value)
     import jax
     import jax.numpy as jnp
 

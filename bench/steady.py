@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from jaxinfer.llm import LLM
 
 SEED = 500
-REPLAYS = 3
+REPLAYS = 2
 
 Prompts = tuple[list[int], ...]
 
@@ -121,7 +121,7 @@ def measure_sampled(llm: LLM, setup: Setup) -> Iterator[Record]:
 
 
 MEASUREMENTS = {
-    "steady": Measurement(measure_steady, 90.0),
+    "steady": Measurement(measure_steady, 120.0),
     "sampled": Measurement(measure_sampled, 90.0, (start.GREEDY, start.SAMPLED)),
 }
 
