@@ -5,11 +5,11 @@
 The same requests, half greedy and half at temperature 1 with a seed, run alone, and then:
 
 - `batch7`, `batch64`, `all`: so many at once.
-- `chunk`: another LLM over the same weights, which reads prompts in smaller chunks; an eighth of
-  the requests at once.
+- `chunk`: another LLM over the same weights, which reads prompts in smaller chunks; a few at
+  once.
 - `prefix`: each of these again, its prompt found in the cache, as is checked.
-- `preempt`: all at once in that LLM, whose cache holds a third of them: its event log must show
-  that sequences were preempted.
+- `preempt`: all at once in that LLM, whose cache is a third of what its rows would fill: its
+  event log must show that sequences were preempted.
 - `scored`: `llm.logprobs` of prompt and output, against those that came while it was generated.
 
 `invariance.MODEL.ARRANGEMENT.tokens` and `.logprob_bits` are shares of requests that are the same
@@ -47,8 +47,8 @@ MAX_MODEL_LEN = 512
 PAGE_SIZE = 64
 CHUNK = 96  # prompt tokens a step, in the other LLM
 CHUNK_ROWS = 64
-HELD = 3  # the cache holds one over this of what all requests come to
-GROUP = 8  # one over this of the requests at once, which the cache can hold together
+HELD = 3  # the cache holds one over this of what the requests in these rows come to
+GROUP = 8  # one over this of the rows are used at once, so that their pages stay in the cache
 
 
 @dataclass(frozen=True)
@@ -144,20 +144,21 @@ def _with_little_memory(
     from jaxinfer.cache import page_bytes
 
     stem = f"invariance.{model.name}"
-    pages = 1 + max(sum(asked.pages) // HELD, MAX_MODEL_LEN // PAGE_SIZE)
+    rows, n = min(len(alone), CHUNK_ROWS), len(alone)
+    pages = 1 + max(sum(asked.pages) * rows // (n * HELD), MAX_MODEL_LEN // PAGE_SIZE)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         log = os.path.join(folder, "events.jsonl")
         other = {
             **options,
             **start.chunk_option(CHUNK),
-            "max_num_seqs": min(len(alone), CHUNK_ROWS),
+            "max_num_seqs": rows,
             "kv_cache_bytes": pages * page_bytes(model.config, PAGE_SIZE, model.dtype),
             "event_log": log,
         }
         llm = start.start(model, other)
         start.warm_up(llm, (start.GREEDY, start.SAMPLED, start.LOGPROBS))
         detail = {"dtype": model.dtype, "options": other}
-        chunked, again = run(llm, asked, max(1, len(alone) // GROUP), times=2)
+        chunked, again = run(llm, asked, max(1, rows // GROUP), times=2)
         yield from share_records(f"{stem}.chunk", alone, results(chunked), detail)
         cached = [output.num_cached_tokens for output in again]
         if not any(cached):
@@ -166,7 +167,7 @@ def _with_little_memory(
             reuse = {**detail, "cached_tokens": sum(cached), "reused": sum(map(bool, cached))}
             yield from share_records(f"{stem}.prefix", alone, results(again), reuse)
         before = inside.logged_preemptions(Path(log))
-        (crowded,) = run(llm, asked, len(alone))
+        (crowded,) = run(llm, asked, n)
         detail["preemptions"] = inside.logged_preemptions(Path(log)) - before
         if not detail["preemptions"]:
             yield Record(f"{stem}.preempt.failed", None, error="nothing was preempted")
