@@ -25,7 +25,7 @@ import numpy as np
 from bench import parts, record
 from bench.parts import Part, emit
 from bench.record import ROOT, Record
-from jaxinfer.batch import Batch
+from jaxinfer.batch import Batch, Ragged
 from jaxinfer.cache import KV_DTYPES, PagedCache, Scales, init_cache
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.decoder import AttentionOptions, Params, forward, logits
@@ -60,7 +60,8 @@ def batch_of(tokens: np.ndarray) -> Batch:
         np.where(inside, at + PAGE_SIZE, 0), pages[None, None], np.array([0, count], np.int32),
         np.array([count], np.int32), at,
     )  # fmt: skip
-    return Batch(*map(jnp.asarray, arrays))
+    ids, positions, slots, *ragged, rows = map(jnp.asarray, arrays)
+    return Batch(ids, positions, slots, None, Ragged(*ragged), rows)
 
 
 @partial(jax.jit, static_argnames="config")
@@ -68,7 +69,7 @@ def run(
     params: Params, config: ModelConfig, batch: Batch, cache: PagedCache
 ) -> tuple[jax.Array, PagedCache]:
     """Log-probabilities float32 [WINDOW, V], and the cache."""
-    options = AttentionOptions(WINDOW, backend="reference")
+    options = AttentionOptions(backend="reference")
     out, cache = forward(params, config, batch, cache, attention=options)
     return jax.nn.log_softmax(logits(params, out.hidden)), cache
 

@@ -22,24 +22,37 @@ Host = Any  # NumPy when the host makes a plan; traced arrays inside a step
 MIN_ROWS = 8  # matmuls of fewer rows round differently from larger ones: never run them
 
 
+class Ragged(NamedTuple):
+    """Sequences of one attention call; see `pallas_kernels.paged_attention`.
+
+    Attributes:
+        page_table: int32 [G, S, P].
+        query_starts: int32 [S + 1]; sequence s owns tokens query_starts[s]:query_starts[s + 1].
+        kv_lengths: int32 [S]; tokens of each sequence, those of this batch included.
+    """
+
+    page_table: Array
+    query_starts: Array
+    kv_lengths: Array
+
+
 class Batch(NamedTuple):
     """One forward's input. Static shapes; inert tokens write to the trash page.
 
     Attributes:
         tokens, positions: int32 [T].
         kv_index: int32 [T]; flat slot (page * page_size + slot) where each token's K/V goes.
-        page_table: int32 [G, S, P].
-        query_starts: int32 [S + 1]; sequence s owns tokens query_starts[s]:query_starts[s + 1].
-        kv_lengths: int32 [S]; tokens of each sequence, those of this batch included.
+        decode: sequences with one token each, the first of the batch; None: there are none.
+        chunks: the others, any number of tokens each. Where there are both, the first of these
+            stands for what `decode` owns, and has no keys.
         logit_rows: int32 [R]; tokens whose hidden states are wanted.
     """
 
     tokens: Array
     positions: Array
     kv_index: Array
-    page_table: Array
-    query_starts: Array
-    kv_lengths: Array
+    decode: Ragged | None
+    chunks: Ragged | None
     logit_rows: Array
 
 
@@ -65,43 +78,57 @@ class SeqState(NamedTuple):
     penalties: PenaltyState | None
 
 
-class Admission(NamedTuple):
-    """What the host says of a row when its first chunk is run. Scalars, and pages [P_max]."""
+class Chunks(NamedTuple):
+    """Parts of Q prompts, in the flat order of the step's T tokens, after those of decode rows.
 
-    pages: Host
-    limit: Host
-    rows: SamplingRows  # of one row, without the leading axis
-
-
-class Chunk(NamedTuple):
-    """Prompt tokens `start` to `start + count` of the sequence in `row`, padded to C.
-
-    `first` applies `admission`; `last` samples the token after them. Tokens from `prompt` on were
-    sampled before the sequence was preempted. `targets` [C] are the tokens whose log-probabilities
-    are wanted after each token (scoring only).
-    `released` [M] are rows to stop before anything else.
+    Attributes:
+        tokens, positions: int32 [T].
+        owner: int32 [T]; which of the Q parts a token belongs to, -1: to none.
+        ends: int32 [Q]; where each part ends among the T tokens.
+        row: int32 [Q]; M for those that stand for nothing.
+        length: int32 [Q]; tokens of the sequence, the part's own included.
+        prompt: int32 [Q]; tokens from here on were sampled, before a preemption.
+        first, last: bool [Q]; `first` sets up the row, `last` has the next token sampled.
+        pages: int32 [Q, P_max]; limit: int32 [Q]; how: [Q]; of a row that is set up.
+        targets: int32 [T]; the tokens whose log-probabilities are wanted after each token; None:
+            nothing is scored.
     """
 
     tokens: Host
+    positions: Host
+    owner: Host
+    ends: Host
     row: Host
-    start: Host
-    count: Host
+    length: Host
     prompt: Host
     first: Host
     last: Host
-    admission: Admission
-    released: Host
+    pages: Host
+    limit: Host
+    how: SamplingRows
     targets: Host
 
 
-class DecodePlan(NamedTuple):
-    """Decode `steps` times; `released` [M] as in `Chunk`. `pages` int32 [M, W], 0 for none, go to
-    each row of the page table from column `columns` [M] on."""
+class Plan(NamedTuple):
+    """One dispatch, as the host asks for it.
 
-    steps: Host
+    Attributes:
+        released: bool [M]; rows to stop before anything else.
+        columns: int32 [M], pages: int32 [M, W]; pages granted to each row, 0 for none, and the
+            column of its page table from which on they go.
+        rows: int32 [R]; the rows that decode, then M for those that stand for nothing.
+        count: int32; how many decode.
+        steps: int32; decode steps to run.
+        chunks: what is read of prompts; None in dispatches of several steps.
+    """
+
     released: Host
     columns: Host
     pages: Host
+    rows: Host
+    count: Host
+    steps: Host
+    chunks: Chunks | None
 
 
 def init_state(max_num_seqs: int, max_pages: int, groups: int = 1) -> SeqState:
@@ -131,94 +158,89 @@ def init_penalties(max_num_seqs: int, vocab_size: int) -> PenaltyState:
     return PenaltyState(jnp.zeros(shape, jnp.bool_), jnp.zeros(shape, jnp.int32))
 
 
-def admit(seq: SeqState, chunk: Chunk) -> SeqState:
-    """Stops the released rows, sets up a new one on its first chunk, notes the prompt's tokens."""
-    seq = seq._replace(active=seq.active & ~chunk.released)
-    row, new = chunk.row, chunk.admission
-
-    def put(array: Array, value: Host) -> Array:
-        return array.at[row].set(jnp.where(chunk.first, value, array[row]))
-
-    penalties = seq.penalties
-    if penalties is not None:
-        offset = jnp.arange(chunk.tokens.shape[0])
-        sampled = chunk.start + offset >= chunk.prompt
-        vocab = penalties.prompt.shape[1]
-        tokens = jnp.where(offset < chunk.count, chunk.tokens, vocab)  # past the end: dropped
-        kept = jnp.where(chunk.first, False, penalties.prompt[row])
-        kept = kept.at[jnp.where(sampled, vocab, tokens)].set(True, mode="drop")
-        counts = jnp.where(chunk.first, 0, penalties.counts[row])
-        counts = counts.at[jnp.where(sampled, tokens, vocab)].add(1, mode="drop")
-        penalties = PenaltyState(
-            penalties.prompt.at[row].set(kept), penalties.counts.at[row].set(counts)
-        )
-    table = jnp.where(chunk.first, new.pages, seq.page_table[:, row])
-    return seq._replace(
-        limits=put(seq.limits, new.limit),
-        page_table=seq.page_table.at[:, row].set(table),
-        rows=jax.tree.map(put, seq.rows, new.rows),
-        penalties=penalties,
-    )
-
-
-def extend(seq: SeqState, plan: DecodePlan) -> SeqState:
-    """Stops the released rows, and notes the pages that others were granted."""
+def prepare(seq: SeqState, plan: Plan) -> SeqState:
+    """Stops the released rows, notes pages that were granted, and sets up new rows."""
     M, W = plan.pages.shape
     columns = plan.columns[:, None] + jnp.arange(W)
     columns = jnp.where(plan.pages > 0, columns, seq.page_table.shape[2])  # none: dropped
     table = seq.page_table.at[:, jnp.arange(M)[:, None], columns].set(plan.pages, mode="drop")
-    return seq._replace(active=seq.active & ~plan.released, page_table=table)
+    seq = seq._replace(active=seq.active & ~plan.released, page_table=table)
+    return seq if plan.chunks is None else _admit(seq, plan.chunks)
 
 
-def assemble_chunk(seq: SeqState, chunk: Chunk, *, pages: int, page_size: int) -> Batch:
-    """The batch of one prefill chunk: one sequence, C tokens of which `count` are real.
+def _admit(seq: SeqState, chunks: Chunks) -> SeqState:
+    new = jnp.where(chunks.first, chunks.row, seq.active.shape[0])  # past the end: dropped
+
+    def put(array: Array, value: Host) -> Array:
+        return array.at[new].set(value, mode="drop")
+
+    return seq._replace(
+        limits=put(seq.limits, chunks.limit),
+        page_table=seq.page_table.at[:, new].set(chunks.pages, mode="drop"),
+        rows=jax.tree.map(put, seq.rows, chunks.how),
+        penalties=None if seq.penalties is None else _noted(seq.penalties, chunks, new),
+    )
+
+
+def _noted(penalties: PenaltyState, chunks: Chunks, new: Array) -> PenaltyState:
+    """The parts' tokens: of the prompt, or sampled before a preemption."""
+    M = penalties.prompt.shape[0]
+    row = jnp.where(chunks.owner >= 0, jnp.asarray(chunks.row)[chunks.owner], M)
+    sampled = chunks.positions >= jnp.asarray(chunks.prompt)[chunks.owner]
+    prompt = penalties.prompt.at[new].set(False, mode="drop")
+    counts = penalties.counts.at[new].set(0, mode="drop")
+    prompt = prompt.at[jnp.where(sampled, M, row), chunks.tokens].set(True, mode="drop")
+    counts = counts.at[jnp.where(sampled, row, M), chunks.tokens].add(1, mode="drop")
+    return PenaltyState(prompt, counts)
+
+
+def assemble(seq: SeqState, plan: Plan, *, tokens: int, pages: int, page_size: int) -> Batch:
+    """The batch of one step: a token of each row that decodes, then those of chunks, then padding.
+
+    Rows that have stopped write to the trash page and attend to nothing.
 
     Args:
-        pages: columns of the page table to look at (static); must cover the chunk's end.
+        tokens: T, at least `MIN_ROWS` and the number of `plan.rows` (static).
+        pages: columns of the page table to look at (static); must cover every sequence's end.
         page_size: tokens a page.
     """
-    offset = jnp.arange(chunk.tokens.shape[0], dtype=jnp.int32)
-    valid = offset < chunk.count
-    positions = jnp.where(valid, chunk.start + offset, 0)
-    table = seq.page_table[:, chunk.row, :pages]
-    last = jnp.maximum(chunk.count - 1, 0)
-    return Batch(
-        tokens=jnp.where(valid, chunk.tokens, 0),
-        positions=positions,
-        kv_index=_slots(table[0], positions, valid, page_size),
-        page_table=table[:, None],
-        query_starts=jnp.stack([jnp.zeros_like(chunk.count), chunk.count]).astype(jnp.int32),
-        kv_lengths=(chunk.start + chunk.count)[None].astype(jnp.int32),
-        logit_rows=jnp.full((MIN_ROWS,), last, jnp.int32),
+    M, R = seq.active.shape[0], plan.rows.shape[0]
+    rows = jnp.minimum(plan.rows, M - 1)
+    active = seq.active[rows] & (plan.rows < M)
+    lengths = jnp.where(active, seq.lengths[rows], 0)
+    table = seq.page_table[:, rows, :pages]
+    decode = Ragged(
+        table,
+        jnp.minimum(jnp.arange(R + 1, dtype=jnp.int32), plan.count),
+        jnp.where(active, lengths + 1, 0),
     )
-
-
-def assemble_decode(seq: SeqState, *, rows: int, pages: int, page_size: int) -> Batch:
-    """The batch of one decode step over the first `rows` rows: one token each.
-
-    The tokens are padded to `MIN_ROWS`; attention sees `rows` sequences only.
-    """
-    T = max(rows, MIN_ROWS)
-    active = seq.active[:rows]
-    lengths = jnp.where(active, seq.lengths[:rows], 0)
-    table = seq.page_table[:, :rows, :pages]
-    slots = jax.vmap(_slots, (0, 0, 0, None))(table[0], lengths, active, page_size)
 
     def pad(x: Array) -> Array:
-        return jnp.pad(x, (0, T - rows))
+        return jnp.pad(x, (0, tokens - R))
 
-    return Batch(
-        tokens=pad(jnp.where(active, seq.tokens[:rows], 0)),
-        positions=pad(lengths),
-        kv_index=pad(slots),
-        page_table=table,
-        query_starts=jnp.arange(rows + 1, dtype=jnp.int32),
-        kv_lengths=jnp.where(active, lengths + 1, 0),
-        logit_rows=jnp.arange(T, dtype=jnp.int32),
+    ids, positions = pad(jnp.where(active, seq.tokens[rows], 0)), pad(lengths)
+    page = jnp.where(active, table[0, jnp.arange(R), lengths // page_size], TRASH_PAGE)
+    slots = pad(page * page_size + lengths % page_size)
+    wanted = jnp.arange(R, dtype=jnp.int32)
+    chunks = plan.chunks
+    if chunks is None:
+        wanted = jnp.arange(max(R, MIN_ROWS), dtype=jnp.int32)
+        return Batch(ids, positions, slots, decode, None, wanted)
+    read = chunks.owner >= 0
+    row = jnp.minimum(chunks.row, M - 1)
+    page = seq.page_table[0, row[chunks.owner], chunks.positions // page_size]
+    page = jnp.where(read, page, TRASH_PAGE)
+    zero = jnp.zeros((1,), jnp.int32)
+    ragged = Ragged(
+        jnp.pad(seq.page_table[:, row, :pages], ((0, 0), (1, 0), (0, 0))),
+        jnp.concatenate([zero, plan.count[None], chunks.ends]).astype(jnp.int32),
+        jnp.concatenate([zero, chunks.length]).astype(jnp.int32),
     )
-
-
-def _slots(table: Array, positions: Array, valid: Array, page_size: int) -> Array:
-    """Flat slots of positions in one sequence's pages; the trash page where not valid."""
-    page = jnp.where(valid, table[positions // page_size], TRASH_PAGE)
-    return page * page_size + positions % page_size
+    return Batch(
+        tokens=jnp.where(read, chunks.tokens, ids),
+        positions=jnp.where(read, chunks.positions, positions),
+        kv_index=jnp.where(read, page * page_size + chunks.positions % page_size, slots),
+        decode=decode,
+        chunks=ragged,
+        logit_rows=jnp.concatenate([wanted, jnp.maximum(chunks.ends - 1, 0)]),
+    )

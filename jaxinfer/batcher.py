@@ -31,6 +31,8 @@ from jaxinfer.pages import (
 )
 
 NO_SEQUENCE = -1
+NO_PAGES = np.empty(0, np.int32)
+NO_PAGES.flags.writeable = False
 
 
 class Submit(NamedTuple):
@@ -86,24 +88,26 @@ class Prefill(NamedTuple):
     last: bool
     limit: int
     pages: np.ndarray
-    released: np.ndarray
 
 
-class Decode(NamedTuple):
-    """Run `steps` decode steps of rows 0 to `rows`.
+class Run(NamedTuple):
+    """One dispatch: a token of each row that decodes, beside chunks of prompts; or, without
+    chunks, `steps` decode steps.
 
-    `ids` [rows]: the sequence in each row that takes part, or -1. `tokens`: the longest that any
-    of them may have become afterwards. `pages` int32 [M, W]: pages granted to each row, 0 for none,
-    from column `columns` [M] of its page table on.
+    `rows` [n]: those that decode, and `ids` [n] their sequences. `tokens`: the longest that any
+    sequence of the dispatch may have become afterwards. `pages` int32 [M, W]: pages granted to each
+    row, 0 for none, from column `columns` [M] of its page table on. `released` [M]: rows to stop
+    before anything else.
     """
 
-    rows: int
     steps: int
+    rows: np.ndarray
     ids: np.ndarray
     tokens: int
-    released: np.ndarray
     columns: np.ndarray
     pages: np.ndarray
+    chunks: tuple[Prefill, ...]
+    released: np.ndarray
 
 
 class Preempt(NamedTuple):
@@ -119,7 +123,7 @@ class Refuse(NamedTuple):
     reason: str
 
 
-Action = Prefill | Decode | Preempt | Refuse
+Action = Run | Preempt | Refuse
 
 
 class Rows(NamedTuple):
@@ -127,7 +131,7 @@ class Rows(NamedTuple):
 
     `prompt`: tokens to read before it can go on: its prompt, and what it had when it was preempted.
     `prefilled`: prompt tokens that were dispatched, or are shared; 0 before the first chunk.
-    `scheduled`: output tokens that the steps dispatched so far may have produced.
+    `scheduled`: output tokens that the steps dispatched so far may have produced. `held`: pages.
     """
 
     id: np.ndarray
@@ -136,10 +140,11 @@ class Rows(NamedTuple):
     rank: np.ndarray
     prefilled: np.ndarray
     scheduled: np.ndarray
+    held: np.ndarray
 
 
 class BatcherState(NamedTuple):
-    """Everything the scheduler knows. `pages` int32 [M, P_max], 0 where none is granted.
+    """Everything the scheduler knows. `pages`, objects [M]: those of each row, int32 [held].
 
     `keys`, objects [M]: of the full pages of each running sequence's prompt. `released` [M]: rows
     that the device must be told to stop, with the next action. `parked` int64 [n, 3]: preempted
@@ -163,8 +168,8 @@ def create_state(config: BatcherConfig) -> BatcherState:
     state = BatcherState(
         waiting=Submit(none, none, none, none, np.empty(0, object)),
         parked=np.empty((0, 3), np.int64),
-        rows=Rows(np.full(M, NO_SEQUENCE), zero, zero, zero, zero, zero),
-        pages=np.zeros((M, pages_for(config.max_model_len, config.page_size)), np.int32),
+        rows=Rows(np.full(M, NO_SEQUENCE), zero, zero, zero, zero, zero, zero),
+        pages=objects([NO_PAGES] * M),
         keys=np.full(M, None),
         pool=create(config.num_pages),
         released=np.zeros(M, bool),
@@ -200,7 +205,13 @@ def step(
                     state = _leave(state, int(sequence), tell_device=False)
     state = _admit(state, config)
     state, run = _schedule(state, config)
-    _seal(state, state.waiting, state.rows, *run)
+    _seal(
+        state,
+        state.waiting,
+        state.rows,
+        *run,
+        *(c for a in run if isinstance(a, Run) for c in a.chunks),
+    )
     return state, (*actions, *run)
 
 
@@ -261,7 +272,7 @@ def _remember(state: BatcherState, sequence: int, keys: np.ndarray) -> BatcherSt
     found = np.flatnonzero(state.rows.id == sequence)
     if not len(found):
         return state
-    pages = state.pages[found[0], : len(keys)]
+    pages = state.pages[found[0]][: len(keys)]
     return state._replace(pool=publish(state.pool, pages, keys))
 
 
@@ -282,40 +293,37 @@ def _leave(state: BatcherState, sequence: int, *, tell_device: bool) -> BatcherS
 def _free(state: BatcherState, row: int, *, tell_device: bool) -> BatcherState:
     """Empties a row. Its pages may be granted again at once: steps run in the order dispatched,
     and any step dispatched from here on finds the row stopped."""
-    granted = state.pages[row]
+    rows = state.rows
     return state._replace(
-        rows=state.rows._replace(id=_with(state.rows.id, row, NO_SEQUENCE)),
-        pages=_with(state.pages, row, 0),
+        rows=rows._replace(id=_with(rows.id, row, NO_SEQUENCE), held=_with(rows.held, row, 0)),
+        pages=_with(state.pages, row, NO_PAGES),
         keys=_with(state.keys, row, None),
-        pool=release(state.pool, granted[granted > 0]),
+        pool=release(state.pool, state.pages[row]),
         released=_with(state.released, row, tell_device),
     )
 
 
 def _admit(state: BatcherState, config: BatcherConfig) -> BatcherState:
     """Moves the head of the queue into the lowest free row, while one fits."""
+    if config.policy == "static" and (state.rows.id != NO_SEQUENCE).any():
+        return state
     while len(state.waiting.ids):
         rows = state.rows
         free = np.flatnonzero(rows.id == NO_SEQUENCE)
         if not len(free):
             break
-        running = rows.id != NO_SEQUENCE
-        if config.policy == "static" and (running & (rows.scheduled > 1)).any():
-            break
         sequence, prompt, limit, rank = (int(a[0]) for a in state.waiting[:4])
         wanted = pages_for(prompt, config.page_size)
         # A page more for each that runs already: to admit one only to preempt it is no gain.
-        if wanted + np.count_nonzero(running) > state.pool.available:
+        if wanted + len(rows.id) - len(free) > state.pool.available:
             break
         pool, pages = allocate(state.pool, wanted)
         row = int(free[0])
-        new = (sequence, prompt, limit, rank, 0, 0)  # in the order of Rows
-        granted = np.zeros(state.pages.shape[1], np.int32)
-        granted[:wanted] = pages
+        new = (sequence, prompt, limit, rank, 0, 0, wanted)  # in the order of Rows
         state = state._replace(
             waiting=Submit(*(a[1:] for a in state.waiting)),
             rows=Rows(*(_with(a, row, value) for a, value in zip(rows, new, strict=True))),
-            pages=_with(state.pages, row, granted),
+            pages=_with(state.pages, row, _frozen(pages)),
             keys=_with(state.keys, row, state.waiting.keys[0]),
             pool=pool,
         )
@@ -325,24 +333,20 @@ def _admit(state: BatcherState, config: BatcherConfig) -> BatcherState:
 def _schedule(
     state: BatcherState, config: BatcherConfig
 ) -> tuple[BatcherState, tuple[Action, ...]]:
-    rows = state.rows
-    unread = np.flatnonzero((rows.id != NO_SEQUENCE) & (rows.prefilled < rows.prompt))
-    if len(unread):
-        first = unread[np.lexsort((rows.id[unread], rows.rank[unread]))[0]]
-        return _prefill(state, int(first), config)
+    """Every row that can decode does, beside as many prompt tokens as the budget leaves."""
     preempted: list[Action] = []
     while True:
         rows = state.rows
         running = rows.id != NO_SEQUENCE
-        left = np.where(running, rows.limit - rows.prompt - rows.scheduled, 0)
-        if not (left > 0).any():
-            return state, tuple(preempted)
-        steps = int(min(config.max_steps, left.max()))
+        reading = running & (rows.prefilled < rows.prompt)
+        left = np.where(running & ~reading, rows.limit - rows.prompt - rows.scheduled, 0)
+        # Whoever waits should find the device free soon.
+        alone = not reading.any() and not len(state.waiting.ids)
+        steps = int(min(config.max_steps, left.max())) if alone else 1
         scheduled = rows.scheduled + np.clip(left, 0, steps)
-        had = np.count_nonzero(state.pages, axis=1)
         # The last token of all is not in the cache before the step after it.
         wanted = -(-(rows.prompt + scheduled - 1) // config.page_size)
-        new = np.where(left > 0, np.maximum(wanted - had, 0), 0)
+        new = np.where(left > 0, np.maximum(wanted - rows.held, 0), 0)
         if new.sum() <= state.pool.available:
             break
         last = int(np.lexsort((rows.id, rows.rank, running))[-1])
@@ -350,66 +354,78 @@ def _schedule(
         parked = np.array([[rows.id[last], rows.limit[last], rows.rank[last]]])
         state = _free(state, last, tell_device=True)
         state = state._replace(parked=np.concatenate([state.parked, parked]))
-    state, granted = _grant(state, had, new, pages_for(config.max_steps, config.page_size) + 1)
-    part = left > 0
-    count = int(np.flatnonzero(part)[-1]) + 1
-    action = Decode(
-        rows=count,
+    decoding = np.flatnonzero(left > 0)
+    state, granted = _grant(state, new, pages_for(config.max_steps, config.page_size) + 1)
+    state = state._replace(rows=state.rows._replace(scheduled=scheduled))
+    state, chunks = _read(state, config, config.max_num_batched_tokens - len(decoding))
+    if not len(decoding) and not chunks:
+        return state, tuple(preempted)
+    longest = [int((rows.prompt + scheduled)[decoding].max())] if len(decoding) else []
+    action = Run(
         steps=steps,
-        ids=np.where(part, rows.id, NO_SEQUENCE)[:count],
-        tokens=int((rows.prompt + scheduled)[part].max()),
-        released=state.released,
-        columns=had.astype(np.int32),
+        rows=decoding,
+        ids=rows.id[decoding],
+        tokens=max(longest + [chunk.stop for chunk in chunks]),
+        columns=rows.held.astype(np.int32),
         pages=granted,
+        chunks=tuple(chunks),
+        released=state.released,
     )
-    return state._replace(
-        rows=rows._replace(scheduled=scheduled), released=np.zeros_like(state.released)
-    ), (*preempted, action)
+    return state._replace(released=np.zeros_like(state.released)), (*preempted, action)
 
 
-def _grant(
-    state: BatcherState, had: np.ndarray, new: np.ndarray, width: int
-) -> tuple[BatcherState, np.ndarray]:
-    """`new` [M] more pages for each row, after the `had` [M] that it has; int32 [M, width]."""
-    pool, pages = allocate(state.pool, int(new.sum()))
-    row = np.repeat(np.arange(len(new)), new)
-    place = np.arange(len(row)) - np.repeat(np.cumsum(new) - new, new)
+def _grant(state: BatcherState, new: np.ndarray, width: int) -> tuple[BatcherState, np.ndarray]:
+    """`new` [M] more pages for each row, after those that it has; int32 [M, width]."""
     granted = np.zeros((len(new), width), np.int32)
-    granted[row, place] = pages
-    table = state.pages.copy()
-    table[row, had[row] + place] = pages
-    return state._replace(pages=table, pool=pool), granted
+    rows = np.flatnonzero(new)
+    if not len(rows):
+        return state, granted
+    pool, pages = allocate(state.pool, int(new.sum()))
+    held = state.pages.copy()
+    for row, own in zip(rows, np.split(pages, np.cumsum(new[rows])[:-1]), strict=True):
+        granted[row, : len(own)] = own
+        held[row] = _frozen(np.concatenate([held[row], own]))
+    return state._replace(
+        pages=held, pool=pool, rows=state.rows._replace(held=state.rows.held + new)
+    ), granted
 
 
-def _prefill(
-    state: BatcherState, row: int, config: BatcherConfig
-) -> tuple[BatcherState, tuple[Action, ...]]:
+def _read(
+    state: BatcherState, config: BatcherConfig, budget: int
+) -> tuple[BatcherState, list[Prefill]]:
+    """Chunks of the prompts that are first in order, `budget` tokens in all."""
+    rows = state.rows
+    unread = np.flatnonzero((rows.id != NO_SEQUENCE) & (rows.prefilled < rows.prompt))
+    chunks = []
+    for row in unread[np.lexsort((rows.id[unread], rows.rank[unread]))][: config.max_chunks]:
+        if budget <= 0:
+            break
+        state, chunk = _chunk(state, int(row), config, budget)
+        budget -= chunk.stop - chunk.start
+        chunks.append(chunk)
+    return state, chunks
+
+
+def _chunk(
+    state: BatcherState, row: int, config: BatcherConfig, budget: int
+) -> tuple[BatcherState, Prefill]:
     first = not state.rows.prefilled[row]
     if first:
         state = _share(state, row, config)
-    rows = state.rows
+    rows, pages = state.rows, state.pages[row]
     start, prompt = int(rows.prefilled[row]), int(rows.prompt[row])
-    stop = min(prompt, start + config.max_chunk)
-    granted = state.pages[row]
-    action = Prefill(
-        id=int(rows.id[row]),
-        row=row,
-        start=start,
-        stop=stop,
-        first=first,
-        last=stop == prompt,
-        limit=int(rows.limit[row]),
-        pages=granted[granted > 0],
-        released=state.released,
-    )
+    stop = min(prompt, start + budget)
+    last = stop == prompt
+    chunk = Prefill(int(rows.id[row]), row, start, stop, first, last, int(rows.limit[row]), pages)
     rows = rows._replace(
-        prefilled=_with(rows.prefilled, row, stop),
-        scheduled=_with(rows.scheduled, row, int(stop == prompt)),
+        prefilled=_with(rows.prefilled, row, stop), scheduled=_with(rows.scheduled, row, int(last))
     )
-    # Steps run in the order dispatched: whoever is scheduled from here on finds these pages full.
-    full = slice(start // config.page_size, min(stop // config.page_size, len(state.keys[row])))
-    pool = publish(state.pool, granted[full], state.keys[row][full])
-    return state._replace(rows=rows, pool=pool, released=np.zeros_like(state.released)), (action,)
+    # A step writes all its keys before it attends, and steps run in the order dispatched: whoever
+    # is scheduled from here on finds these pages full.
+    keys = state.keys[row]
+    full = slice(start // config.page_size, min(stop // config.page_size, len(keys)))
+    pool = publish(state.pool, pages[full], keys[full])
+    return state._replace(rows=rows, pool=pool), chunk
 
 
 def _share(state: BatcherState, row: int, config: BatcherConfig) -> BatcherState:
@@ -419,12 +435,16 @@ def _share(state: BatcherState, row: int, config: BatcherConfig) -> BatcherState
     """
     most = (int(state.rows.prompt[row]) - 1) // config.page_size
     found = find(state.pool, state.keys[row][:most])
-    own = state.pages[row].copy()
+    if not len(found):
+        return state
+    own = state.pages[row]
     pool = release(share(state.pool, found), own[: len(found)])
-    own[: len(found)] = found
     prefilled = _with(state.rows.prefilled, row, len(found) * config.page_size)
+    pages = _frozen(np.concatenate([found, own[len(found) :]]).astype(np.int32))
     return state._replace(
-        rows=state.rows._replace(prefilled=prefilled), pages=_with(state.pages, row, own), pool=pool
+        rows=state.rows._replace(prefilled=prefilled),
+        pages=_with(state.pages, row, pages),
+        pool=pool,
     )
 
 
@@ -434,8 +454,13 @@ def _with(array: np.ndarray, index: int, value: int | np.ndarray | None) -> np.n
     return copy
 
 
+def _frozen(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
 def _seal(*records: NamedTuple) -> None:
     for record in records:
         for value in record:
             if isinstance(value, np.ndarray):
-                value.flags.writeable = False
+                _frozen(value)

@@ -95,8 +95,10 @@ class BatcherConfig:
         page_size: tokens a page.
         max_num_seqs: sequences that may run at once.
         max_model_len: longest sequence, prompt and output together.
-        max_chunk: most prompt tokens that one prefill step takes.
-        max_steps: decode steps in one dispatch.
+        max_num_batched_tokens: most tokens of one step: one of each row that decodes, and of
+            prompts what is left. More than `max_num_seqs`, so that prompts always get on.
+        max_chunks: most prompts that one step reads from.
+        max_steps: most decode steps in one dispatch: one while a prompt waits or is being read.
         max_waiting: queue bound; a submission past it is refused.
         policy: `continuous` admits whenever a row and the pages are free; `static` admits only
             when nothing runs, a whole batch at a time.
@@ -107,7 +109,8 @@ class BatcherConfig:
     page_size: int
     max_num_seqs: int
     max_model_len: int
-    max_chunk: int = 2048
+    max_num_batched_tokens: int = 2048
+    max_chunks: int = 32
     max_steps: int = 8
     max_waiting: int = 1_000_000
     policy: Literal["continuous", "static"] = "continuous"
@@ -132,8 +135,8 @@ class EngineOptions:
     invariant: bool = True
     tensor_parallel_size: int = 1
     page_size: int = 64
-    max_chunk: int = 2048
-    max_steps: int = 8
+    max_num_batched_tokens: int | None = None
+    max_steps: int | None = None
     max_waiting: int = 1_000_000
     policy: Literal["continuous", "static"] = "continuous"
     prefix_caching: bool = True
@@ -148,13 +151,20 @@ class EngineOptions:
         }.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {accepted}")
-        at_least_one = ("max_num_seqs", "max_chunk", "max_steps", "max_waiting", "page_size")
-        for name in (*at_least_one, "max_model_len", "kv_cache_bytes"):
+        at_least_one = ("max_num_seqs", "max_waiting", "page_size")
+        optional = ("max_num_batched_tokens", "max_steps", "max_model_len", "kv_cache_bytes")
+        for name in (*at_least_one, *optional):
             value = getattr(self, name)
             if value is None and name not in at_least_one:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r}: expected an integer of at least 1")
+        budget = self.max_num_batched_tokens
+        if budget is not None and budget <= self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens={budget}: expected more than max_num_seqs="
+                f"{self.max_num_seqs}, so that prompts get on while every row decodes"
+            )
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed={self.seed!r}: expected an integer")
         for name in ("invariant", "prefix_caching"):

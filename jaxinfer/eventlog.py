@@ -1,7 +1,7 @@
 """The scheduler's event log: written while an engine runs, and replayed without one.
 
 The scheduler is pure: from its config and its events alone follows all that it did. A log is JSON
-lines: first `{"version": 1, "config": {...}}`, then for each step `{"events": [...], "actions":
+lines: first `{"version": 2, "config": {...}}`, then for each step `{"events": [...], "actions":
 [...]}`. Actions are there to be compared: a replay that differs names the step. An engine that has
 forgotten everything after a failure begins again with such a first line.
 """
@@ -17,11 +17,11 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from jaxinfer import batcher
-from jaxinfer.batcher import Action, BatcherState, Decode, Event, Preempt, Prefill, Refuse
+from jaxinfer.batcher import Action, BatcherState, Event, Preempt, Prefill, Refuse, Run
 from jaxinfer.config import BatcherConfig
 from jaxinfer.errors import InvalidRequest
 
-VERSION = 1
+VERSION = 2
 EVENTS = {
     kind.__name__: kind
     for kind in (batcher.Submit, batcher.Return, batcher.Cancel, batcher.Finished)
@@ -64,7 +64,7 @@ def replay(path: Path) -> Iterator[Step]:
                 return
             line = _line(path, number, text)
             if "config" in line and line.get("version") == VERSION:
-                config = BatcherConfig(**line["config"])
+                config = _config(path, number, line["config"])
                 state = batcher.create_state(config)
                 continue
             if config is None or state is None or "events" not in line:
@@ -114,16 +114,20 @@ def _event_words(event: Event) -> str:
 
 def _action_words(action: Action) -> str:
     match action:
-        case Prefill():
-            shared = f", {action.start} shared" if action.first and action.start else ""
-            return f"read {action.id} [{action.start}:{action.stop}]{shared}"
-        case Decode():
-            ids = [i for i in action.ids.tolist() if i != batcher.NO_SEQUENCE]
-            return f"{action.steps} steps of {_some(ids)}"
+        case Run():
+            some = [_chunk_words(chunk) for chunk in action.chunks]
+            if len(action.ids):
+                some.append(f"{action.steps} steps of {_some(action.ids.tolist())}")
+            return ", ".join(some)
         case Preempt():
             return f"{action.id} preempted: no pages left"
         case Refuse():
             return f"{action.id} refused: {action.reason}"
+
+
+def _chunk_words(chunk: Prefill) -> str:
+    shared = f", {chunk.start} shared" if chunk.first and chunk.start else ""
+    return f"read {chunk.id} [{chunk.start}:{chunk.stop}]{shared}"
 
 
 def _some(ids: list[int]) -> str:
@@ -144,7 +148,7 @@ def _plain(record: Any) -> dict[str, Any]:
 def _value(x: Any) -> Any:
     if isinstance(x, np.ndarray):
         return [_value(i) for i in x] if x.dtype == object else x.tolist()
-    return x
+    return [_plain(record) for record in x] if isinstance(x, tuple) else x
 
 
 def _event(fields: dict[str, Any]) -> Event:
@@ -161,6 +165,15 @@ def _event(fields: dict[str, Any]) -> Event:
         else:
             values[name] = np.array(x, np.int64) if isinstance(x, list) else x
     return kind(**values)
+
+
+def _config(path: Path, number: int, fields: dict[str, Any]) -> BatcherConfig:
+    try:
+        return BatcherConfig(**fields)
+    except TypeError as error:
+        raise InvalidRequest(
+            f"{path}, line {number}: not the scheduler's config: {error}"
+        ) from error
 
 
 def _line(path: Path, number: int, text: str) -> dict[str, Any]:

@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.cache import resolve_kv_dtype
-from jaxinfer.config import BatcherConfig, EngineOptions, ModelConfig
+from jaxinfer.config import EngineOptions, ModelConfig
 from jaxinfer.engine import Engine
 from jaxinfer.errors import InvalidRequest, JaxinferError, QueueFull
-from jaxinfer.loading import check_params, load_weights, plan, prepare_backend
+from jaxinfer.loading import batcher_config, check_params, load_weights, plan, prepare_backend
 from jaxinfer.requests import Request, Sample, finish, refused, sequences, take, token_logprobs
 from jaxinfer.sizing import MemoryPlan
 from jaxinfer.types import (
@@ -63,9 +63,12 @@ class LLM:
         invariant: a request's tokens do not depend on what it is batched with (ADR 003).
         tensor_parallel_size: 1; more is not supported yet.
         page_size: tokens a page of the cache.
-        max_chunk: most prompt tokens a step; longer prompts are prefilled in chunks.
-        max_steps: decode steps in one dispatch. Tokens come in groups of so many, and when the
-            last request ends, up to so many steps have been computed in vain.
+        max_num_batched_tokens: most tokens of one step: one for each sequence that decodes, and as
+            much of prompts as that leaves; longer ones are read in chunks. None: 2048, or twice
+            `max_num_seqs`.
+        max_steps: most decode steps in one dispatch, while nothing waits. Tokens then come in
+            groups of so many. None: 1, and more for small models on a GPU, whose steps take less
+            time than the host needs to prepare one.
         max_waiting: queue bound; more requests at once raise QueueFull.
         policy: `continuous` fills rows as they become free; `static` runs whole batches.
         prefix_caching: prompts that begin alike share the pages of their beginning, full ones,
@@ -97,8 +100,8 @@ class LLM:
         invariant: bool = True,
         tensor_parallel_size: int = 1,
         page_size: int = 64,
-        max_chunk: int = 2048,
-        max_steps: int = 8,
+        max_num_batched_tokens: int | None = None,
+        max_steps: int | None = None,
         max_waiting: int = 1_000_000,
         policy: Literal["continuous", "static"] = "continuous",
         prefix_caching: bool = True,
@@ -113,9 +116,10 @@ class LLM:
             dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             gpu_memory_utilization=gpu_memory_utilization, kv_cache_bytes=kv_cache_bytes,
             kv_cache_dtype=kv_cache_dtype, seed=seed, invariant=invariant,
-            tensor_parallel_size=tensor_parallel_size, page_size=page_size, max_chunk=max_chunk,
-            max_steps=max_steps, max_waiting=max_waiting, policy=policy,
-            prefix_caching=prefix_caching, event_log=event_log,
+            tensor_parallel_size=tensor_parallel_size, page_size=page_size,
+            max_num_batched_tokens=max_num_batched_tokens, max_steps=max_steps,
+            max_waiting=max_waiting, policy=policy, prefix_caching=prefix_caching,
+            event_log=event_log,
             compilation_cache=compilation_cache,
         )  # fmt: skip
         directory = resolve_model(str(model), revision)
@@ -165,17 +169,7 @@ class LLM:
         self._seeds = random.Random(options.seed)
         self._ids = itertools.count()
         self._owners: dict[int, tuple[Request, Sample]] = {}
-        limits = BatcherConfig(
-            num_pages=memory.num_pages,
-            page_size=memory.page_size,
-            max_num_seqs=options.max_num_seqs,
-            max_model_len=memory.max_model_len,
-            max_chunk=options.max_chunk,
-            max_steps=options.max_steps,
-            max_waiting=options.max_waiting,
-            policy=options.policy,
-            prefix_caching=options.prefix_caching,
-        )
+        limits = batcher_config(config, options, memory)
         kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)
         self._event_log = open(options.event_log, "w") if options.event_log else None  # noqa: SIM115
         self._engine: Engine | None = Engine(

@@ -10,12 +10,18 @@ import jax.numpy as jnp
 
 from jaxinfer.backend import default_cache_directory, reserve_memory, use_compilation_cache
 from jaxinfer.cache import resolve_kv_dtype
-from jaxinfer.config import EngineOptions, ModelConfig
+from jaxinfer.config import BatcherConfig, EngineOptions, ModelConfig
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import abstract_params, count_params, declare
 from jaxinfer.progress import loading_bar
 from jaxinfer.sizing import MemoryPlan, device_memory, plan_memory
+
+DEFAULT_BATCHED_TOKENS = 2048
+# Prompts that a step reads from at most. On a CPU each costs as much as the longest.
+GPU_CHUNKS, CPU_CHUNKS = 32, 4
+# A dispatch takes the host up to some 3 ms; it should keep the device busy for longer than that.
+DISPATCH_S, MOST_STEPS, GPU_BYTES_PER_S = 0.008, 8, 3e12
 
 
 def prepare_backend(options: EngineOptions) -> None:
@@ -51,6 +57,32 @@ def plan(config: ModelConfig, options: EngineOptions, *, loaded: bool) -> Memory
         kv_cache_bytes=options.kv_cache_bytes,
         limit=limit,
         in_use=max(0, in_use - weights) if loaded else in_use,
+    )
+
+
+def batcher_config(
+    config: ModelConfig, options: EngineOptions, memory: MemoryPlan
+) -> BatcherConfig:
+    """The scheduler's limits, with what the options leave open."""
+    gpu = jax.devices()[0].platform == "gpu"
+    budget, steps = options.max_num_batched_tokens, options.max_steps
+    if budget is None:
+        budget = max(DEFAULT_BATCHED_TOKENS, 2 * options.max_num_seqs)
+    if steps is None:
+        # How many decode steps the weights alone keep the device busy for this long.
+        least = memory.weights / GPU_BYTES_PER_S
+        steps = max(1, min(MOST_STEPS, int(DISPATCH_S / least))) if gpu else 1
+    return BatcherConfig(
+        num_pages=memory.num_pages,
+        page_size=memory.page_size,
+        max_num_seqs=options.max_num_seqs,
+        max_model_len=memory.max_model_len,
+        max_num_batched_tokens=budget,
+        max_chunks=GPU_CHUNKS if gpu else CPU_CHUNKS,
+        max_steps=steps,
+        max_waiting=options.max_waiting,
+        policy=options.policy,
+        prefix_caching=options.prefix_caching,
     )
 
 

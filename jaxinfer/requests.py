@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from jaxinfer import detokenizer
-from jaxinfer.engine import Sequence
+from jaxinfer.plans import SequenceSpec
 from jaxinfer.types import (
     CompletionOutput,
     Delta,
@@ -159,11 +159,11 @@ def refused(prompt: Any, error: InvalidRequest, number: int) -> RequestOutput:
     )
 
 
-def sequences(request: Request) -> list[Sequence]:
+def sequences(request: Request) -> list[SequenceSpec]:
     """What the engine runs for a request, one sequence a sample."""
     prompt = np.asarray(request.prompt_ids, np.int32)
     return [
-        Sequence(
+        SequenceSpec(
             prompt=prompt,
             params=request.params,
             limit=request.limit,

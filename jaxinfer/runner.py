@@ -1,7 +1,6 @@
 """The compiled steps: what runs on the device, how it is compiled, and into which shapes.
 
-`prefill_step` and `decode_step` are pure; `StepCompiler` compiles them ahead of time, once for
-each `StepKey`.
+`run_step` is pure; `StepCompiler` compiles it ahead of time, once for each `StepKey`.
 """
 
 from __future__ import annotations
@@ -11,23 +10,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxinfer import sampling
-from jaxinfer.batch import (
-    MIN_ROWS,
-    Chunk,
-    DecodePlan,
-    SeqState,
-    admit,
-    assemble_chunk,
-    assemble_decode,
-    extend,
-)
+from jaxinfer.batch import MIN_ROWS, Plan, SeqState, assemble, prepare
 from jaxinfer.cache import PagedCache
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.decoder import AttentionOptions, Params, forward, logits
@@ -47,38 +37,42 @@ class StepKey:
     """What makes one compiled step differ from another.
 
     Attributes:
-        kind: `prefill` runs one chunk of one sequence, `decode` some steps of many rows.
-        size: tokens of the chunk, or rows.
+        rows: rows that decode, at most.
+        tokens: of the step, those of chunks included; 0: it has none.
+        chunks: prompts that it reads from, at most.
         pages: columns of the page table that the step looks at.
         page_size: tokens a page.
-        max_steps: decode only; how many steps the program runs.
+        steps: decode steps that the program runs; 1 with chunks.
         backend: of the attention op.
         invariant: a token's bits depend on its sequence alone.
         random, truncated: whether any row samples at random; whether any truncates by top-k,
             top-p or min-p.
         top: None without log-probabilities, else how many of the likeliest to return.
-        whole_prompt: prefill only; the chunk is the whole prompt, and cuDNN may attend.
-        score: prefill only; how many of the likeliest to return after every token of the chunk.
+        score: how many of the likeliest to return after every token of the chunks; None: nothing
+            is scored.
     """
 
-    kind: Literal["prefill", "decode"]
-    size: int
+    rows: int
+    tokens: int
+    chunks: int
     pages: int
     page_size: int
-    max_steps: int = 1
+    steps: int = 1
     backend: Backend = "auto"
     invariant: bool = True
     random: bool = False
     truncated: bool = False
     top: int | None = None
-    whole_prompt: bool = False
     score: int | None = None
 
 
 class Sampled(NamedTuple):
-    """Tokens of N steps and R rows. int32 [N, R], -1 where a row was not running.
+    """Results of a dispatch of K steps, for R rows that decode and then Q prompts.
 
-    `logprobs`: arrays [N, R] or [N, R, top], when asked for. `scores`: [C] or [C, top].
+    Attributes:
+        tokens: int32 [K, R + Q]; -1 where a row has ended or a prompt goes on.
+        logprobs: [K, R + Q, …], or None.
+        scores: [T, …]; of the targets of chunks, or None.
     """
 
     tokens: Array
@@ -86,101 +80,101 @@ class Sampled(NamedTuple):
     scores: sampling.Logprobs | None
 
 
-def prefill_step(
+def run_step(
     params: Params,
     cache: PagedCache,
     seq: SeqState,
-    chunk: Chunk,
+    plan: Plan,
     *,
     config: ModelConfig,
     key: StepKey,
 ) -> tuple[PagedCache, SeqState, Sampled]:
-    """Runs one prompt chunk; on the last one samples the first output token."""
-    seq = admit(seq, chunk)
-    batch = assemble_chunk(seq, chunk, pages=key.pages, page_size=key.page_size)
-    last = batch.logit_rows
-    if key.score is not None:
-        batch = batch._replace(logit_rows=jnp.arange(key.size, dtype=jnp.int32))
-    options = AttentionOptions(key.size, key.backend, key.invariant, key.whole_prompt)
-    out, cache = forward(params, config, batch, cache, attention=options)
-    hidden = out.hidden if key.score is None else out.hidden[last]
-    scores = None
-    if key.score is not None:
-        scores = _score(params, out.hidden, jnp.asarray(chunk.targets), top=key.score)
+    """One dispatch: what `plan` says, in the shapes that `key` says.
 
-    row = jnp.asarray(chunk.row)[None]
-    view = jax.tree.map(lambda x: x[row], (seq.rows, seq.penalties))
-    length = jnp.asarray(chunk.start + chunk.count)[None]
-    raw = logits(params, hidden)[:1]
-    token = sampling.sample(raw, *_order(view, length), truncated=key.truncated, random=key.random)
-    wanted = jnp.asarray(chunk.last)[None] & (length < seq.limits[row])
-    going = wanted & ~_ends(token, length, seq.limits[row], view[0].stop_ids)
-    seq = seq._replace(
-        tokens=seq.tokens.at[row].set(token),
-        lengths=seq.lengths.at[row].set(length),
-        active=seq.active.at[row].set(going),
-        penalties=_count(seq.penalties, row, wanted, token),
-    )
-    logprobs = None
-    if key.top is not None:
-        logprobs = jax.tree.map(lambda x: x[None], sampling.token_logprobs(raw, token, top=key.top))
-    return cache, seq, Sampled(jnp.where(wanted, token, -1)[None], logprobs, scores)
-
-
-def decode_step(
-    params: Params,
-    cache: PagedCache,
-    seq: SeqState,
-    plan: DecodePlan,
-    *,
-    config: ModelConfig,
-    key: StepKey,
-) -> tuple[PagedCache, SeqState, Sampled]:
-    """`plan.steps` decode steps of rows 0 to `key.size`, at most `key.max_steps`.
-
-    All `max_steps` are computed, those without a row to run too: a loop that ends early would make
-    the host wait for the device at every look, and then the device for the host.
+    Of several decode steps all `key.steps` are computed, those without a row to run too: a loop
+    that ends early would make the host wait for the device at every look, and then the device for
+    the host.
     """
-    R, N = key.size, key.max_steps
-    seq = extend(seq, plan)
-    options = AttentionOptions(1, key.backend, key.invariant)
-    everyone = jnp.arange(R)
-
-    def one(cache: PagedCache, seq: SeqState) -> tuple[PagedCache, SeqState, Sampled]:
-        batch = assemble_decode(seq, rows=R, pages=key.pages, page_size=key.page_size)
-        out, cache = forward(params, config, batch, cache, attention=options)
-        raw = logits(params, out.hidden)[:R]
-        view = jax.tree.map(lambda x: x[:R], (seq.rows, seq.penalties))
-        active, lengths = seq.active[:R], seq.lengths[:R] + 1
-        token = sampling.sample(
-            raw, *_order(view, lengths), truncated=key.truncated, random=key.random
-        )
-        going = active & ~_ends(token, lengths, seq.limits[:R], view[0].stop_ids)
-        seq = seq._replace(
-            tokens=seq.tokens.at[:R].set(jnp.where(active, token, seq.tokens[:R])),
-            lengths=seq.lengths.at[:R].set(jnp.where(active, lengths, seq.lengths[:R])),
-            active=seq.active.at[:R].set(going),
-            penalties=_count(seq.penalties, everyone, active, token),
-        )
-        logprobs = None
-        if key.top is not None:
-            logprobs = sampling.token_logprobs(raw, token, top=key.top)
-        return cache, seq, Sampled(jnp.where(active, token, -1), logprobs, None)
+    seq = prepare(seq, plan)
+    if key.steps == 1:
+        cache, seq, sampled = _step(params, cache, seq, plan, config, key)
+        tokens, logprobs = jax.tree.map(lambda x: x[None], (sampled.tokens, sampled.logprobs))
+        return cache, seq, Sampled(tokens, logprobs, sampled.scores)
 
     def step(carry: tuple[PagedCache, SeqState], i: Array) -> Any:
         cache, seq = carry
         running, due = seq.active, i < plan.steps
-        cache, seq, sampled = one(cache, seq._replace(active=running & due))
+        paused = seq._replace(active=running & due)
+        cache, seq, sampled = _step(params, cache, paused, plan, config, key)
         return (cache, seq._replace(active=jnp.where(due, seq.active, running))), sampled
 
-    (cache, seq), sampled = lax.scan(step, (cache, seq), jnp.arange(N))
+    (cache, seq), sampled = lax.scan(step, (cache, seq), jnp.arange(key.steps))
     return cache, seq, sampled
 
 
-def _order(
-    view: tuple[sampling.SamplingRows, sampling.PenaltyState | None], positions: Array
-) -> tuple[sampling.SamplingRows, Array, sampling.PenaltyState | None]:
-    return view[0], positions, view[1]
+def _step(
+    params: Params,
+    cache: PagedCache,
+    seq: SeqState,
+    plan: Plan,
+    config: ModelConfig,
+    key: StepKey,
+) -> tuple[PagedCache, SeqState, Sampled]:
+    """A token of every row that decodes, and of every prompt that is complete with this step."""
+    M = seq.active.shape[0]
+    T = key.tokens or max(key.rows, MIN_ROWS)
+    batch = assemble(seq, plan, tokens=T, pages=key.pages, page_size=key.page_size)
+    sampled_at, scores = batch.logit_rows, None
+    if key.score is not None:
+        batch = batch._replace(logit_rows=jnp.arange(T, dtype=jnp.int32))
+    options = AttentionOptions(key.backend, key.invariant)
+    out, cache = forward(params, config, batch, cache, attention=options)
+    hidden = out.hidden
+    if key.score is not None:
+        assert plan.chunks is not None, "only prompts are scored"
+        scores = _score(params, hidden, plan.chunks.targets, top=key.score)
+        hidden = hidden[sampled_at]
+
+    row, length, wanted, done = _outcome(seq, plan)
+    at = jnp.minimum(row, M - 1)
+    view = jax.tree.map(lambda x: x[at], (seq.rows, seq.penalties))
+    raw = logits(params, hidden)[: len(row)]
+    token = sampling.sample(
+        raw, view[0], length, view[1], truncated=key.truncated, random=key.random
+    )
+    going = wanted & ~_ends(token, length, seq.limits[at], view[0].stop_ids)
+    to = jnp.where(done, row, M)  # past the end: dropped
+    seq = seq._replace(
+        tokens=seq.tokens.at[to].set(token, mode="drop"),
+        lengths=seq.lengths.at[to].set(length, mode="drop"),
+        active=seq.active.at[to].set(going, mode="drop"),
+        penalties=_count(seq.penalties, jnp.where(wanted, row, M), token),
+    )
+    logprobs = None
+    if key.top is not None:
+        logprobs = sampling.token_logprobs(raw, token, top=key.top)
+    return cache, seq, Sampled(jnp.where(wanted, token, -1), logprobs, scores)
+
+
+def _outcome(seq: SeqState, plan: Plan) -> tuple[Array, Array, Array, Array]:
+    """Of the R rows that decode and the Q prompts: the row, the length that it has after this step,
+    whether a token is wanted of it, and whether its state changes. [R + Q] each."""
+    M = seq.active.shape[0]
+    row = jnp.asarray(plan.rows)
+    at = jnp.minimum(row, M - 1)
+    active = seq.active[at] & (row < M)
+    length = seq.lengths[at] + 1
+    if plan.chunks is None:
+        return row, length, active, active
+    chunks = plan.chunks
+    real = chunks.row < M
+    wanted = chunks.last & real & (chunks.length < chunks.limit)
+    return (
+        jnp.concatenate([row, chunks.row]),
+        jnp.concatenate([length, chunks.length]),
+        jnp.concatenate([active, wanted]),
+        jnp.concatenate([active, real]),
+    )
 
 
 def _ends(token: Array, length: Array, limit: Array, stop_ids: Array) -> Array:
@@ -189,12 +183,11 @@ def _ends(token: Array, length: Array, limit: Array, stop_ids: Array) -> Array:
 
 
 def _count(
-    penalties: sampling.PenaltyState | None, row: Array, active: Array, token: Array
+    penalties: sampling.PenaltyState | None, row: Array, token: Array
 ) -> sampling.PenaltyState | None:
     if penalties is None:
         return None
-    counts = penalties.counts.at[row, token].add(active.astype(jnp.int32))
-    return penalties._replace(counts=counts)
+    return penalties._replace(counts=penalties.counts.at[row, token].add(1, mode="drop"))
 
 
 def _score(params: Params, hidden: Array, targets: Array, *, top: int) -> sampling.Logprobs:
@@ -207,25 +200,6 @@ def _score(params: Params, hidden: Array, targets: Array, *, top: int) -> sampli
 
     out = lax.map(score, (hidden.reshape(-1, block, E), targets.reshape(-1, block)))
     return jax.tree.map(lambda x: x.reshape(C, *x.shape[2:]), out)
-
-
-def bucket(n: int, *, minimum: int = 1) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, … that is at least n and `minimum`."""
-    power = 1
-    while power < max(n, minimum):
-        power *= 2
-    three_quarters = power * 3 // 4
-    return three_quarters if power >= 4 and three_quarters >= max(n, minimum) else power
-
-
-def chunk_bucket(n: int) -> int:
-    """Tokens of the compiled prefill step that runs a chunk of n: a power of two, at least 16."""
-    return max(2 * MIN_ROWS, 1 << (n - 1).bit_length())
-
-
-def row_bucket(n: int) -> int:
-    """Rows of the compiled decode step that runs rows 0 to n: a power of two."""
-    return 1 << (n - 1).bit_length()
 
 
 class StepCompiler:
@@ -255,7 +229,7 @@ class StepCompiler:
         params: Params,
         cache: PagedCache,
         seq: SeqState,
-        plan: Chunk | DecodePlan,
+        plan: Plan,
     ) -> tuple[PagedCache, SeqState, Sampled]:
         """Runs a step, compiling it first if need be. `cache` and `seq` are donated."""
         # Penalties change the state's structure, and with it the program.
@@ -266,8 +240,7 @@ class StepCompiler:
 
     def _compile(self, key: StepKey, *args: Any) -> Callable[..., Any]:
         begin = time.perf_counter()
-        step = prefill_step if key.kind == "prefill" else decode_step
-        fn = jax.jit(partial(step, config=self._config, key=key), donate_argnums=(1, 2))
+        fn = jax.jit(partial(run_step, config=self._config, key=key), donate_argnums=(1, 2))
         compiled = fn.lower(*args).compile(compiler_options=self._options or None)
         seconds = time.perf_counter() - begin
         self.compile_seconds += seconds

@@ -385,29 +385,6 @@ def _gather_scales(
     return _gather(scales[..., None], page_table, length)[..., 0]
 
 
-def whole_prompt_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, window: int | None = None
-) -> jax.Array:
-    """Causal attention of one sequence whose every token is new, by cuDNN. No pages are read.
-
-    A stop-gap until a kernel of this package serves prompts: GPU and 16-bit types only.
-
-    Args:
-        q: [T, H, D].
-        k, v: [T, K, D].
-        window: as in `paged_attention`.
-
-    Raises:
-        ValueError: another dtype.
-    """
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
-        raise ValueError(f"q is {q.dtype}: expected bfloat16 or float16")
-    return jax.nn.dot_product_attention(
-        q[None], k[None], v[None], is_causal=True, implementation="cudnn",
-        local_window_size=None if window is None else (window - 1, 0),
-    )[0]  # fmt: skip
-
-
 def _check(
     q: jax.Array,
     k_pages: jax.Array,

@@ -29,8 +29,8 @@ PROMPTS = [[5, 6, 7], [300], [9, 8, 7, 6, 5, 4, 3, 2, 1], [17, 18]]
 
 def make(tiny: TinyModel, **options: Any) -> LLM:
     sizes: dict[str, Any] = {
-        "max_num_seqs": 4, "max_model_len": 64, "kv_cache_bytes": 1 << 20, "max_chunk": 16,
-        "max_steps": 4, "page_size": 8,
+        "max_num_seqs": 4, "max_model_len": 64, "kv_cache_bytes": 1 << 20,
+        "max_num_batched_tokens": 16, "max_steps": 4, "page_size": 8,
     }  # fmt: skip
     return LLM.from_params(
         tiny.params, tiny.config, tokenizer=tiny.tokenizer, dtype="float32", **{**sizes, **options}

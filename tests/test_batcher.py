@@ -17,12 +17,11 @@ from hypothesis import strategies as st
 from jaxinfer.batcher import (
     NO_SEQUENCE,
     Cancel,
-    Decode,
     Finished,
     Preempt,
-    Prefill,
     Refuse,
     Return,
+    Run,
     Submit,
     create_state,
     idle,
@@ -71,7 +70,7 @@ def finished(*ids, keys=None):
 
 def ids_of(action):
     """Sequences of which an action brings results."""
-    return [action.id] if isinstance(action, Prefill) else action.ids.tolist()
+    return action.ids.tolist() + [chunk.id for chunk in action.chunks]
 
 
 class Device:
@@ -86,53 +85,70 @@ class Device:
         self.slots = {}
 
     def run(self, action):
-        """Tokens that the action produces, by sequence."""
+        """Tokens that the action produces, by sequence. All is written before anything is read."""
         for row in np.flatnonzero(action.released):
             self.active[row] = False
-        return self._prefill(action) if isinstance(action, Prefill) else self._decode(action)
-
-    def _prefill(self, a):
-        assert not self.active[a.row]
-        if a.first:
-            self.owner[a.row], self.pages[a.row] = a.id, a.pages
-        assert self.owner[a.row] == a.id
-        assert self.pages[a.row].tolist() == a.pages.tolist()
-        for position in range(a.start, a.stop):
-            self._write(a.row, position)
-        self.length[a.row] = a.stop
-        if not a.last or a.stop == a.limit:
-            return {}
-        self.active[a.row] = a.stop + 1 < self.ends[a.id]
-        return {a.id: 1}
-
-    def _decode(self, a):
-        assert not any(self.active[a.rows :])
-        assert all(self.owner[r] == a.ids[r] for r in range(a.rows) if self.active[r])
+        decoding = [r for r in range(len(self.active)) if self.active[r]]
+        assert set(decoding) <= set(action.rows.tolist())
+        for row, sequence in zip(action.rows, action.ids, strict=True):
+            assert self.owner[row] == sequence
+        self._grant(action)
+        for chunk in action.chunks:
+            self._begin(chunk)
         made = {}
+        for turn in range(action.steps):
+            reads = [(c.row, p) for c in action.chunks for p in range(c.start, c.stop)]
+            reads += [(row, self.length[row]) for row in decoding if self.active[row]]
+            assert turn == 0 or not action.chunks
+            for row, position in reads:
+                self._write(row, position)
+            for row, position in reads:
+                self._read(row, position)
+            for row in decoding:
+                self._said(row, action, made)
+        for chunk in action.chunks:
+            self.length[chunk.row] = chunk.stop
+            if chunk.last and chunk.stop < chunk.limit:
+                made[chunk.id] = 1
+                self.active[chunk.row] = chunk.stop + 1 < self.ends[chunk.id]
+        return made
+
+    def _begin(self, c):
+        assert not self.active[c.row]
+        if c.first:
+            self.owner[c.row], self.pages[c.row] = c.id, c.pages
+        assert self.owner[c.row] == c.id
+        assert self.pages[c.row].tolist() == c.pages.tolist()
+
+    def _grant(self, a):
         for row, (column, pages) in enumerate(zip(a.columns, a.pages, strict=True)):
             new = pages[pages > 0]
             if len(new):
-                assert self.owner[row] == a.ids[row]
+                assert row in a.rows
                 assert len(self.pages[row]) == column
                 self.pages[row] = np.concatenate([self.pages[row], new])
-        for _ in range(a.steps):
-            for row in np.flatnonzero(self.active):
-                self._write(row, self.length[row])
-                self.length[row] += 1
-                total = self.length[row] + 1
-                assert total <= a.tokens
-                owner = self.owner[row]
-                made[owner] = made.get(owner, 0) + 1
-                self.active[row] = total < self.ends[owner]
-        return made
+
+    def _said(self, row, action, made):
+        if not self.active[row]:
+            return
+        self.length[row] += 1
+        total = self.length[row] + 1
+        assert total <= action.tokens
+        owner = self.owner[row]
+        made[owner] = made.get(owner, 0) + 1
+        self.active[row] = total < self.ends[owner]
 
     def _write(self, row, position):
-        """Stores a token, and reads all before it as attention does."""
         pages, size = self.pages[row], self.config.page_size
-        owner = self.owner[row]
-        self.slots[pages[position // size], position % size] = content(self.shared, owner, position)
-        for p in range(position):
-            assert self.slots[pages[p // size], p % size] == content(self.shared, owner, p)
+        token = content(self.shared, self.owner[row], position)
+        self.slots[pages[position // size], position % size] = token
+
+    def _read(self, row, position):
+        """All up to a position, as attention does."""
+        pages, size = self.pages[row], self.config.page_size
+        for p in range(position + 1):
+            token = content(self.shared, self.owner[row], p)
+            assert self.slots[pages[p // size], p % size] == token
 
 
 class Host:
@@ -242,9 +258,7 @@ class Host:
             for sequence in list(self.totals):
                 self.totals[sequence] += made.get(sequence, 0)
                 complete = self.read.get(sequence) == self.prompts[sequence]
-                still_queued = any(
-                    isinstance(a, Prefill) and a.id == sequence for a, _ in self.in_flight
-                )
+                still_queued = any(c.id == sequence for a, _ in self.in_flight for c in a.chunks)
                 if complete and not still_queued and self.totals[sequence] == self.ends[sequence]:
                     done.append(sequence)
                     del self.totals[sequence]
@@ -257,7 +271,8 @@ class Host:
 
     def check_state(self, before, actions):
         state, config = self.state, self.config
-        granted = [pages[pages > 0].tolist() for pages in state.pages]
+        granted = [pages.tolist() for pages in state.pages]
+        assert state.rows.held.tolist() == [len(pages) for pages in granted]
         flat = [page for pages in granted for page in pages]
         free = np.flatnonzero(state.pool.free).tolist()
         assert sorted({*flat, *free}) == list(range(1, config.num_pages))
@@ -273,13 +288,16 @@ class Host:
         assert all(s not in self.read for s in waiting)
         new = set(running) - set(before.rows.id.tolist())
         if config.policy == "static":
-            assert not (new and self.decoded & (set(running) - new))
+            assert not (new and set(running) - new)
         elif (
             waiting
             and len(running) < config.max_num_seqs
             # Afterwards pages were taken, or given back because they are shared.
-            and not any(isinstance(a, Decode | Preempt) for a in actions)
-            and not any(isinstance(a, Prefill) and a.first and a.start for a in actions)
+            and not any(isinstance(a, Preempt) for a in actions)
+            and not any(
+                c.first and c.start for a in actions if isinstance(a, Run) for c in a.chunks
+            )
+            and not any(isinstance(a, Run) and a.pages.any() for a in actions)
         ):
             wanted = -(-state.waiting.prompts[0] // config.page_size)
             assert wanted + len(running) > state.pool.available
@@ -290,28 +308,40 @@ class Host:
         assert released >= self.to_release
         assert len(released - self.to_release) <= self.any_row
         self.to_release, self.any_row = set(), 0
-        if isinstance(action, Prefill):
-            assert action.first == (action.id not in self.read)
-            if action.first:
-                self.saved += action.start
-                self.read[action.id] = action.start
-                assert action.start % config.page_size == 0
-                if action.id not in self.again:  # else its own pages may be found
-                    assert action.start <= self.shared[action.id][1]
-            assert action.start == self.read[action.id]
-            assert 0 < action.stop - action.start <= config.max_chunk
-            assert action.last == (action.stop == self.prompts[action.id])
-            assert action.limit == self.limits[action.id]
-            assert (action.pages > 0).all()
-            self.read[action.id] = action.stop
-        else:
-            assert 1 <= action.steps <= config.max_steps
-            assert len(action.ids) == action.rows <= config.max_num_seqs
-            assert action.ids[-1] != NO_SEQUENCE
-            assert action.tokens <= config.max_model_len
-            ids = [int(s) for s in action.ids if s != NO_SEQUENCE]
-            assert all(self.read[s] == self.prompts[s] for s in ids)
-            self.decoded |= set(ids)
+        ids = action.ids.tolist()
+        assert len(set(ids)) == len(ids) == len(action.rows)
+        assert all(self.read[i] == self.prompts[i] for i in ids)
+        assert 1 <= action.steps <= config.max_steps
+        assert action.tokens <= config.max_model_len
+        taken = len(ids) + sum(c.stop - c.start for c in action.chunks)
+        assert 1 <= taken <= config.max_num_batched_tokens
+        assert len(action.chunks) <= config.max_chunks
+        if action.chunks or len(self.state.waiting.ids):
+            assert action.steps == 1
+        self.decoded |= set(ids)
+        for chunk in action.chunks:
+            self.check_chunk(chunk)
+        unread = [
+            int(i) for i, p in zip(self.state.rows.id, self.state.rows.prompt, strict=True)
+            if i != NO_SEQUENCE and self.read.get(int(i), 0) < p
+        ]  # fmt: skip
+        if unread and len(action.chunks) < config.max_chunks:
+            assert taken == config.max_num_batched_tokens
+
+    def check_chunk(self, chunk):
+        assert chunk.first == (chunk.id not in self.read)
+        if chunk.first:
+            self.saved += chunk.start
+            self.read[chunk.id] = chunk.start
+            assert chunk.start % self.config.page_size == 0
+            if chunk.id not in self.again:  # else its own pages may be found
+                assert chunk.start <= self.shared[chunk.id][1]
+        assert chunk.start == self.read[chunk.id]
+        assert chunk.start < chunk.stop
+        assert chunk.last == (chunk.stop == self.prompts[chunk.id])
+        assert chunk.limit == self.limits[chunk.id]
+        assert (chunk.pages > 0).all()
+        self.read[chunk.id] = chunk.stop
 
     def drain(self):
         for _ in range(10_000):
@@ -338,7 +368,8 @@ configs = st.builds(
     page_size=st.integers(1, 4),
     max_num_seqs=st.integers(1, 4),
     max_model_len=st.integers(1, 24),
-    max_chunk=st.integers(1, 8),
+    max_num_batched_tokens=st.integers(5, 12),
+    max_chunks=st.integers(1, 3),
     max_steps=st.integers(1, 6),
     max_waiting=st.sampled_from([1, 3, PLENTY]),
     policy=st.sampled_from(["continuous", "static"]),
@@ -369,9 +400,7 @@ operations = st.lists(
 )
 
 
-@settings(max_examples=max(settings().max_examples, 300))
-@given(config=configs, operations=operations)
-def test_any_history(config, operations):
+def live(config, operations):
     host = Host(config)
     for name, *arguments in operations:
         getattr(host, name)(*arguments)
@@ -379,8 +408,36 @@ def test_any_history(config, operations):
     host.replay()
 
 
+@settings(max_examples=max(settings().max_examples, 500))
+@given(config=configs, operations=operations)
+def test_any_history(config, operations):
+    live(config, operations)
+
+
+@pytest.mark.slow
+@settings(max_examples=10_000)
+@given(config=configs, operations=operations)
+def test_many_histories(config, operations):
+    live(config, operations)
+
+
 CONFIG = BatcherConfig(
-    num_pages=9, page_size=4, max_num_seqs=4, max_model_len=16, max_chunk=4, max_steps=8
+    num_pages=9,
+    page_size=4,
+    max_num_seqs=4,
+    max_model_len=16,
+    max_num_batched_tokens=5,
+    max_steps=8,
+)
+
+
+TIGHT = BatcherConfig(
+    num_pages=6,
+    page_size=4,
+    max_num_seqs=2,
+    max_model_len=16,
+    max_num_batched_tokens=8,
+    max_steps=4,
 )
 
 
@@ -396,64 +453,88 @@ def actions_of(config, *events):
 def test_a_prompt_in_chunks_then_decode():
     _, found = actions_of(CONFIG, (submit((7, 6, 9)),), (), (), ())
     [first], [second], [decode], nothing = found
-    assert isinstance(first, Prefill)
-    assert (first.id, first.row, first.start, first.stop, first.last) == (7, 0, 0, 4, False)
-    assert first.pages.tolist() == [1, 2]
-    assert isinstance(second, Prefill)
-    assert (second.start, second.stop, second.last, second.limit) == (4, 6, True, 9)
-    assert isinstance(decode, Decode)
-    assert (decode.rows, decode.steps, decode.tokens) == (1, 2, 9)  # the prefill gave the first
-    assert decode.ids.tolist() == [7]
+    [chunk] = first.chunks
+    assert (chunk.id, chunk.row, chunk.start, chunk.stop, chunk.last) == (7, 0, 0, 5, False)
+    assert chunk.pages.tolist() == [1, 2]
+    assert (first.steps, first.rows.tolist(), first.tokens) == (1, [], 5)
+    [chunk] = second.chunks
+    assert (chunk.start, chunk.stop, chunk.last, chunk.limit) == (5, 6, True, 9)
+    # The prompt's last chunk gave the first token.
+    assert (decode.steps, decode.rows.tolist(), decode.ids.tolist()) == (2, [0], [7])
+    assert (decode.tokens, decode.chunks) == (9, ())
     assert not decode.pages.any()  # the last token needs no slot
     assert nothing == ()
 
 
+def test_one_step_decodes_and_reads_from_several_prompts():
+    state, found = actions_of(CONFIG, (submit((0, 2, 9)),), (submit((1, 3, 9), (2, 4, 9)),), ())
+    second, third = found[1][0], found[2][0]
+    assert second.ids.tolist() == [0]
+    assert [(c.id, c.start, c.stop, c.last) for c in second.chunks] == [
+        (1, 0, 3, True),
+        (2, 0, 1, False),
+    ]
+    assert third.ids.tolist() == [0, 1]
+    assert [(c.id, c.start, c.stop, c.last) for c in third.chunks] == [(2, 1, 4, True)]
+    state, [fourth] = step(state, (), CONFIG)
+    assert (fourth.ids.tolist(), fourth.steps, fourth.chunks) == ([0, 1, 2], 4, ())
+
+
+def test_one_decode_step_at_a_time_while_somebody_waits():
+    config = TIGHT
+    state, found = actions_of(config, (submit((0, 2, 12), (1, 2, 12), (2, 2, 12)),), ())
+    assert [c.id for c in found[0][0].chunks] == [0, 1]
+    assert (found[1][0].steps, found[1][0].ids.tolist()) == (1, [0, 1])
+    state, [alone] = step(state, (Cancel(2),), config)
+    assert alone.steps == 4
+
+
 def test_the_youngest_is_preempted_and_waits_again_before_those_that_came_later():
-    config = BatcherConfig(
-        num_pages=6, page_size=4, max_num_seqs=2, max_model_len=16, max_chunk=8, max_steps=4
-    )
-    state, _ = actions_of(config, (submit((0, 4, 16), (1, 4, 16), (2, 4, 16)),), ())
-    state, [first] = step(state, (), config)  # both decode: five pages are enough for 7 tokens each
-    assert isinstance(first, Decode)
+    state, _ = actions_of(TIGHT, (submit((0, 4, 16), (1, 4, 16)),))
+    state, [first] = step(state, (), TIGHT)  # both decode: five pages are enough for 8 tokens each
     assert np.count_nonzero(first.pages, axis=1).tolist() == [1, 1]
-    state, [preempt, decode] = step(state, (), config)
+    state, [preempt, decode] = step(state, (submit((2, 4, 16)),), TIGHT)
     assert preempt == Preempt(1)
-    assert isinstance(decode, Decode)
     assert decode.ids.tolist() == [0]
     assert decode.released.tolist() == [False, True]
     assert state.parked.tolist() == [[1, 16, 0]]
     assert state.waiting.ids.tolist() == [2]
-    state, _ = step(state, (Return(1, 9, page_keys(np.arange(9), 4)),), config)
+    state, _ = step(state, (Return(1, 9, page_keys(np.arange(9), 4)),), TIGHT)
     assert state.waiting.ids.tolist() == [1, 2]
     assert state.waiting.prompts.tolist() == [9, 4]
-    state, [again] = step(state, (finished(0),), config)
-    assert isinstance(again, Prefill)
-    assert (again.id, again.start, again.stop, again.limit) == (1, 0, 8, 16)
+    state, [again] = step(state, (finished(0),), TIGHT)
+    assert [(c.id, c.start, c.stop, c.limit) for c in again.chunks] == [(1, 0, 8, 16)]
 
 
 @pytest.mark.parametrize("event", [Return(0, 4, None), Return(7, 4, None), Return(1, 16, None)])
 def test_what_was_not_preempted_cannot_return(event):
-    config = BatcherConfig(
-        num_pages=6, page_size=4, max_num_seqs=2, max_model_len=16, max_chunk=8, max_steps=4
-    )
-    state, _ = actions_of(config, (submit((0, 4, 16), (1, 4, 16)),), (), (), ())
+    state, _ = actions_of(TIGHT, (submit((0, 4, 16), (1, 4, 16)),), (), ())
     assert state.parked.tolist() == [[1, 16, 0]]
     with pytest.raises(ValueError, match="sequence"):
-        step(state, (event,), config)
+        step(state, (event,), TIGHT)
 
 
 def test_a_prefix_is_shared_while_the_first_prompt_with_it_is_still_read():
     prompt = np.arange(10)
     keys = [page_keys(np.append(prompt, last), 4) for last in (1, 2)]
-    state, found = actions_of(CONFIG, (submit((0, 11, 12), (1, 11, 12), keys=keys),), *[()] * 3)
-    chunks = [(a.id, a.start, a.stop, a.first, a.last) for [a] in found]
+    state, found = actions_of(CONFIG, (submit((0, 11, 12), (1, 11, 12), keys=keys),), *[()] * 2)
+    chunks = [[(c.id, c.start, c.stop, c.first, c.last) for c in a.chunks] for [a] in found]
     assert chunks == [
-        (0, 0, 4, True, False), (0, 4, 8, False, False), (0, 8, 11, False, True),
-        (1, 8, 11, True, True),
+        [(0, 0, 5, True, False)], [(0, 5, 10, False, False)],
+        [(0, 10, 11, False, True), (1, 8, 11, True, True)],
     ]  # fmt: skip
-    assert state.pages[0, :2].tolist() == state.pages[1, :2].tolist()
-    assert state.pages[0, 2] != state.pages[1, 2]
-    assert state.pool.holders[state.pages[0, :3]].tolist() == [2, 2, 1]
+    assert state.pages[0][:2].tolist() == state.pages[1][:2].tolist()
+    assert state.pages[0][2] != state.pages[1][2]
+    assert state.pool.holders[state.pages[0]].tolist() == [2, 2, 1]
+
+
+def test_a_prefix_is_shared_within_one_step():
+    config = BatcherConfig(
+        num_pages=9, page_size=4, max_num_seqs=4, max_model_len=16, max_num_batched_tokens=16
+    )
+    keys = [page_keys(np.append(np.arange(8), last), 4) for last in (1, 2)]
+    _, [[action]] = actions_of(config, (submit((0, 9, 12), (1, 9, 12), keys=keys),))
+    assert [(c.id, c.start, c.stop) for c in action.chunks] == [(0, 0, 9), (1, 8, 9)]
 
 
 def test_a_prefix_is_remembered_after_its_sequence_has_ended():
@@ -463,21 +544,21 @@ def test_a_prefix_is_remembered_after_its_sequence_has_ended():
     assert actions == ()
     # The last token is computed all the same: half of what is known is of use.
     state, [again] = step(state, (submit((1, 8, 9), keys=keys),), CONFIG)
-    assert isinstance(again, Prefill)
-    assert (again.start, again.stop, again.first, again.last) == (4, 8, True, True)
+    assert [(c.start, c.stop, c.first, c.last) for c in again.chunks] == [(4, 8, True, True)]
 
 
 def test_a_smaller_rank_comes_first_and_is_preempted_last():
-    config = BatcherConfig(
-        num_pages=6, page_size=4, max_num_seqs=2, max_model_len=16, max_chunk=8, max_steps=4
-    )
-    sequences = submit((0, 4, 16), (1, 4, 16), (2, 4, 16), (3, 4, 16), ranks=[5, 5, 0, 1])
-    state, found = actions_of(config, (sequences,), (), (), ())
-    assert [a.id for [a] in found[:2]] == [2, 3]
-    assert found[3][0] == Preempt(3)
-    assert state.waiting.ids.tolist() == [0, 1]
-    state, _ = step(state, (Return(3, 9, page_keys(np.arange(9), 4)),), config)
-    assert state.waiting.ids.tolist() == [3, 0, 1]
+    state, found = actions_of(TIGHT, (submit((0, 4, 16), (1, 4, 16), ranks=[5, 5]),))
+    assert [c.id for c in found[0][0].chunks] == [0, 1]
+    state, [_] = step(state, (submit((2, 4, 16), (3, 4, 16), ranks=[0, 1]),), TIGHT)
+    assert state.waiting.ids.tolist() == [2, 3]
+    state, _ = step(state, (finished(0, 1),), TIGHT)
+    state, [decode] = step(state, (), TIGHT)
+    assert decode.ids.tolist() == [2, 3]
+    state, [preempt, _] = step(state, (submit((4, 4, 16), ranks=[4]),), TIGHT)
+    assert preempt == Preempt(3)
+    state, _ = step(state, (Return(3, 9, page_keys(np.arange(9), 4)),), TIGHT)
+    assert state.waiting.ids.tolist() == [3, 4]
 
 
 def test_what_a_sequence_has_said_is_remembered_too():
@@ -488,8 +569,7 @@ def test_what_a_sequence_has_said_is_remembered_too():
         (finished(0, keys=[page_keys(said, 4)]), submit((1, 14, 16), keys=[page_keys(said, 4)])),
     )  # fmt: skip
     [again] = found[-1]
-    assert isinstance(again, Prefill)
-    assert (again.id, again.start, again.stop, again.last) == (1, 12, 14, True)
+    assert [(c.id, c.start, c.stop, c.last) for c in again.chunks] == [(1, 12, 14, True)]
 
 
 def test_a_large_head_of_the_queue_is_not_overtaken():
@@ -508,8 +588,7 @@ def test_static_policy_admits_a_whole_batch_at_a_time():
     state, _ = step(state, (finished(0),), config)
     assert state.waiting.ids.tolist() == [2]
     state, [action] = step(state, (finished(1),), config)
-    assert isinstance(action, Prefill)
-    assert action.id == 2
+    assert [c.id for c in action.chunks] == [2]
 
 
 def test_cancelled_row_is_released_before_it_is_used_again():
@@ -517,11 +596,9 @@ def test_cancelled_row_is_released_before_it_is_used_again():
     state, actions = step(state, (Cancel(0),), CONFIG)
     assert actions == ()
     state, [prefill] = step(state, (submit((1, 2, 8)),), CONFIG)
-    assert isinstance(prefill, Prefill)
-    assert prefill.row == 0
+    assert [c.row for c in prefill.chunks] == [0]
     assert prefill.released.tolist() == [True, False, False, False]
     _, [decode] = step(state, (), CONFIG)
-    assert isinstance(decode, Decode)
     assert not decode.released.any()
 
 
@@ -570,5 +647,5 @@ def test_submission_larger_than_the_pool():
 
 def test_rows_are_given_out_in_order():
     _, found = actions_of(CONFIG, (submit((5, 1, 2), (6, 1, 2), (7, 1, 2)),), (), ())
-    rows = [(a.id, a.row) for [a] in found if isinstance(a, Prefill)]
+    rows = [(c.id, c.row) for actions in found for a in actions for c in a.chunks]
     assert rows == [(5, 0), (6, 1), (7, 2)]

@@ -11,19 +11,25 @@ import numpy as np
 import pytest
 
 from jaxinfer.config import BatcherConfig
-from jaxinfer.engine import Engine, Sequence
+from jaxinfer.engine import Engine
+from jaxinfer.plans import SequenceSpec
 from jaxinfer.types import SamplingParams
 from tests.conftest import TinyModel
 
 GREEDY = SamplingParams(temperature=0.0)
 LIMITS = BatcherConfig(
-    num_pages=9, page_size=64, max_num_seqs=4, max_model_len=128, max_chunk=16, max_steps=4
+    num_pages=9,
+    page_size=64,
+    max_num_seqs=4,
+    max_model_len=128,
+    max_num_batched_tokens=16,
+    max_steps=4,
 )
 
 
-def sequence(prompt: list[int], new: int = 6, **fields) -> Sequence:
+def sequence(prompt: list[int], new: int = 6, **fields) -> SequenceSpec:
     array = np.array(prompt, np.int32)
-    return replace(Sequence(array, GREEDY, len(prompt) + new, seed=0), **fields)
+    return replace(SequenceSpec(array, GREEDY, len(prompt) + new, seed=0), **fields)
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +54,7 @@ def drain(engine: Engine) -> dict[int, list[int]]:
     return tokens
 
 
-def alone(engine: Engine, what: Sequence) -> list[int]:
+def alone(engine: Engine, what: SequenceSpec) -> list[int]:
     (number,) = engine.submit([what])
     return drain(engine)[number]
 

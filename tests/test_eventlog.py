@@ -21,8 +21,9 @@ def log(tiny: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of prompts that share a beginning, with preemptions and a cancellation."""
     path = tmp_path_factory.mktemp("log") / "events.jsonl"
     options: dict[str, Any] = {
-        "dtype": "float32", "max_num_seqs": 2, "max_model_len": 48, "max_chunk": 16, "max_steps": 4,
-        "page_size": 8, "kv_cache_bytes": 8 * 2048, "event_log": str(path),
+        "dtype": "float32", "max_num_seqs": 2, "max_model_len": 48, "max_steps": 4,
+        "max_num_batched_tokens": 16, "page_size": 8, "kv_cache_bytes": 8 * 2048,
+        "event_log": str(path),
     }  # fmt: skip
     with LLM.from_params(tiny.params, tiny.config, **options) as llm:
         llm.generate([[*range(20, 30), i] for i in range(6)], PARAMS)
@@ -58,7 +59,10 @@ def test_an_engine_that_was_reset_begins_again(log: Path, tmp_path: Path) -> Non
     assert len(list(replay(twice))) == 4 + len(lines) - 1
 
 
-@pytest.mark.parametrize("bad", ["", "x", "[]\n", "{}\n", '{"version": 2, "config": {}}\n'])
+@pytest.mark.parametrize(
+    "bad",
+    ["", "x", "[]\n", "{}\n", '{"version": 1, "config": {}}\n', '{"version": 2, "config": {}}\n'],
+)
 def test_no_event_log(bad: str, tmp_path: Path) -> None:
     (path := tmp_path / "bad.jsonl").write_text(bad)
     if not bad.endswith("\n"):

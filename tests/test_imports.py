@@ -26,6 +26,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "pages": ({"jaxinfer.pages"}, {"data"}),
     "batcher": ({"jaxinfer.batcher", "jaxinfer.eventlog"}, {"pages"}),
+    "buckets": ({"jaxinfer.buckets"}, {"pages"}),
     "quant": ({"jaxinfer.quant"}, {"kernels", "data"}),
     "cache": ({"jaxinfer.cache"}, {"kernels", "data"}),
     "layers": ({"jaxinfer.layers", "jaxinfer.rope"}, {"cache", "quant"}),
@@ -34,7 +35,8 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "batch": ({"jaxinfer.batch"}, {"cache", "sampling"}),
     "models": ({"jaxinfer.models"}, {"layers", "batch"}),
     "runner": ({"jaxinfer.runner"}, {"models", "speculate"}),
-    "engine": ({"jaxinfer.engine"}, {"runner", "batcher"}),
+    "plans": ({"jaxinfer.plans"}, {"runner", "batcher", "buckets"}),
+    "engine": ({"jaxinfer.engine"}, {"plans"}),
     "sharding": ({"jaxinfer.sharding"}, {"models"}),
     "sizing": ({"jaxinfer.sizing", "jaxinfer.hardware"}, {"models", "pages"}),
     "host": (

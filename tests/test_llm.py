@@ -41,7 +41,7 @@ OPTIONS: dict[str, Any] = {
     "max_num_seqs": 4,
     "max_model_len": 128,
     "kv_cache_bytes": 1 << 20,
-    "max_chunk": 16,
+    "max_num_batched_tokens": 16,
     "max_steps": 4,
 }
 
@@ -589,7 +589,7 @@ def test_logprobs_of_text_and_of_one_token(llm: LLM) -> None:
 
 def test_logprobs_whatever_the_chunks(tiny: TinyModel, llm: LLM) -> None:
     want = llm.logprobs(SCORED[-1:])[0].logprobs
-    with make(tiny, max_chunk=128) as whole:
+    with make(tiny, max_num_batched_tokens=128) as whole:
         got = whole.logprobs(SCORED[-1:])[0].logprobs
     np.testing.assert_allclose(got, want, atol=1e-5)
 
@@ -797,8 +797,8 @@ def test_a_quantised_cache(tiny: TinyModel, llm: LLM, kv_cache_dtype: str) -> No
     prompt = list(range(2, 60))
     want = llm.logprobs([prompt])[0].logprobs
     with LLM.from_params(
-        tiny.params, tiny.config, dtype="float32", kv_cache_dtype=kv_cache_dtype, max_chunk=32,
-        max_model_len=128, max_num_seqs=4, page_size=8,
+        tiny.params, tiny.config, dtype="float32", kv_cache_dtype=kv_cache_dtype,
+        max_num_batched_tokens=32, max_model_len=128, max_num_seqs=4, page_size=8,
     ) as quantised:  # fmt: skip
         pages = jax.tree.leaves(quantised.engine._cache)
         assert sum(x.nbytes for x in pages) == quantised.memory_plan.cache

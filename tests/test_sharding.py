@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxinfer.batch import Batch
+from jaxinfer.batch import Batch, Ragged
 from jaxinfer.cache import PagedCache, init_cache
 from jaxinfer.config import LayerConfig, ModelConfig
-from jaxinfer.models.decoder import AttentionOptions, forward, logits
+from jaxinfer.models.decoder import forward, logits
 from jaxinfer.models.weights import Weight, declare
 from jaxinfer.sharding import TENSOR, partition_spec, shardings
 
@@ -68,15 +68,15 @@ def chunk(start: int, stop: int) -> Batch:
     positions[: stop - start] = at
     slots[: stop - start] = pages[at // PAGE_SIZE] * PAGE_SIZE + at % PAGE_SIZE
     arrays = (tokens, positions, slots, pages[None, None], [0, stop - start], [stop], range(SIZE))
-    return Batch(*(jnp.asarray(np.array(a, np.int32)) for a in arrays))
+    tokens, positions, slots, *ragged, rows = (jnp.asarray(np.array(a, np.int32)) for a in arrays)
+    return Batch(tokens, positions, slots, None, Ragged(*ragged), rows)
 
 
 def both_chunks(params, cache: PagedCache, *, config: ModelConfig, axis: str | None):
     """Hidden states and logits of every token of two chunks, and the cache."""
     found = []
     for span in SPANS:
-        options = AttentionOptions(SIZE)
-        out, cache = forward(params, config, chunk(*span), cache, attention=options, axis=axis)
+        out, cache = forward(params, config, chunk(*span), cache, axis=axis)
         count = span[1] - span[0]
         found.append((out.hidden[:count], logits(params, out.hidden, axis=axis)[:count]))
     hidden, scores = (jnp.concatenate(parts) for parts in zip(*found, strict=True))

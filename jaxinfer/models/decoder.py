@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxinfer.batch import Batch
+from jaxinfer.batch import Batch, Ragged
 from jaxinfer.cache import PagedCache, join_layers, split_layers
 from jaxinfer.config import LayerConfig, ModelConfig, RopeConfig
 from jaxinfer.layers import (
@@ -26,18 +26,19 @@ from jaxinfer.layers import (
     unembed,
 )
 from jaxinfer.rope import rope_frequencies
+from pallas_kernels.kv_quantise import Pools
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.paged_attention import (
     Backend,
     paged_attention,
     plan_attention,
-    whole_prompt_attention,
 )
 
 Params = dict[str, Any]
 # (q [..., H, D], k [..., K, D], v [..., K, D], layer index) -> [..., H, D]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
 RopeTables = dict[RopeConfig, tuple[jax.Array, jax.Array]]
+Plans = dict[tuple[str, int | None], Any]
 
 
 @dataclass(frozen=True)
@@ -45,17 +46,15 @@ class AttentionOptions:
     """Static choices of one compiled step.
 
     Attributes:
-        max_query: most new tokens that a sequence has in the step.
         backend: of `pallas_kernels.paged_attention`; `reference` is `kv_write`'s too.
         invariant: of `pallas_kernels.paged_attention`.
-        whole_prompt: the batch is one sequence from its first token on; cuDNN attends, unless the
-            cache is quantised: that is attended to as written, the new tokens included.
     """
 
-    max_query: int
     backend: Backend = "auto"
     invariant: bool = True
-    whole_prompt: bool = False
+
+
+DEFAULT_ATTENTION = AttentionOptions()
 
 
 class ForwardOutput(NamedTuple):
@@ -71,7 +70,7 @@ def forward(
     batch: Batch,
     cache: PagedCache,
     *,
-    attention: AttentionOptions,
+    attention: AttentionOptions = DEFAULT_ATTENTION,
     axis: str | None = None,
     taps: Sequence[str] = (),
 ) -> tuple[ForwardOutput, PagedCache]:
@@ -91,29 +90,54 @@ def forward(
     """
     pools = split_layers(cache)
     writer = "reference" if attention.backend == "reference" else "auto"
-    lengths = (batch.page_table[0], batch.query_starts, batch.kv_lengths)
-    plans: dict[int | None, Any] = {}  # layers with the same window share one
+    plans: Plans = {}
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, index: int) -> jax.Array:
         pools[index] = kv_write(*pools[index], k, v, batch.kv_index, backend=writer)
-        k_pages, v_pages, k_scales, v_scales = pools[index]
-        if attention.whole_prompt and k_scales is None:
-            return whole_prompt_attention(q, k, v, window=config.layers[index].window)
-        window = config.layers[index].window
-        static: dict[str, Any] = {
-            "max_query": attention.max_query, "window": window, "backend": attention.backend,
-        }  # fmt: skip
-        if window not in plans:
-            plans[window] = plan_attention(q, k_pages, *lengths, **static)
-        return paged_attention(
-            q, k_pages, v_pages, *lengths, **static, k_scales=k_scales, v_scales=v_scales,
-            plan=plans[window], invariant=attention.invariant,
-        )  # fmt: skip
+        return _attend(q, pools[index], batch, config.layers[index].window, attention, plans)
 
     hidden, resid = _decode(params, config, batch.tokens, batch.positions, attend, axis)
     hidden = rms_norm(hidden[batch.logit_rows], params["final_norm"], config.norm_eps)
     found = {"resid": jnp.stack(resid)} if "resid" in taps else {}
     return ForwardOutput(hidden, found), join_layers(pools)
+
+
+def _attend(
+    q: jax.Array,
+    pools: Pools,
+    batch: Batch,
+    window: int | None,
+    attention: AttentionOptions,
+    plans: Plans,
+) -> jax.Array:
+    """Attention of decode rows and of chunks, each in a call of its own: q [T, H, D] → the same."""
+    k_pages, v_pages, k_scales, v_scales = pools
+
+    def call(part: str, q: jax.Array, ragged: Ragged) -> jax.Array:
+        lengths = (ragged.page_table[0], ragged.query_starts, ragged.kv_lengths)
+        static: dict[str, Any] = {
+            "max_query": 1 if part == "decode" else q.shape[0], "window": window,
+            "backend": attention.backend,
+        }  # fmt: skip
+        if (part, window) not in plans:  # layers with the same window share one
+            plans[part, window] = plan_attention(q, k_pages, *lengths, **static)
+        return paged_attention(
+            q, k_pages, v_pages, *lengths, **static, k_scales=k_scales, v_scales=v_scales,
+            plan=plans[part, window], invariant=attention.invariant,
+        )  # fmt: skip
+
+    decode, chunks = batch.decode, batch.chunks
+    if decode is None or chunks is None:
+        ragged = decode or chunks
+        assert ragged is not None
+        rows = q if chunks else q[: ragged.kv_lengths.shape[0]]
+        out = call("chunks" if chunks else "decode", rows, ragged)
+        return jnp.pad(out, ((0, q.shape[0] - rows.shape[0]), (0, 0), (0, 0)))
+    rows = decode.kv_lengths.shape[0]
+    theirs = jnp.arange(rows) < decode.query_starts[-1]
+    out = call("chunks", q, chunks)
+    own = jnp.where(theirs[:, None, None], call("decode", q[:rows], decode), out[:rows])
+    return jnp.concatenate([own, out[rows:]])
 
 
 def logits(params: Params, hidden: jax.Array, *, axis: str | None = None) -> jax.Array:

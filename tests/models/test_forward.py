@@ -9,21 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer.batch import (
-    Admission,
-    Batch,
-    Chunk,
-    DecodePlan,
-    SeqState,
-    admit,
-    assemble_chunk,
-    assemble_decode,
-    extend,
-    init_state,
-)
+from jaxinfer.batch import Batch, Chunks, Plan, Ragged, SeqState, assemble, init_state, prepare
 from jaxinfer.cache import TRASH_PAGE, PagedCache, init_cache
 from jaxinfer.config import LayerConfig, ModelConfig, RopeConfig
-from jaxinfer.models.decoder import AttentionOptions, apply, forward, logits
+from jaxinfer.models.decoder import apply, forward, logits
 from jaxinfer.models.weights import init_params
 from jaxinfer.sampling import pack_row
 from jaxinfer.types import SamplingParams
@@ -87,9 +76,12 @@ def build(parts: list[Part], page_size: int, *, size: int, columns: int) -> Batc
         tokens=jnp.asarray(tokens),
         positions=jnp.asarray(positions),
         kv_index=jnp.asarray(slots),
-        page_table=jnp.asarray(table),
-        query_starts=jnp.asarray(starts, jnp.int32),
-        kv_lengths=jnp.asarray([p.stop for p in parts], jnp.int32),
+        decode=None,
+        chunks=Ragged(
+            jnp.asarray(table),
+            jnp.asarray(starts, jnp.int32),
+            jnp.asarray([p.stop for p in parts], jnp.int32),
+        ),
         logit_rows=jnp.arange(size, dtype=jnp.int32),
     )
 
@@ -123,7 +115,7 @@ def test_a_mixed_batch_is_each_sequence_alone(name, page_size):
     def step(spans, cache):
         parts = [Part(t, *span, p) for (t, p), span in zip(found, spans, strict=True)]
         batch = build(parts, page_size, size=32, columns=columns)
-        return run(params, config, batch, cache, attention=AttentionOptions(32), taps=("resid",))
+        return run(params, config, batch, cache, taps=("resid",))
 
     cache = init_cache(config, PAGES, page_size, jnp.float32)
     _, cache = step([(0, start) for start, _ in new], cache)
@@ -154,12 +146,11 @@ def test_a_quantised_cache(kv_dtype, static):
         given = tuple(jnp.full((BASE.num_kv_heads,), 0.05) for _ in BASE.layers)
         scales = (given, given)
 
-    def prefill(cuts, cache, **options):
+    def prefill(cuts, cache):
         hidden = []
         for start, stop in zip((0, *cuts), (*cuts, 20), strict=True):
             batch = build([Part(tokens, start, stop, pages)], 8, size=32, columns=3)
-            options_ = AttentionOptions(32, **options)
-            out, cache = run(params, BASE, batch, cache, attention=options_)
+            out, cache = run(params, BASE, batch, cache)
             hidden.append(out.hidden[: stop - start])
         return np.concatenate(hidden), cache
 
@@ -167,7 +158,7 @@ def test_a_quantised_cache(kv_dtype, static):
         return init_cache(BASE, PAGES, 8, kv_dtype, scales=scales)
 
     exact, _ = prefill((), init_cache(BASE, PAGES, 8, jnp.float32))
-    whole, cache = prefill((), empty(), whole_prompt=True)
+    whole, cache = prefill((), empty())
     chunks, _ = prefill((7, 16), empty())
     np.testing.assert_allclose(chunks, whole, rtol=1e-3, atol=1e-3)
     error = np.linalg.norm(whole - exact) / np.linalg.norm(exact)
@@ -182,7 +173,7 @@ def test_no_taps_unless_asked_for():
     found = sequences(8, [3])
     batch = build([Part(found[0][0], 0, 3, found[0][1])], 8, size=8, columns=1)
     cache = init_cache(BASE, PAGES, 8, jnp.float32)
-    out, _ = run(random_params(BASE), BASE, batch, cache, attention=AttentionOptions(8))
+    out, _ = run(random_params(BASE), BASE, batch, cache)
     assert out.taps == {}
 
 
@@ -191,11 +182,8 @@ def test_logit_rows_choose_hidden_states():
     tokens, pages = sequences(8, [7])[0]
     batch = build([Part(tokens, 0, 7, pages)], 8, size=8, columns=1)
     cache = init_cache(BASE, PAGES, 8, jnp.float32)
-    options = AttentionOptions(8)
-    full, _ = run(params, BASE, batch, cache, attention=options)
-    some, _ = run(
-        params, BASE, batch._replace(logit_rows=jnp.array([6, 2, 2])), cache, attention=options
-    )
+    full, _ = run(params, BASE, batch, cache)
+    some, _ = run(params, BASE, batch._replace(logit_rows=jnp.array([6, 2, 2])), cache)
     np.testing.assert_allclose(some.hidden, full.hidden[jnp.array([6, 2, 2])], rtol=1e-6, atol=1e-6)
 
 
@@ -207,9 +195,8 @@ def test_only_own_slots_and_the_trash_page_are_written():
     batch = build(parts, 8, size=32, columns=3)  # 15 inert tokens, and an unused page column
     clean = init_cache(BASE, PAGES, 8, jnp.float32)
     poisoned = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), clean)
-    options = AttentionOptions(32)
-    want, _ = run(params, BASE, batch, clean, attention=options)
-    got, after = run(params, BASE, batch, poisoned, attention=options)
+    want, _ = run(params, BASE, batch, clean)
+    got, after = run(params, BASE, batch, poisoned)
     np.testing.assert_array_equal(got.hidden[:17], want.hidden[:17])
     own = np.zeros((PAGES, 8), bool)
     own.flat[np.asarray(batch.kv_index)] = True
@@ -221,52 +208,104 @@ def test_only_own_slots_and_the_trash_page_are_written():
         assert np.isfinite(array[own_pages]).all()
 
 
-def admission(pages, columns, limit):
-    granted = np.zeros(columns, np.int32)
-    granted[: len(pages)] = pages
-    row = pack_row(SamplingParams(temperature=0.0), seed=1, sample=0, stop_ids=(), min_length=0)
-    return Admission(granted, np.int32(limit), row)
+def plan(parts=(), rows=(), *, state, size=16, columns=5, slots=3, released=(), granted=()) -> Plan:
+    """A step that decodes `rows` and reads `parts`, {row: Part}, as the engine would ask for it.
 
-
-def chunk(part: Part, row: int, size: int, columns: int, released) -> Chunk:
-    count = part.stop - part.start
-    tokens = np.full(size, 5, np.int32)  # padding that would show if it were taken for a token
-    tokens[:count] = part.tokens[part.start : part.stop]
-    return Chunk(
-        tokens, np.int32(row), np.int32(part.start), np.int32(count), np.int32(64),
-        np.bool_(part.start == 0),
-        np.bool_(False), admission(part.pages, columns, 40), released, None,
+    `granted`: {row: (column, pages)}.
+    """
+    M = len(state.active)
+    tokens, positions = np.full(size, 5, np.int32), np.zeros(size, np.int32)
+    owner, ends = np.full(size, -1, np.int32), np.zeros(slots, np.int32)
+    pages = np.zeros((slots, columns), np.int32)
+    parts, at = dict(parts), len(rows)
+    for i, part in enumerate(parts.values()):
+        ends[i:] = end = at + part.stop - part.start
+        tokens[at:end] = part.tokens[part.start : part.stop]
+        positions[at:end] = np.arange(part.start, part.stop)
+        owner[at:end], at = i, end
+        pages[i, : len(part.pages)] = part.pages
+    rest = slots - len(parts)
+    how = pack_row(SamplingParams(temperature=0.0), seed=1, sample=0, stop_ids=(), min_length=0)
+    chunks = Chunks(
+        tokens, positions, owner, ends,
+        row=np.array([*parts, *[M] * rest], np.int32),
+        length=np.array([*(p.stop for p in parts.values()), *[0] * rest], np.int32),
+        prompt=np.full(slots, 64, np.int32),
+        first=np.array([*(p.start == 0 for p in parts.values()), *[False] * rest]),
+        last=np.zeros(slots, bool),
+        pages=pages, limit=np.full(slots, 40, np.int32),
+        how=jax.tree.map(lambda x: np.stack([x] * slots), how), targets=None,
     )  # fmt: skip
-
-
-def same(got: Batch, want: Batch) -> None:
-    for name, a, b in zip(Batch._fields, got, want, strict=True):
-        if name != "logit_rows":
-            np.testing.assert_array_equal(a, b, err_msg=name)
+    columns_of, new = np.zeros(M, np.int32), np.zeros((M, 2), np.int32)
+    for row, (column, found) in dict(granted).items():
+        columns_of[row], new[row, : len(found)] = column, found
+    stopped = np.isin(np.arange(M), list(released))
+    decode = np.array([*rows, *[M] * (4 - len(rows))], np.int32)
+    whole = Plan(stopped, columns_of, new, decode, np.int32(len(rows)), np.int32(1), chunks)
+    return whole if parts else whole._replace(chunks=None)
 
 
 def test_rows_are_granted_pages_and_stopped():
     seq = init_state(3, 5)
     seq = seq._replace(active=jnp.array([True, True, False]), page_table=seq.page_table + 9)
-    columns, pages = np.array([2, 0, 4], np.int32), np.array([[7, 8], [0, 0], [6, 0]], np.int32)
-    got = extend(seq, DecodePlan(np.int32(1), np.array([False, True, False]), columns, pages))
+    got = prepare(seq, plan(state=seq, released=[1], granted={0: (2, [7, 8]), 2: (4, [6])}))
     assert got.active.tolist() == [True, False, False]
     assert got.page_table.tolist() == [[[9, 9, 7, 8, 9], [9] * 5, [9, 9, 9, 9, 6]]]
 
 
-def test_assemble_chunk_is_the_batch_built_by_hand():
-    """First and later chunks, and which hidden state is asked for."""
-    tokens, pages = sequences(8, [21])[0]
-    seq, none = init_state(4, 5), np.zeros(4, bool)
-    for start, stop in [(0, 9), (9, 21)]:
-        part = Part(tokens, start, stop, pages)
-        plan = chunk(part, 2, 16, 5, none)
-        seq = admit(seq, plan)
-        got = assemble_chunk(seq, plan, pages=3, page_size=8)
-        same(got, build([part], 8, size=16, columns=3))
-        assert set(np.asarray(got.logit_rows).tolist()) == {stop - start - 1}
-    np.testing.assert_array_equal(seq.page_table[0, 2], [*pages, 0, 0])
-    assert seq.limits.tolist() == [0, 0, 40, 0]
+def test_rows_are_set_up_by_first_chunks_alone():
+    (tokens, pages), (other, theirs) = sequences(8, [9, 21])
+    seq = init_state(4, 5)
+    seq = seq._replace(page_table=seq.page_table + 9, limits=seq.limits + 7)
+    parts = {2: Part(tokens, 0, 9, pages), 0: Part(other, 16, 21, theirs)}
+    got = prepare(seq, plan(parts, state=seq))
+    assert got.limits.tolist() == [7, 7, 40, 7]
+    table = got.page_table[0].tolist()
+    assert table == [[9] * 5, [9] * 5, [*pages, *[0] * (5 - len(pages))], [9] * 5]
+
+
+def test_assemble_is_the_batch_built_by_hand():
+    """Decode rows first, then two parts of prompts, then padding."""
+    lengths = [9, 4, 16, 0]
+    found = sequences(8, [*(n + 1 for n in lengths[:3]), 21])
+    seq = decoding(lengths, found, [t[-1] for t, _ in found])
+    other = Part(found[3][0], 8, 12, found[3][1])
+    asked = plan({3: other}, [2, 0], state=seq)
+    got = assemble(prepare(seq, asked), asked, tokens=16, pages=3, page_size=8)
+    decode = [Part(t, n, n + 1, p) for n, (t, p) in ((lengths[i], found[i]) for i in (2, 0))]
+    want = build([*decode, other], 8, size=16, columns=3)
+    for name in ("tokens", "positions", "kv_index"):
+        np.testing.assert_array_equal(got[Batch._fields.index(name)], getattr(want, name), name)
+    assert got.decode.query_starts.tolist() == [0, 1, 2, 2, 2]
+    assert got.decode.kv_lengths.tolist() == [17, 10, 0, 0]
+    np.testing.assert_array_equal(got.decode.page_table[0, :2], want.chunks.page_table[0, :2])
+    # The first stands for the rows that decode.
+    assert got.chunks.query_starts.tolist() == [0, 2, 6, 6, 6]
+    assert got.chunks.kv_lengths.tolist() == [0, 12, 0, 0]
+    np.testing.assert_array_equal(got.chunks.page_table[0, 1], want.chunks.page_table[0, 2])
+    assert got.logit_rows.tolist() == [0, 1, 2, 3, 5, 5, 5]
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_decode_rows_beside_chunks_are_each_sequence_alone(name):
+    config = VARIANTS[name]
+    params = random_params(config)
+    found = sequences(8, [10, 12, 17, 21])
+    cache = init_cache(config, PAGES, 8, jnp.float32)
+    for length, (tokens, pages) in zip([9, 11, 0, 8], found, strict=True):
+        if length:
+            prefix = build([Part(tokens, 0, length, pages)], 8, size=16, columns=3)
+            _, cache = run(params, config, prefix, cache)
+    seq = decoding([9, 11, 0, 0], found, [t[-1] for t, _ in found])
+    parts = {3: Part(found[3][0], 8, 21, found[3][1]), 2: Part(found[2][0], 0, 17, found[2][1])}
+    asked = plan(parts, [1, 0], state=seq, size=32)
+    asked.chunks.first[0] = True  # as if it had been set up
+    batch = assemble(prepare(seq, asked), asked, tokens=32, pages=3, page_size=8)
+    out, _ = run(params, config, batch, cache)
+    got = logits(params, out.hidden)
+    for at, which in [(0, 1), (1, 0), (4, 3), (5, 2)]:
+        want = alone(params, config, found[which][0][None])[0, -1]
+        np.testing.assert_allclose(got[at], want, **TOLERANCE)
 
 
 def decoding(lengths, found, last) -> SeqState:
@@ -283,28 +322,18 @@ def decoding(lengths, found, last) -> SeqState:
     )
 
 
-def test_assemble_decode_is_the_batch_built_by_hand():
-    lengths = [9, 4, 16]
-    found = sequences(8, [n + 1 for n in lengths])
-    seq = decoding(lengths, found, [t[-1] for t, _ in found])
-    got = assemble_decode(seq, rows=3, pages=3, page_size=8)
-    parts = [Part(t, n, n + 1, p) for (t, p), n in zip(found, lengths, strict=True)]
-    same(got, build(parts, 8, size=8, columns=3))
-
-
 def test_a_stopped_row_is_inert():
     """It decodes to nothing: its pages, and the other rows' results, are what they were."""
     params = random_params(BASE)
     found = sequences(8, [10, 12, 17])
-    options = AttentionOptions(16)
     cache = init_cache(BASE, PAGES, 8, jnp.float32)
     for tokens, pages in found:
         prefix = build([Part(tokens, 0, len(tokens) - 1, pages)], 8, size=16, columns=3)
-        _, cache = run(params, BASE, prefix, cache, attention=options)
+        _, cache = run(params, BASE, prefix, cache)
     seq = decoding([9, 11, 16], found, [t[-1] for t, _ in found])
     seq = seq._replace(active=jnp.array([True, False, True]))
-    batch = assemble_decode(seq, rows=3, pages=3, page_size=8)
-    out, after = run(params, BASE, batch, cache, attention=AttentionOptions(1))
+    batch = assemble(seq, plan(rows=[0, 1, 2], state=seq), tokens=8, pages=3, page_size=8)
+    out, after = run(params, BASE, batch, cache)
     got = logits(params, out.hidden)
     for row in (0, 2):
         want = alone(params, BASE, found[row][0][None])[0, -1]
@@ -314,11 +343,3 @@ def test_a_stopped_row_is_inert():
     assert set(found[1][1]) <= set(rest)
     for before, now in zip(slots_of(cache, rest), slots_of(after, rest), strict=True):
         np.testing.assert_array_equal(before, now)
-
-
-def test_released_rows_stop_before_a_chunk():
-    found = sequences(8, [10, 12, 9])
-    seq = decoding([9, 11, 0], found, [1, 2, 0])
-    part = Part(found[2][0], 0, 9, found[2][1])
-    seq = admit(seq, chunk(part, 2, 16, 5, np.array([False, True, False])))
-    assert seq.active.tolist() == [True, False, False]

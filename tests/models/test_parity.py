@@ -103,12 +103,12 @@ def test_apply_logprobs_and_greedy_tokens(name: str) -> None:
     _check_logprobs(g, got)
 
 
-def _llm(g: Golden, page_size: int, max_chunk: int, max_num_seqs: int) -> LLM:
+def _llm(g: Golden, page_size: int, max_num_batched_tokens: int, max_num_seqs: int) -> LLM:
     return LLM(
         g.directory,
         dtype="float32",
         page_size=page_size,
-        max_chunk=max_chunk,
+        max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
         kv_cache_bytes=16 << 20,
     )
@@ -122,27 +122,29 @@ def _check_greedy(g: Golden, outputs: list[RequestOutput]) -> None:
 def test_llm(name: str) -> None:
     """Greedy tokens and log-probabilities; prompts of 1 to 90 tokens, in chunks of 16."""
     g = golden(name)
-    with _llm(g, page_size=64, max_chunk=16, max_num_seqs=8) as llm:
+    with _llm(g, page_size=64, max_num_batched_tokens=16, max_num_seqs=8) as llm:
         _check_greedy(g, llm.generate(g.prompts, GREEDY))
         _check_logprobs(g, [score.logprobs for score in llm.logprobs(g.sequences)])
 
 
 def test_llm_each_prompt_alone() -> None:
     g = golden("qwen2-mixed-window")
-    with _llm(g, page_size=64, max_chunk=64, max_num_seqs=8) as llm:
+    with _llm(g, page_size=64, max_num_batched_tokens=64, max_num_seqs=8) as llm:
         _check_greedy(g, [llm.generate([prompt], GREEDY)[0] for prompt in g.prompts])
 
 
-# (page_size, max_chunk, max_num_seqs): each value of each twice, and in the quick ones once.
+# (page_size, max_num_batched_tokens, max_num_seqs): each value twice, and in the quick ones once.
 QUICK = [(8, 16, 8), (16, 64, 2), (64, 2048, 1)]
 LONG = [pytest.param(*a, marks=pytest.mark.slow) for a in [(8, 2048, 2), (16, 16, 1), (64, 64, 8)]]
 # The window makes attention depend on where pages and chunks end: that variant is always run.
 OTHERS = [pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n != "mistral-window"]
 
 
-@pytest.mark.parametrize(("page_size", "max_chunk", "max_num_seqs"), [*QUICK, *LONG])
+@pytest.mark.parametrize(("page_size", "max_num_batched_tokens", "max_num_seqs"), [*QUICK, *LONG])
 @pytest.mark.parametrize("name", ["mistral-window", *OTHERS])
-def test_llm_arrangements(name: str, page_size: int, max_chunk: int, max_num_seqs: int) -> None:
+def test_llm_arrangements(
+    name: str, page_size: int, max_num_batched_tokens: int, max_num_seqs: int
+) -> None:
     g = golden(name)
-    with _llm(g, page_size, max_chunk, max_num_seqs) as llm:
+    with _llm(g, page_size, max_num_batched_tokens, max_num_seqs) as llm:
         _check_greedy(g, llm.generate(g.prompts, GREEDY))

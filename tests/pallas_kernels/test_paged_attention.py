@@ -11,7 +11,7 @@ import pytest
 
 from pallas_kernels import paged_attention as op
 from pallas_kernels.kv_quantise import quantise
-from pallas_kernels.paged_attention import paged_attention, whole_prompt_attention
+from pallas_kernels.paged_attention import paged_attention
 
 HEADS, KV_HEADS, DIM = 6, 2, 16
 STATIC = ("max_query", "scale", "window", "softcap", "backend")
@@ -278,24 +278,6 @@ def test_page_ids_are_checked_on_demand(bad, monkeypatch):
     )
     with pytest.raises(Exception, match=rf"page_table\[0, 1\] = {bad}: expected 0 to"):
         jax.block_until_ready(run(q, k, v, wrong, starts, lengths))
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("window", [None, 40])
-def test_whole_prompt_is_the_same_attention(window):
-    rng = np.random.default_rng(9)
-    q, k, v = (jnp.asarray(rng.normal(size=(96, heads, 64)), jnp.bfloat16) for heads in (6, 2, 2))
-    pages = [jnp.moveaxis(x.reshape(3, 32, 2, 64), 2, 1) for x in (k, v)]
-    table, starts = jnp.array([[0, 1, 2]], jnp.int32), jnp.array([0, 96], jnp.int32)
-    want = attend(q, *pages, table, starts, starts[1:], max_query=96, window=window)
-    got = jax.jit(whole_prompt_attention, static_argnames="window")(q, k, v, window=window)
-    error = np.linalg.norm(np.asarray(got - want, np.float32)) / np.linalg.norm(want)
-    assert error < 1e-2
-
-
-def test_whole_prompt_refuses_float32():
-    with pytest.raises(ValueError, match="float32"):
-        whole_prompt_attention(*(jnp.zeros((8, 2, DIM)) for _ in range(3)))
 
 
 def test_odd_page_sizes_are_refused():
