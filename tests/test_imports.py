@@ -21,7 +21,13 @@ PACKAGES = ("pallas_kernels", "checkpoints", "jaxinfer", "bench", "tests")
 LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "kernels": ({"pallas_kernels"}, set()),
     "data": (
-        {"jaxinfer.config", "jaxinfer.types", "jaxinfer.errors", "jaxinfer.validation"},
+        {
+            "jaxinfer.config",
+            "jaxinfer.errors",
+            "jaxinfer.response_cache",
+            "jaxinfer.types",
+            "jaxinfer.validation",
+        },
         set(),
     ),
     "pages": ({"jaxinfer.pages"}, {"data"}),
