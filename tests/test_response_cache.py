@@ -272,6 +272,23 @@ def test_async(tiny: TinyModel, params: SamplingParams) -> None:
     assert counts(llm) == (1, 2)
 
 
+def test_async_takes_no_turn_for_what_is_known(
+    tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = make(tiny)
+    llm.generate(PROMPT, GREEDY)
+    turns: list[int] = []
+    monkeypatch.setattr(llm, "pump", lambda: turns.append(1))
+
+    async def talk() -> list[Delta]:
+        async with AsyncLLM(llm) as server:
+            return [delta async for delta in server.generate(PROMPT, GREEDY)]
+
+    (delta,) = asyncio.run(asyncio.wait_for(talk(), 60))
+    assert delta.result is not None
+    assert turns == []
+
+
 def test_an_answer_that_cannot_be_made_fails_its_request_alone(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
