@@ -65,7 +65,7 @@ def scenario(running: int, waiting: int) -> tuple[Step, Any, Any]:
         ids, np.full(n, PROMPT), np.full(n, LIMIT), ids.copy(), batcher.objects(keys)
     )
     state, actions = batcher.step(batcher.create_state(config), (submit,), config)
-    while any(isinstance(action, batcher.Prefill) for action in actions):
+    while any(isinstance(a, batcher.Run) and a.chunks for a in actions):
         state, actions = batcher.step(state, (), config)
     if np.count_nonzero(state.rows.id >= 0) != running:
         raise RuntimeError(f"{np.count_nonzero(state.rows.id >= 0)} run, not {running}")

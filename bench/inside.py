@@ -28,8 +28,7 @@ def waste(llm: LLM) -> tuple[int, int]:
     rows = state.rows
     read = rows.prefilled >= rows.prompt
     held = np.where(read, rows.prompt + np.maximum(rows.scheduled - 1, 0), rows.prefilled)
-    pages = np.count_nonzero(state.pages, axis=1)
-    return int(held[rows.id >= 0].sum()), int(pages.sum()) * llm.memory_plan.page_size
+    return int(held[rows.id >= 0].sum()), int(rows.held.sum()) * llm.memory_plan.page_size
 
 
 class Preemptions(io.TextIOBase):

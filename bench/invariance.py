@@ -150,7 +150,7 @@ def _with_little_memory(
         log = os.path.join(folder, "events.jsonl")
         other = {
             **options,
-            **start.chunk_option(CHUNK),
+            "max_num_batched_tokens": CHUNK,
             "max_num_seqs": rows,
             "kv_cache_bytes": pages * page_bytes(model.config, PAGE_SIZE, model.dtype),
             "event_log": log,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from bench import parts, shapes
@@ -92,12 +92,3 @@ def until_warm[T](llm: LLM, run: Callable[[int], T]) -> tuple[T, dict[str, int]]
         if not compiled or i == MOST_RUNS - 1:
             return found, {"runs": i + 1, "compiled_in_last_run": compiled}
     raise AssertionError("unreachable")
-
-
-def chunk_option(tokens: int) -> dict[str, int]:
-    """The option of LLM that bounds the prompt tokens of a step, by the name that it has now."""
-    from jaxinfer.config import EngineOptions
-
-    names = {field.name for field in fields(EngineOptions)}
-    name = "max_num_batched_tokens" if "max_num_batched_tokens" in names else "max_chunk"
-    return {name: tokens}

@@ -153,6 +153,9 @@ class AsyncLLM:
             self._llm.submit([reader.request])
         except JaxinferError as error:
             self._tell(reader, error)
+            return
+        if reader.request.finished:  # its answer was kept; it need not wait for others' steps
+            self._tell(reader, None)
 
     def _end(self, reader: _Reader) -> None:
         """Nobody reads it any more."""

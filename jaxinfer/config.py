@@ -140,6 +140,7 @@ class EngineOptions:
     max_waiting: int = 1_000_000
     policy: Literal["continuous", "static"] = "continuous"
     prefix_caching: bool = True
+    response_cache: int = 0
     event_log: str | None = None
     compilation_cache: str | None = None
 
@@ -165,6 +166,9 @@ class EngineOptions:
                 f"max_num_batched_tokens={budget}: expected more than max_num_seqs="
                 f"{self.max_num_seqs}, so that prompts get on while every row decodes"
             )
+        kept = self.response_cache
+        if not isinstance(kept, int) or isinstance(kept, bool) or kept < 0:
+            raise ValueError(f"response_cache={kept!r}: expected an integer of at least 0")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed={self.seed!r}: expected an integer")
         for name in ("invariant", "prefix_caching"):

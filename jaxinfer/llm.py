@@ -19,7 +19,17 @@ from jaxinfer.config import EngineOptions, ModelConfig
 from jaxinfer.engine import Engine
 from jaxinfer.errors import InvalidRequest, JaxinferError, QueueFull
 from jaxinfer.loading import batcher_config, check_params, load_weights, plan, prepare_backend
-from jaxinfer.requests import Request, Sample, finish, refused, sequences, take, token_logprobs
+from jaxinfer.requests import (
+    Request,
+    Sample,
+    answer,
+    finish,
+    refused,
+    sequences,
+    take,
+    token_logprobs,
+)
+from jaxinfer.response_cache import Key, ResponseCache, response_key
 from jaxinfer.sizing import MemoryPlan
 from jaxinfer.types import (
     MAX_PRIORITY,
@@ -74,6 +84,9 @@ class LLM:
         prefix_caching: prompts that begin alike share the pages of their beginning, full ones,
             which are computed once: also while the first of them is still being read, and later as
             long as the pages are not needed. It changes no token.
+        response_cache: answers kept, in requests; 0: none. A request that was answered before, of
+            the same tokens and parameters, greedy or with its own seed, gets the same answer
+            without being run.
         event_log: file for the scheduler's events, written anew; `jaxinfer replay` shows from it
             what was scheduled, step by step.
         compilation_cache: directory for compiled programs; None: under the user's cache
@@ -105,6 +118,7 @@ class LLM:
         max_waiting: int = 1_000_000,
         policy: Literal["continuous", "static"] = "continuous",
         prefix_caching: bool = True,
+        response_cache: int = 0,
         event_log: str | None = None,
         compilation_cache: str | None = None,
     ) -> None:
@@ -119,7 +133,7 @@ class LLM:
             tensor_parallel_size=tensor_parallel_size, page_size=page_size,
             max_num_batched_tokens=max_num_batched_tokens, max_steps=max_steps,
             max_waiting=max_waiting, policy=policy, prefix_caching=prefix_caching,
-            event_log=event_log,
+            response_cache=response_cache, event_log=event_log,
             compilation_cache=compilation_cache,
         )  # fmt: skip
         directory = resolve_model(str(model), revision)
@@ -169,6 +183,9 @@ class LLM:
         self._seeds = random.Random(options.seed)
         self._ids = itertools.count()
         self._owners: dict[int, tuple[Request, Sample]] = {}
+        # Whoever changes the weights raises this: answers of before are then not found any more.
+        self.params_version = 0
+        self.response_cache = ResponseCache(options.response_cache)
         limits = batcher_config(config, options, memory)
         kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)
         self._event_log = open(options.event_log, "w") if options.event_log else None  # noqa: SIM115
@@ -299,11 +316,21 @@ class LLM:
         return request
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Queues requests of `prepare`.
+        """Queues requests of `prepare`; one whose answer is kept is finished at once.
 
         Raises:
             QueueFull: all of them were left out.
         """
+        for request in requests:
+            request.key = self._key(request)
+        known = [self.response_cache.get(request.key) for request in requests]
+        queued = [r for r, found in zip(requests, known, strict=True) if found is None]
+        self._queue(queued)
+        for request, found in zip(requests, known, strict=True):
+            if found is not None:
+                answer(request, found)
+
+    def _queue(self, requests: Sequence[Request]) -> None:
         wanted = sum(len(r.samples) for r in requests)
         if self.engine.waiting + wanted > self._options.max_waiting:
             raise QueueFull(
@@ -331,6 +358,7 @@ class LLM:
                 request, sample = owner
                 try:
                     take(request, sample, update, self.tokenizer)
+                    self._keep(request)
                 except Exception as error:
                     request.failed = JaxinferError(f"{type(error).__name__}: {error}")
                     self.cancel([request])
@@ -464,6 +492,17 @@ class LLM:
                 self.pump()
         finally:
             self.cancel([request])
+
+    def _key(self, request: Request) -> Key | None:
+        """None where no answer is to be kept, as for a request that only scores its prompt."""
+        if not self.response_cache.entries or request.limit == len(request.prompt_ids):
+            return None
+        return response_key(request.prompt_ids, request.params, self.params_version)
+
+    def _keep(self, request: Request) -> None:
+        """Keeps a finished request's answer, unless the weights have changed meanwhile."""
+        if request.finished and request.key is not None and request.key == self._key(request):
+            self.response_cache.put(request.key, finish(request, self.tokenizer))
 
     def _fail_all(self, error: JaxinferError) -> None:
         for request, _ in self._owners.values():

@@ -6,7 +6,7 @@ Host side only: the engine knows sequences, this module knows what a user asked 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -26,6 +26,7 @@ from jaxinfer.types import (
 if TYPE_CHECKING:
     from jaxinfer.engine import Update
     from jaxinfer.errors import InvalidRequest, JaxinferError
+    from jaxinfer.response_cache import Key
     from jaxinfer.tokenizer import Tokenizer
 
 
@@ -59,6 +60,8 @@ class Request:
         failed: why the request was given up.
         priority: a smaller one is served first.
         cached: prompt tokens that were not computed, of all samples.
+        key: under which its answer is kept, where it is to be kept.
+        answer: the result, where it is not to be made of the samples.
     """
 
     id: str
@@ -74,6 +77,8 @@ class Request:
     failed: JaxinferError | None = None
     priority: int = 0
     cached: int = 0
+    key: Key | None = None
+    answer: RequestOutput | None = None
     unfinished: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -127,6 +132,8 @@ def take(request: Request, sample: Sample, update: Update, tokenizer: Tokenizer 
 
 def finish(request: Request, tokenizer: Tokenizer | None) -> RequestOutput:
     """The request's result so far."""
+    if request.answer is not None:
+        return request.answer
     params = request.params
     return RequestOutput(
         request_id=request.id,
@@ -138,6 +145,24 @@ def finish(request: Request, tokenizer: Tokenizer | None) -> RequestOutput:
         prompt_logprobs=_prompt_logprobs(request, tokenizer),
         num_cached_tokens=request.cached,
     )
+
+
+def answer(request: Request, known: RequestOutput) -> None:
+    """Finishes a request with the answer to another that was the same, and tells the reader."""
+    request.answer = replace(known, request_id=request.id, prompt=request.prompt, seed=request.seed)
+    request.unfinished = 0
+    if request.deltas is not None:
+        last = len(known.outputs) - 1
+        request.deltas.extend(
+            Delta(
+                index=output.index,
+                text=output.text,
+                token_ids=output.token_ids,
+                finish_reason=output.finish_reason,
+                result=request.answer if place == last else None,
+            )
+            for place, output in enumerate(known.outputs)
+        )
 
 
 def merged_scores(request: Request) -> Any:

@@ -21,7 +21,13 @@ PACKAGES = ("pallas_kernels", "checkpoints", "jaxinfer", "bench", "tests")
 LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "kernels": ({"pallas_kernels"}, set()),
     "data": (
-        {"jaxinfer.config", "jaxinfer.types", "jaxinfer.errors", "jaxinfer.validation"},
+        {
+            "jaxinfer.config",
+            "jaxinfer.errors",
+            "jaxinfer.response_cache",
+            "jaxinfer.types",
+            "jaxinfer.validation",
+        },
         set(),
     ),
     "pages": ({"jaxinfer.pages"}, {"data"}),
@@ -54,7 +60,8 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "loading": ({"jaxinfer.loading"}, {"checkpoints", "sizing", "host"}),
     "llm": ({"jaxinfer.llm"}, {"requests", "loading"}),
     "async": ({"jaxinfer.async_llm"}, {"llm"}),
-    "api": ({"jaxinfer"}, {"async"}),
+    "offline": ({"jaxinfer.offline"}, {"llm"}),
+    "api": ({"jaxinfer"}, {"async", "offline"}),
     "training": ({"jaxinfer.training"}, {"models"}),
     "demo": ({"checkpoints.demo"}, {"api", "training"}),
     "verify": ({"jaxinfer.verify"}, {"api"}),

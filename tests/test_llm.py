@@ -909,6 +909,9 @@ def test_interrupted_while_news_are_given_out(
         {"gpu_memory_utilization": 0.0},
         {"gpu_memory_utilization": float("nan")},
         {"policy": "fifo"},
+        {"response_cache": -1},
+        {"response_cache": True},
+        {"response_cache": 1.5},
     ],
 )
 def test_options_out_of_range(tiny: TinyModel, option: dict[str, Any]) -> None:

@@ -27,6 +27,7 @@ from jaxinfer.cli.options import (
     MaxTokens,
     MinP,
     Model,
+    Out,
     RepetitionPenalty,
     Revision,
     Seed,
@@ -48,7 +49,8 @@ from jaxinfer.cli.output import (
     stream,
     write_record,
 )
-from jaxinfer.cli.prompts import read_prompts, typed_lines
+from jaxinfer.cli.prompts import prompt_source, read_prompts, typed_lines
+from jaxinfer.cli.resumable import complete_to_file
 from jaxinfer.errors import (
     CapacityError,
     CheckpointError,
@@ -126,11 +128,13 @@ def generate(
     event_log: Annotated[
         str | None, typer.Option(help="File for the scheduler's events; see `jaxinfer replay`.")
     ] = None,
+    out: Out = None,
 ) -> None:
     """Completes prompts. One prompt is printed as it comes."""
-    if logprobs is not None and not as_json:
-        raise typer.BadParameter("--logprobs needs --json")
-    wanted = read_prompts(prompts, file, token_ids)
+    if logprobs is not None and not (as_json or out):
+        raise typer.BadParameter("--logprobs needs --json or --out")
+    if out and as_json:
+        raise typer.BadParameter("--out writes the records to its file: leave --json out")
     params = SamplingParams(
         n=n, max_tokens=max_tokens, min_tokens=min_tokens, temperature=temperature, top_p=top_p,
         top_k=top_k, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed,
@@ -139,6 +143,11 @@ def generate(
     options = ModelOptions(
         model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype, event_log
     )
+    if out:
+        raise typer.Exit(
+            complete_to_file(out, prompt_source(prompts, file, token_ids), params, options)
+        )
+    wanted = read_prompts(prompts, file, token_ids)
     with open_llm(options) as llm:
         if len(wanted) == 1 and n == 1 and not as_json:
             show_prompt(wanted[0])

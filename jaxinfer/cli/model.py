@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
 import os
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import typer
@@ -12,12 +14,13 @@ import typer
 from jaxinfer.cli.options import Dtype, KvCacheDtype
 from jaxinfer.cli.output import note
 from jaxinfer.errors import CapacityError, JaxinferError
-from jaxinfer.hub import resolve_model
+from jaxinfer.hub import ALLOW_PATTERNS, resolve_model
 
 if TYPE_CHECKING:
     from jaxinfer.llm import LLM
 
 PACKAGES = ("jaxinfer", "jax", "jaxlib", "numpy", "transformers")  # that `info` tells of
+DIGEST_BYTES = 1 << 20  # of either end of a file
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,12 @@ class ModelOptions:
     event_log: str | None = None
 
 
-def open_llm(options: ModelOptions) -> LLM:
-    """Finds the model, starts JAX and loads it."""
+def open_llm(
+    options: ModelOptions, dtype: Literal["float32", "bfloat16", "float16"] | None = None
+) -> LLM:
+    """Finds the model, starts JAX and loads it; `dtype`: where `choose_dtype` was called before."""
     directory = resolve_model(options.model, options.revision)
-    dtype = choose_dtype(options)
+    dtype = dtype or choose_dtype(options)
     from jaxinfer.llm import LLM
 
     try:
@@ -67,6 +72,22 @@ def choose_dtype(options: ModelOptions) -> Literal["float32", "bfloat16", "float
         dtype = options.dtype
     note(f"{options.model}: {dtype} on {device.device_kind}")
     return dtype
+
+
+def model_digest(directory: Path) -> str:
+    """Of the files that make up a model: their names, sizes, beginnings and ends.
+
+    Whole weights would take minutes to read; training or converting them changes their ends.
+    """
+    digest = hashlib.sha256()
+    for path in sorted({p for pattern in ALLOW_PATTERNS for p in directory.glob(pattern)}):
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{path.name} {size}\n".encode())
+            for place in (0, max(0, size - DIGEST_BYTES)):
+                file.seek(place)
+                digest.update(file.read(DIGEST_BYTES))
+    return digest.hexdigest()
 
 
 def describe(options: ModelOptions) -> dict[str, Any]:

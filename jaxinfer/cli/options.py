@@ -78,3 +78,11 @@ File = Annotated[
 ]
 TokenIds = Annotated[str | None, typer.Option("--token-ids", help='Prompt as token ids: "1,2,3".')]
 Json = Annotated[bool, typer.Option("--json", help="Print JSONL records.")]
+Out = Annotated[
+    str | None,
+    typer.Option(
+        "--out",
+        help="Write each record here when it is done, after a header; the same command again "
+        "goes on where it was stopped.",
+    ),
+]
