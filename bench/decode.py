@@ -157,7 +157,9 @@ def run_part(args: argparse.Namespace) -> None:
     """What one of the processes does."""
     (shape,), batches, contexts = args.shape, args.batch, args.context
     longest = max(contexts)
-    options = {"max_num_seqs": max(batches), "max_model_len": longest + LONG, **args.llm}
+    # Both calls of a pair read their prompts, so that this cancels.
+    options = {"max_num_seqs": max(batches), "max_model_len": longest + LONG}
+    options |= {"prefix_caching": False, **args.llm}
     llm, split = start_llm(shape, longest, options)
     emit(args.records, start_record(shape, args.part, split, longest))
     if args.part == "warm":

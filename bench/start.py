@@ -68,15 +68,25 @@ def close(llm: LLM) -> None:
 
 
 def warm_up(llm: LLM, kinds: Sequence[str]) -> None:
-    """Compiles ahead of time what requests of these kinds need, where the LLM can do that.
+    """Compiles ahead of time what requests of these kinds need.
 
     Args:
         llm: what is to be measured.
         kinds: of GREEDY, SAMPLED (with truncation), LOGPROBS.
     """
-    ahead = getattr(llm, "warm_up", None)
-    if ahead is not None:
-        ahead(kinds)
+    from jaxinfer import SamplingParams
+
+    made = {
+        GREEDY: SamplingParams(temperature=0),
+        SAMPLED: SamplingParams(top_k=50, top_p=0.9),
+        LOGPROBS: SamplingParams(top_p=0.9, logprobs=0),
+    }
+    done = llm.warm_up([made[kind] for kind in kinds])
+    print(
+        f"warm-up: {done.programs} programs, {done.seconds:.1f} s, "
+        f"steps {done.step_bytes / 1e9:.2f} GB, {len(done.unequal)} unequal",
+        flush=True,
+    )
 
 
 def until_warm[T](llm: LLM, run: Callable[[int], T]) -> tuple[T, dict[str, int]]:

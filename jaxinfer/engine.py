@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import jax
 import numpy as np
 
-from jaxinfer import batcher, eventlog, sampling
-from jaxinfer.batch import init_penalties, init_state
+from jaxinfer import batcher, eventlog, sampling, warmup
+from jaxinfer.batch import Plan, init_penalties, init_state
 from jaxinfer.buckets import make_buckets
 from jaxinfer.cache import init_cache
 from jaxinfer.config import BatcherConfig, ModelConfig
+from jaxinfer.errors import JaxinferError
 from jaxinfer.models.decoder import Params
 from jaxinfer.pages import page_keys, pages_for
 from jaxinfer.plans import (
@@ -27,6 +29,8 @@ from jaxinfer.plans import (
     top_bucket,
 )
 from jaxinfer.runner import Sampled, StepCompiler, StepKey
+from jaxinfer.types import SamplingParams
+from jaxinfer.warmup import WarmUp
 
 # The device runs one dispatch while the host reads the one before.
 DISPATCHES_AHEAD = 2
@@ -86,6 +90,8 @@ class Engine:
         self._buckets = make_buckets(limits, gpu=platform == "gpu")
         self._table_width = pages_for(limits.max_model_len, limits.page_size)
         self.compiler = StepCompiler(config, invariant=invariant, platform=platform)
+        self._warmed: tuple[SamplingParams, ...] = ()
+        self._variants: tuple[Kind, ...] = ()  # of what was warmed up
         self._ids = itertools.count()
         self._cache = init_cache(config, limits.num_pages, limits.page_size, dtype)
         self._clear()
@@ -184,6 +190,59 @@ class Engine:
         """Whether `step` has nothing to do."""
         return not (self._live or self._events or self._in_flight)
 
+    def warm_up(self, params: Sequence[SamplingParams]) -> WarmUp:
+        """Compiles all that requests with such parameters may need, and runs it once.
+
+        Args:
+            params: one for each kind of request; see `warmup.variants`.
+
+        Raises:
+            JaxinferError: something runs already.
+        """
+        if self._live:
+            raise JaxinferError("warm up an engine before it runs anything, or when it is idle")
+        while not self.idle:  # what was computed in vain
+            self.step()
+        began, before = time.perf_counter(), self.compiler.count
+        if any(p.penalised for p in params):
+            self._count_penalties()
+        keys = warmup.step_keys(
+            params, limits=self.limits, buckets=self._buckets, invariant=self._invariant
+        )
+        spec, pages = warmup.probe(self.limits, self.config.vocab_size)
+        read = warmup.probing(spec, pages, self.limits, read=True)
+        decode = warmup.probing(spec, pages, self.limits, read=False)
+
+        def plan(key: StepKey) -> Plan:
+            action, known = read if key.chunks else decode, {0: spec.prompt}
+            return make_plan(action, key, {0: spec}, known, table_width=self._table_width)
+
+        self.compiler.compile_all(keys, plan, self._params, self._cache, self._seq)
+        found: dict[bool, list[tuple[StepKey, bytes]]] = {True: [], False: []}
+        first = next(key for key in keys if key.chunks)
+        for key in keys:
+            if not key.chunks:
+                self._dispatch(first, plan(first))
+            sampled = self._dispatch(key, plan(key))
+            written = [
+                np.asarray(x[pages]).tobytes() for x in (self._cache.k[-1], self._cache.v[-1])
+            ]
+            said = np.asarray(sampled.tokens)[0, key.rows if key.chunks else 0].tobytes()
+            found[bool(key.chunks)].append((key, b"".join([*written, said])))
+        self.reset()
+        self._variants = warmup.variants([*self._warmed, *params])
+        self._warmed = (*self._warmed, *params)
+        unequal = [k for some in found.values() for k, bits in some if bits != some[0][1]]
+        return WarmUp(
+            self.compiler.count - before, time.perf_counter() - began, self.compiler.step_bytes,
+            tuple(unequal) if self._invariant else (),
+        )  # fmt: skip
+
+    def _count_penalties(self) -> None:
+        if self._seq.penalties is None:
+            M, V = self.limits.max_num_seqs, self.config.vocab_size
+            self._seq = self._seq._replace(penalties=init_penalties(M, V))
+
     # -- the loop ---------------------------------------------------------------------------
 
     def step(self) -> list[Update]:
@@ -228,26 +287,28 @@ class Engine:
     def _run(self, action: batcher.Run) -> _InFlight:
         reading = [chunk.id for chunk in action.chunks]
         specs = {i: self._live[i] for i in reading}
-        if self._seq.penalties is None and any(s.params.penalised for s in specs.values()):
-            M, V = self.limits.max_num_seqs, self.config.vocab_size
-            self._seq = self._seq._replace(penalties=init_penalties(M, V))
-        kinds = self._kinds
+        if any(s.params.penalised for s in specs.values()):
+            self._count_penalties()
+        kind = together(self._kinds[i] for i in _ids(action) if i in self._kinds)
         scores = [s.score for s in specs.values() if s.score is not None]
         key = step_key(
             action,
-            together(kinds[i] for i in _ids(action) if i in kinds),
+            warmup.covering(self._variants, kind),
             top_bucket(max(scores, default=None)),
             limits=self.limits, buckets=self._buckets, invariant=self._invariant,
         )  # fmt: skip
         known = {i: self._tokens(i) for i in reading}
         plan = make_plan(action, key, specs, known, table_width=self._table_width)
+        return _InFlight(action, key, self._dispatch(key, plan))
+
+    def _dispatch(self, key: StepKey, plan: Plan) -> Sampled:
         # A plan of NumPy arrays would take jax's slow path, which waits for the device.
         self._cache, self._seq, sampled = self.compiler.run(
             key, self._params, self._cache, self._seq, jax.device_put(plan)
         )
         for leaf in jax.tree.leaves(sampled):
             leaf.copy_to_host_async()
-        return _InFlight(action, key, sampled)
+        return sampled
 
     # -- results ----------------------------------------------------------------------------
 

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxinfer import warmup
 from jaxinfer.cache import resolve_kv_dtype
 from jaxinfer.config import EngineOptions, ModelConfig
 from jaxinfer.engine import Engine
-from jaxinfer.errors import InvalidRequest, JaxinferError, QueueFull
+from jaxinfer.errors import CapacityError, InvalidRequest, JaxinferError, QueueFull
 from jaxinfer.loading import batcher_config, check_params, load_weights, plan, prepare_backend
 from jaxinfer.requests import (
     Request,
@@ -41,6 +42,7 @@ from jaxinfer.types import (
     TokenLogprobs,
 )
 from jaxinfer.validation import as_list, as_prompts, one_each, validate, validate_prompt
+from jaxinfer.warmup import WarmUp
 
 if TYPE_CHECKING:
     from jaxinfer.models.decoder import Params
@@ -219,6 +221,34 @@ class LLM:
         if self._engine is None:
             raise JaxinferError("this LLM is closed")
         return self._engine
+
+    def warm_up(self, params: Sequence[SamplingParams] = (warmup.GREEDY, warmup.SAMPLED)) -> WarmUp:
+        """Compiles, several at a time, every program that requests like these may need.
+
+        Nothing is compiled afterwards while such requests are served. Each program is run once; if
+        it does not give a probe the bits that the others give, the log says so.
+
+        Args:
+            params: one for each kind of request that is to come: kinds differ in whether they are
+                sampled, truncated, penalised, and in their log-probabilities.
+
+        Raises:
+            CapacityError: a program needs more memory than was planned for it.
+            JaxinferError: something runs already.
+        """
+        for index, one in enumerate(params):
+            validate(one, index=index, vocab_size=self.config.vocab_size)
+        done = self.engine.warm_up(params)
+        logger.info("%d programs in %.1f s", done.programs, done.seconds)
+        if done.unequal:
+            logger.warning("not invariant: other bits come out of %s", done.unequal)
+        planned = self.memory_plan
+        if planned.limit is not None and done.step_bytes > planned.steps:
+            raise CapacityError(
+                f"a step needs {done.step_bytes} bytes beside weights and cache, {planned.steps} "
+                "were kept free: lower max_num_batched_tokens, max_num_seqs or kv_cache_bytes"
+            )
+        return done
 
     # -- generation -------------------------------------------------------------------------
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -215,13 +216,38 @@ class StepCompiler:
     def __init__(self, config: ModelConfig, *, invariant: bool, platform: str) -> None:
         self._config = config
         self._options = INVARIANT_OPTIONS if invariant and platform == "gpu" else {}
-        self._compiled: dict[Any, Callable[..., Any]] = {}
+        self._compiled: dict[tuple[StepKey, bool], Any] = {}
         self.compile_seconds = 0.0
 
     @property
     def count(self) -> int:
         """Steps compiled so far."""
         return len(self._compiled)
+
+    @property
+    def step_bytes(self) -> int:
+        """Temporary device memory of the hungriest step compiled so far."""
+        found = (compiled.memory_analysis() for compiled in self._compiled.values())
+        return max((m.temp_size_in_bytes for m in found if m is not None), default=0)
+
+    def compile_all(
+        self, keys: Iterable[StepKey], plans: Callable[[StepKey], Plan], *args: Any
+    ) -> None:
+        """Compiles steps, several at a time.
+
+        Args:
+            keys: of the steps; what is compiled already is left alone.
+            plans: makes a plan in a key's shapes.
+            args: params, cache and state, or their shapes.
+        """
+        penalised = args[-1].penalties is not None
+        missing = [key for key in keys if (key, penalised) not in self._compiled]
+        with ThreadPoolExecutor() as pool:
+            # Tracing holds the interpreter, compiling does not.
+            lowered = ((key, self._lower(key, *args, plans(key))) for key in missing)
+            found = [(key, pool.submit(self._finish, key, low)) for key, low in lowered]
+            for key, compiled in found:
+                self._compiled[key, penalised] = compiled.result()
 
     def run(
         self,
@@ -235,14 +261,17 @@ class StepCompiler:
         # Penalties change the state's structure, and with it the program.
         lookup = (key, seq.penalties is not None)
         if lookup not in self._compiled:
-            self._compiled[lookup] = self._compile(key, params, cache, seq, plan)
+            begin = time.perf_counter()
+            self._compiled[lookup] = self._finish(key, self._lower(key, params, cache, seq, plan))
+            self.compile_seconds += time.perf_counter() - begin
         return self._compiled[lookup](params, cache, seq, plan)
 
-    def _compile(self, key: StepKey, *args: Any) -> Callable[..., Any]:
-        begin = time.perf_counter()
+    def _lower(self, key: StepKey, *args: Any) -> Any:
         fn = jax.jit(partial(run_step, config=self._config, key=key), donate_argnums=(1, 2))
-        compiled = fn.lower(*args).compile(compiler_options=self._options or None)
-        seconds = time.perf_counter() - begin
-        self.compile_seconds += seconds
-        logger.info("compiled %s in %.2f s", key, seconds)
+        return fn.lower(*args)
+
+    def _finish(self, key: StepKey, lowered: Any) -> Any:
+        begin = time.perf_counter()
+        compiled = lowered.compile(compiler_options=self._options or None)
+        logger.info("compiled %s in %.2f s", key, time.perf_counter() - begin)
         return compiled

@@ -41,7 +41,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "batch": ({"jaxinfer.batch"}, {"cache", "sampling"}),
     "models": ({"jaxinfer.models"}, {"layers", "batch"}),
     "runner": ({"jaxinfer.runner"}, {"models", "speculate"}),
-    "plans": ({"jaxinfer.plans"}, {"runner", "batcher", "buckets"}),
+    "plans": ({"jaxinfer.plans", "jaxinfer.warmup"}, {"runner", "batcher", "buckets"}),
     "engine": ({"jaxinfer.engine"}, {"plans"}),
     "sharding": ({"jaxinfer.sharding"}, {"models"}),
     "sizing": ({"jaxinfer.sizing", "jaxinfer.hardware"}, {"models", "pages"}),

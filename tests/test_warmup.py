@@ -1,0 +1,84 @@
+"""What is compiled ahead of time is all that is needed, and bits that differ are noticed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from jaxinfer import LLM, JaxinferError, SamplingParams
+from jaxinfer.plans import Kind
+from jaxinfer.warmup import covering, variants
+from tests.conftest import TinyModel
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
+OPTIONS: dict[str, Any] = {
+    "dtype": "float32", "max_num_seqs": 4, "max_model_len": 96, "max_num_batched_tokens": 24,
+    "page_size": 8, "kv_cache_bytes": 40 * 2048, "max_steps": 3,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llm(tiny: TinyModel) -> Iterator[LLM]:
+    with LLM.from_params(tiny.params, tiny.config, **OPTIONS) as llm:
+        yield llm
+
+
+def test_nothing_is_compiled_after_a_warm_up(llm: LLM) -> None:
+    first = llm.generate([[1, 2, 3]], GREEDY)
+    done = llm.warm_up([GREEDY, SamplingParams(top_k=3, logprobs=0)])
+    assert done.programs > 0
+    assert done.step_bytes > 0
+    count = llm.engine.compiler.count
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(1, 60, n).tolist() for n in (1, 5, 23, 24, 50, 80, 7, 9)]
+    params = [GREEDY, SamplingParams(seed=1, max_tokens=5), SamplingParams(top_k=2, max_tokens=4)]
+    for group in (prompts, prompts[:1], prompts[2:5]):
+        llm.generate(group, [params[i % 3] for i in range(len(group))])
+    assert llm.generate([[1, 2, 3]], GREEDY)[0].outputs == first[0].outputs
+    assert llm.engine.compiler.count == count
+    assert llm.warm_up([GREEDY]).programs == 0
+
+
+def test_only_an_idle_engine_warms_up(llm: LLM) -> None:
+    request = llm.prepare([1, 2], GREEDY)
+    llm.submit([request])
+    with pytest.raises(JaxinferError, match="idle"):
+        llm.warm_up()
+    llm.cancel([request])
+    while not llm.engine.idle:
+        llm.pump()
+
+
+def test_programs_with_other_bits_are_named(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    llm.warm_up([GREEDY])
+    compiler = llm.engine.compiler
+    run, spoiled = compiler.run, []
+
+    def spoil(key: Any, *args: Any) -> Any:
+        cache, seq, sampled = run(key, *args)
+        if key.chunks and not spoiled:
+            spoiled.append(key)
+            cache = cache._replace(k=tuple(x + 1e-6 for x in cache.k))
+        return cache, seq, sampled
+
+    monkeypatch.setattr(compiler, "run", spoil)
+    done = llm.warm_up([GREEDY])
+    # The first is what the others are held against.
+    others = {key for key in compiler._compiled if key[0].chunks and not key[0].random}
+    assert 0 < len(done.unequal) < len(others) + 1
+    assert "not invariant" in caplog.text
+
+
+def test_variants_are_closed_under_company() -> None:
+    sampled, scored = SamplingParams(top_k=3), SamplingParams(temperature=0, logprobs=2)
+    assert variants([GREEDY]) == (Kind(),)
+    found = variants([GREEDY, sampled, scored])
+    assert found == (Kind(), Kind(top=5), Kind(True, True), Kind(True, True, 5))
+    assert covering(found, Kind(True)) == Kind(True, True)
+    assert covering(found, Kind(top=0)) == Kind(top=5)
+    assert covering(found, Kind(top=20)) == Kind(top=20)  # compiled when it is needed
