@@ -1,9 +1,8 @@
 """Logits to tokens, on the device. Pure functions.
 
 A row's token is a function of that row alone, to the bit: nothing here sums floats across a row
-in an order that a compiler chooses (maxima, counts and sorts are exact; the one sum of floats is a
-tree of elementwise additions fixed by the vocabulary's size), and the noise is a function of
-(seed, sample, position). Letters: S rows, V vocabulary.
+in an order that a compiler chooses (maxima and sums of integers are exact), and the noise is a
+function of (seed, sample, position). Letters: S rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from jaxinfer import truncation
 from jaxinfer.types import MAX_STOP_IDS, SamplingParams
 
 Field = Any  # on the device an Array; on the host NumPy, one row at a time, without the axis S
@@ -143,7 +143,8 @@ def sample(
     highest = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), -LARGEST_LOGIT)
     x = (x - highest) / jnp.maximum(rows.temperature, SMALLEST_TEMPERATURE)[:, None]
     if truncated:
-        x = jnp.where(x >= _threshold(x, rows)[:, None], x, -jnp.inf)
+        lowest = truncation.threshold(x, rows.top_k, rows.top_p, rows.min_p)
+        x = jnp.where(x >= lowest[:, None], x, -jnp.inf)
     drawn = jnp.argmax(x + _gumbel(rows, positions, x.shape[-1]), axis=-1).astype(jnp.int32)
     return jnp.where(rows.temperature == 0, greedy, drawn)
 
@@ -165,38 +166,6 @@ def _hold_back_stops(x: Array, rows: SamplingRows, positions: Array) -> Array:
     early = (positions < rows.min_length)[:, None] & (rows.stop_ids >= 0)
     ids = jnp.where(early, rows.stop_ids, V)  # V is out of bounds: dropped
     return x.at[jnp.arange(S)[:, None], ids].set(-jnp.inf, mode="drop")
-
-
-def _threshold(x: Array, rows: SamplingRows) -> Array:
-    """The lowest of x [S, V] (likeliest at 0) that each row keeps; -inf where it keeps all."""
-    V = x.shape[-1]
-    descending = -jnp.sort(-x, axis=-1)
-    kth = jnp.clip(rows.top_k - 1, 0, V - 1)[:, None]
-    by_count = jnp.take_along_axis(descending, kth, axis=-1)[:, 0]
-    by_count = jnp.where((rows.top_k > 0) & (rows.top_k < V), by_count, -jnp.inf)
-    cut = jnp.maximum(jnp.log(rows.min_p), by_count)
-
-    mass = jnp.where(descending >= cut[:, None], jnp.exp(descending), 0.0)
-    cumulative = _cumulative(mass)
-    likelier = jnp.pad(cumulative[:, :-1], ((0, 0), (1, 0)))
-    kept = likelier < rows.top_p[:, None] * cumulative[:, -1:]
-    by_mass = jnp.min(jnp.where(kept, descending, 0.0), axis=-1)
-    return jnp.where(rows.top_p < 1, jnp.maximum(cut, by_mass), cut)
-
-
-def _cumulative(mass: Array) -> Array:
-    """Running sums along axis 1 by doubling (Hillis and Steele 1986).
-
-    Unlike cumsum this is elementwise additions alone, in an order that depends on V only. As a
-    loop, because an unrolled or associative scan takes seconds to compile.
-    """
-    S, V = mass.shape
-
-    def double(i: Array, sums: Array) -> Array:
-        shifted = lax.dynamic_slice(jnp.pad(sums, ((0, 0), (V, 0))), (0, V - (1 << i)), (S, V))
-        return sums + shifted
-
-    return lax.fori_loop(0, (V - 1).bit_length(), double, mass)
 
 
 def _gumbel(rows: SamplingRows, positions: Array, vocab_size: int) -> Array:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxinfer import sampling
+from jaxinfer import sampling, truncation
 from jaxinfer.sampling import PenaltyState, SamplingRows, pack_row
 from jaxinfer.types import MAX_STOP_IDS, SamplingParams
 
@@ -18,7 +18,6 @@ V = 37
 NEVER = -np.inf
 
 draw = jax.jit(sampling.sample, static_argnames=("truncated", "random"))
-threshold = jax.jit(sampling._threshold)
 
 
 def row(
@@ -35,6 +34,13 @@ def stack(rows: list[SamplingRows]) -> SamplingRows:
 
 def repeat(one: SamplingRows, count: int) -> SamplingRows:
     return stack([one] * count)
+
+
+find = jax.jit(truncation.threshold)
+
+
+def threshold(x: Any, rows: SamplingRows) -> jax.Array:
+    return find(x, rows.top_k, rows.top_p, rows.min_p)
 
 
 def some_logits(*shape: int, seed: int = 0, scale: float = 2.0) -> np.ndarray:
@@ -73,6 +79,73 @@ def test_truncation_keeps_the_reference_set(
     rows = repeat(row(top_k=top_k, top_p=top_p, min_p=min_p), 1)
     kept = x >= np.asarray(threshold(x[None], rows))[0]
     np.testing.assert_array_equal(kept, kept_by_reference(x, top_k=top_k, top_p=top_p, min_p=min_p))
+
+
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    size=st.sampled_from([1, 2, 31, 1024, 1025]),
+    temperature=st.sampled_from([1e-30, 0.1, 1.0, 30.0, 1e5]),
+    top_k=st.integers(0, 1100),
+    top_p=st.floats(2**-10, 1.0, width=32),
+)
+def test_truncation_of_continuous_logits(
+    seed: int, size: int, temperature: float, top_k: int, top_p: float
+) -> None:
+    x = some_logits(size, seed=seed, scale=3.0)
+    x = ((x - x.max()) / np.float32(temperature)).astype(np.float32)
+    found = threshold(x[None], repeat(row(top_k=top_k, top_p=top_p), 1))
+    kept = x >= np.asarray(found)[0]
+    # Rounding decides only within this much of the share, in mass that is 1 for the likeliest.
+    narrow, wide = (
+        kept_by_reference(x, top_k=top_k, top_p=min(top_p * (1 + d), 1.0), min_p=0.0)
+        for d in (-1e-5, 1e-5)
+    )
+    assert (narrow <= kept).all()
+    assert (kept <= wide).all()
+
+
+@pytest.mark.parametrize("top_k", [V, V + 1, 2**31 - 1])
+def test_a_row_that_does_not_truncate_keeps_all(top_k: int) -> None:
+    x = some_logits(2, V) - 20
+    x[:, [0, 3]] = 0.0, NEVER
+    for params in ({"top_k": top_k}, {}):
+        np.testing.assert_array_equal(threshold(x, repeat(row(**params), 2)), [NEVER, NEVER])
+
+
+def test_top_k_counts_the_whole_range_of_float32() -> None:
+    x = np.array([[0.0, -1e-30, -1.0, -1.00000012, -3e38, NEVER]], np.float32)
+    for k in range(1, 6):
+        assert float(threshold(x, repeat(row(top_k=k), 1))[0]) == x[0, k - 1]
+
+
+def test_a_row_without_any_likely_token_has_a_threshold() -> None:
+    rows = stack([row(top_k=3), row(top_p=0.5), row()])
+    found = np.asarray(threshold(np.full((3, V), NEVER, np.float32), rows))
+    np.testing.assert_array_equal(found, [NEVER, 0.0, NEVER])
+
+
+def test_the_largest_vocabulary_of_equals_does_not_overflow() -> None:
+    for size in (2**18, 2**18 + 1):
+        x = np.zeros((1, size), np.float32)
+        x[0, size // 2 :] = -1.0
+        # All of the first half hold 0.73 of the mass: 0.5 is met by equals, all kept.
+        assert float(threshold(x, repeat(row(top_p=0.5), 1))[0]) == 0.0
+        assert float(threshold(x, repeat(row(top_p=0.8), 1))[0]) == -1.0
+        assert float(threshold(0 * x, repeat(row(top_p=0.999), 1))[0]) == 0.0
+
+
+def test_thresholds_of_a_real_vocabulary_are_the_same_alone_and_together() -> None:
+    size = 128_256
+    x = some_logits(5, size, scale=3.0)
+    x -= x.max(-1, keepdims=True)
+    kinds = ({"top_k": 50}, {"top_p": 0.9}, {"top_k": 1000, "top_p": 0.95}, {"min_p": 0.01}, {})
+    rows = [row(**kind) for kind in kinds]
+    together = np.asarray(threshold(x, stack(rows)))
+    alone = [np.asarray(threshold(x[i : i + 1], stack(rows[i : i + 1])))[0] for i in range(5)]
+    np.testing.assert_array_equal(together, alone)
+    for i, kind in enumerate(kinds):
+        limits = {"top_k": 0, "top_p": 1.0, "min_p": 0.0} | kind
+        np.testing.assert_array_equal(x[i] >= together[i], kept_by_reference(x[i], **limits))
 
 
 def test_ties_at_the_threshold_are_kept() -> None:

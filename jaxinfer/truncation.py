@@ -1,0 +1,121 @@
+"""Where min-p, top-k and top-p cut a row off, found without sorting it. Pure functions.
+
+A threshold is searched for in the order of float32's bit patterns, several bits a pass, the highest
+first: a pass gathers, for each value that the next bits may take, what the tokens likelier than it
+hold (how many there are for top-k, their mass for top-p), and goes on below the first with which
+it is enough. Everything summed is an integer, so that a row's threshold is a function of that row
+alone, whatever the order of a sum. Passes are unrolled: a loop on a GPU may wait for the host in
+every round.
+
+Radix selection: Alabi et al. 2012, Fast k-selection algorithms for GPUs. Letters: S rows, V
+vocabulary, C chunks of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+BITS = 3  # of a key a pass
+KEY_BITS = 31  # a float32 without its sign
+CHUNK = 1024  # tokens that are summed at once: enough chunks to occupy a GPU at S = 1
+LIMB = 14  # bits of half a mass
+BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
+
+Sums = tuple[Array, ...]
+
+
+def threshold(x: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
+    """The lowest of x that each row keeps: min-p, then top-k, then top-p of what is kept.
+
+    Ties at a threshold are kept. Top-p keeps the fewest of the likeliest tokens whose mass reaches
+    its share of all that min-p and top-k keep, the likeliest in any case. Masses are rounded to
+    2**-28 of the likeliest's (2**-26 beyond 2**18 tokens) and summed exactly; their sum and the
+    share are compared as float32, to 2**-24 of the sum. Tokens below 2**-29 of the likeliest's mass
+    count as nothing: of 128 256 they hold at most 2**-12 of it together.
+
+    Args:
+        x: float32 [S, V]; at most 0, which is the likeliest; no NaN.
+        top_k: int32 [S]; 0 keeps all.
+        top_p, min_p: float32 [S]; 1 and 0 keep all.
+
+    Returns:
+        float32 [S]; -inf where a row keeps all.
+    """
+    V = x.shape[-1]
+    C = math.ceil(V / CHUNK)
+    x = jnp.pad(x, ((0, 0), (0, C * CHUNK - V)), constant_values=-jnp.inf)
+    x = lax.optimization_barrier(x.reshape(-1, C, CHUNK))  # computed once, not in every pass
+    keys = lax.bitcast_convert_type(x, jnp.int32) & (2**KEY_BITS - 1)  # the likeliest's is 0
+    wanted = jnp.clip(top_k, 1, V).astype(jnp.uint32)
+    by_count = _search(keys, (jnp.ones_like(x, jnp.uint32),), lambda sums: sums[0] < wanted)
+    by_count = jnp.where((top_k > 0) & (top_k < V), by_count, -jnp.inf)
+    cut = jnp.maximum(jnp.log(min_p), by_count)
+
+    limb = limb_bits(V)
+    limbs = _limbs(jnp.where(x >= cut[:, None, None], jnp.exp(x), 0.0), limb)
+    share = top_p * _as_float(tuple(_sum(limbs)), limb)
+    by_mass = _search(keys, limbs, lambda sums: _as_float(sums, limb) < share)
+    return jnp.where(top_p < 1, jnp.maximum(cut, by_mass), cut)
+
+
+def limb_bits(vocab_size: int) -> int:
+    """Bits of half a mass, such that a sum over the vocabulary stays below 2**32."""
+    return min(LIMB, 32 - (vocab_size - 1).bit_length())
+
+
+def _search(keys: Array, weights: Sums, short: Callable[[Sums], Array]) -> Array:
+    """The highest of x such that it and what is likelier weigh enough, float32 [S].
+
+    Args:
+        keys: int32 [S, C, CHUNK], of x.
+        weights: uint32 [S, C, CHUNK] each.
+        short: whether the sums of the weights of some tokens are not enough, bool [S].
+    """
+    key = jnp.zeros(keys.shape[0], jnp.int32)
+    for shift, bits in _passes():
+        higher = [key + (digit << shift) for digit in range(1, 1 << bits)]
+        likelier = [keys < k[:, None, None] for k in higher]
+        sums = _sum([jnp.where(tokens, w, 0) for tokens in likelier for w in weights])
+        n = len(weights)
+        digits = [short(tuple(sums[i : i + n])) for i in range(0, len(sums), n)]
+        key = key + (sum(digit.astype(jnp.int32) for digit in digits) << shift)
+    return -lax.bitcast_convert_type(key, jnp.float32)
+
+
+def _passes() -> list[tuple[int, int]]:
+    """(lowest bit, number of bits) of each pass over a key, the highest first."""
+    return [(max(end - BITS, 0), min(BITS, end)) for end in range(KEY_BITS, 0, -BITS)]
+
+
+def _limbs(share: Array, limb: int) -> Sums:
+    """float32 in [0, 1] as integers of `limb` bits, high and low, uint32: rounded to
+    2**-(2 * limb); 1, which would need one bit more, down."""
+    mass = jnp.round(jnp.minimum(share, BELOW_ONE) * 2.0 ** (2 * limb)).astype(jnp.uint32)
+    mass = jnp.minimum(mass, np.uint32(2 ** (2 * limb) - 1))  # with less than 24 bits it is again 1
+    mass = lax.optimization_barrier(mass)  # computed once, not in every pass
+    return mass >> limb, mass & (2**limb - 1)
+
+
+def _as_float(sums: Sums, limb: int) -> Array:
+    """Sums of limbs in units of the high one, float32: rounded, but never out of order."""
+    high, low = sums
+    high = high + (low >> limb)
+    return high.astype(jnp.float32) + (low & (2**limb - 1)).astype(jnp.float32) * 2.0**-limb
+
+
+def _sum(terms: Sequence[Array]) -> list[Array]:
+    """uint32 [S, C, CHUNK] each, summed to [S]. One variadic reduction, of which XLA makes one
+    kernel; of separate sums it makes many."""
+
+    def add(a: Sums, b: Sums) -> Sums:
+        return tuple(x + y for x, y in zip(a, b, strict=True))
+
+    found = tuple(terms)
+    for axis in (2, 1):
+        found = lax.reduce(found, (np.uint32(0),) * len(found), add, (axis,))
+    return list(found)
