@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from jaxinfer.config import BatcherConfig
 from jaxinfer.pages import pages_for
 
-GPU_ROWS = (8, 32, 64, 128, 192, 256, 320, 384, 448, 512, 640, 768, 896, 1024, 1280, 1536, 1792)
-GPU_MIXED_ROWS = (64, 256, 1024)
-GPU_TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288)
+GPU_ROWS = (8, 32, 64, 128, 192, 256, 320, 384, 512, 576, 640, 768, 896, 1024, 1280, 1536, 1792)
+GPU_TOKENS = (64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+GPU_FEW, CPU_FEW = 64, 8  # rows that decode beside chunks: few, or as many as there are tokens
 GPU_SHORT = 8192  # tokens: page tables of sequences up to here are looked at as one size
 MULTIPLE = 64  # of tokens, in steps that are larger
 
@@ -27,15 +27,20 @@ class Buckets:
 
     Attributes:
         rows: of steps that only decode.
-        mixed_rows: rows that decode beside chunks of prompts.
-        tokens: of such a step in all.
+        tokens: of steps with chunks of prompts, in all.
         pages: columns of the page table.
+        few: rows; see `mixed_rows`.
     """
 
     rows: tuple[int, ...]
-    mixed_rows: tuple[int, ...]
     tokens: tuple[int, ...]
     pages: tuple[int, ...]
+    few: int
+
+    def mixed_rows(self, tokens: int) -> tuple[int, ...]:
+        """Rows that decode in a step of so many tokens: few, or as many as can be."""
+        most = min(tokens, self.rows[-1])
+        return (self.few, most) if self.few < most else (most,)
 
 
 def make_buckets(limits: BatcherConfig, *, gpu: bool) -> Buckets:
@@ -48,9 +53,9 @@ def make_buckets(limits: BatcherConfig, *, gpu: bool) -> Buckets:
     largest = budget if budget <= MULTIPLE else pages_for(budget, MULTIPLE) * MULTIPLE
     return Buckets(
         rows=_up_to(GPU_ROWS if gpu else eights, rows),
-        mixed_rows=_up_to(GPU_MIXED_ROWS if gpu else eights, rows),
         tokens=_up_to(tokens, max(largest, tokens[0])),
         pages=_up_to([GPU_SHORT // limits.page_size] if gpu else fours[2::2], pages),
+        few=GPU_FEW if gpu else CPU_FEW,
     )
 
 

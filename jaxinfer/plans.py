@@ -94,10 +94,11 @@ def step_key(
     """
     count = len(action.rows)
     tokens = sum(chunk.stop - chunk.start for chunk in action.chunks)
-    rows = fit(buckets.mixed_rows if tokens else buckets.rows, count)
+    size = fit(buckets.tokens, count + tokens) if tokens else 0
+    rows = fit(buckets.mixed_rows(size) if tokens else buckets.rows, count)
     return StepKey(
         rows=rows,
-        tokens=fit(buckets.tokens, max(rows, count + tokens)) if tokens else 0,
+        tokens=size,
         chunks=limits.max_chunks if tokens else 0,
         pages=fit(buckets.pages, pages_for(action.tokens, limits.page_size)),
         page_size=limits.page_size,

@@ -68,9 +68,8 @@ def step_keys(
     mixed = [
         (rows, tokens, 1, score)
         for score in scores
-        for rows in buckets.mixed_rows
         for tokens in buckets.tokens
-        if tokens >= rows
+        for rows in buckets.mixed_rows(tokens)
     ]
     return [
         StepKey(

@@ -21,6 +21,7 @@ from pallas_kernels.kv_quantise import Pools, choose_scale, to_page_type
 BLOCK_ELEMENTS = 2048  # of K, and of V, in one block of 128 threads: 16 registers each
 
 
+@jax.jit  # so that a model's layers, which are alike, are lowered once
 def write(
     k_pages: jax.Array,
     v_pages: jax.Array,

@@ -19,15 +19,15 @@ def test_buckets_hold_what_they_are_for(rows, budget, longest, gpu, data):
     limits = BatcherConfig(10, 64, rows, longest, max_num_batched_tokens=budget)
     found = make_buckets(limits, gpu=gpu)
     for sizes, most in (
-        (found.rows, rows), (found.mixed_rows, rows), (found.tokens, budget),
-        (found.pages, -(-longest // 64)),
+        (found.rows, rows), (found.tokens, budget), (found.pages, -(-longest // 64)),
     ):  # fmt: skip
         assert list(sizes) == sorted(set(sizes))
         n = data.draw(st.integers(1, most))
         size = fit(sizes, n)
         assert size >= n
         assert all(other < n for other in sizes if other < size)
-    assert found.tokens[-1] >= found.mixed_rows[-1]
+    for tokens in found.tokens:
+        assert max(found.mixed_rows(tokens)) == min(tokens, rows)
     assert all(n % 64 == 0 or n <= 64 for n in found.tokens)  # blocks of scored tokens
 
 
