@@ -5,7 +5,8 @@ sees lengths and keys, never tokens. Same state and same events give the same ac
 run can be replayed.
 
 Sequences come in order of rank, those of one rank in order of their ids, which are given in order
-of arrival. A sequence is granted pages for its prompt when it is admitted, and more as it grows.
+of arrival. A sequence is granted pages for its prompt when its turn to be read has come, and more
+as it grows.
 Where they run out, the last running sequence in that order is preempted: it gives all its pages
 back, and waits again with the tokens it has until then, which are computed anew. So the first
 always gets on. Pages of a prompt whose keys are known already are shared instead of computed.
@@ -31,6 +32,7 @@ from jaxinfer.pages import (
 )
 
 NO_SEQUENCE = -1
+FILL = 64  # tokens: how finely the sizes of compiled steps are graded
 NO_PAGES = np.empty(0, np.int32)
 NO_PAGES.flags.writeable = False
 
@@ -196,14 +198,13 @@ def step(
                 state, refused = _submit(state, event, config)
                 actions += refused
             case Return():
-                state = _return(state, event)
+                state = _return(state, event, config)
             case Cancel():
                 state = _leave(state, event.id, tell_device=True)
             case Finished():
                 for sequence, keys in zip(event.ids, event.keys, strict=True):
                     state = _remember(state, int(sequence), keys)
                     state = _leave(state, int(sequence), tell_device=False)
-    state = _admit(state, config)
     state, run = _schedule(state, config)
     _seal(
         state,
@@ -241,14 +242,13 @@ def _submit(
             f"{event.limits.tolist()}"
         )
     room = max(0, config.max_waiting - len(state.waiting.ids))
-    waiting = _in_order(
-        *(np.concatenate([a, b[:room]]) for a, b in zip(state.waiting, event, strict=True))
-    )
+    columns = (np.concatenate([a, b[:room]]) for a, b in zip(state.waiting, event, strict=True))
+    waiting = _in_order(Submit(*columns), config)
     reason = f"the queue is full: {config.max_waiting} sequences wait already"
     return state._replace(waiting=waiting), [Refuse(int(i), reason) for i in event.ids[room:]]
 
 
-def _return(state: BatcherState, event: Return) -> BatcherState:
+def _return(state: BatcherState, event: Return, config: BatcherConfig) -> BatcherState:
     """Back to the queue, to its place in the order."""
     (at,) = np.nonzero(state.parked[:, 0] == event.id)
     if not len(at):
@@ -257,13 +257,15 @@ def _return(state: BatcherState, event: Return) -> BatcherState:
     if not 1 <= event.tokens < limit:
         raise ValueError(f"sequence {event.id}: {event.tokens} tokens, expected 1 to {limit - 1}")
     new = (*([x] for x in (event.id, event.tokens, limit, rank)), objects([event.keys]))
-    waiting = _in_order(*(np.append(a, x) for a, x in zip(state.waiting, new, strict=True)))
+    columns = (np.append(a, x) for a, x in zip(state.waiting, new, strict=True))
+    waiting = _in_order(Submit(*columns), config)
     return state._replace(waiting=waiting, parked=np.delete(state.parked, at, axis=0))
 
 
-def _in_order(*columns: np.ndarray) -> Submit:
-    queue = Submit(*columns)
+def _in_order(queue: Submit, config: BatcherConfig) -> Submit:
     order = np.lexsort((queue.ids, queue.ranks))
+    if config.policy == "makespan":
+        order = np.lexsort((queue.ids, queue.prompts - queue.limits))
     return Submit(*(column[order] for column in queue))
 
 
@@ -303,37 +305,40 @@ def _free(state: BatcherState, row: int, *, tell_device: bool) -> BatcherState:
     )
 
 
-def _admit(state: BatcherState, config: BatcherConfig) -> BatcherState:
-    """Moves the head of the queue into the lowest free row, while one fits."""
-    if config.policy == "static" and (state.rows.id != NO_SEQUENCE).any():
-        return state
-    while len(state.waiting.ids):
-        rows = state.rows
-        free = np.flatnonzero(rows.id == NO_SEQUENCE)
-        if not len(free):
-            break
-        sequence, prompt, limit, rank = (int(a[0]) for a in state.waiting[:4])
-        wanted = pages_for(prompt, config.page_size)
-        # A page more for each that runs already: to admit one only to preempt it is no gain.
-        if wanted + len(rows.id) - len(free) > state.pool.available:
-            break
-        pool, pages = allocate(state.pool, wanted)
-        row = int(free[0])
-        new = (sequence, prompt, limit, rank, 0, 0, wanted)  # in the order of Rows
-        state = state._replace(
-            waiting=Submit(*(a[1:] for a in state.waiting)),
-            rows=Rows(*(_with(a, row, value) for a, value in zip(rows, new, strict=True))),
-            pages=_with(state.pages, row, _frozen(pages)),
-            keys=_with(state.keys, row, state.waiting.keys[0]),
-            pool=pool,
-        )
-    return state
-
-
 def _schedule(
     state: BatcherState, config: BatcherConfig
 ) -> tuple[BatcherState, tuple[Action, ...]]:
     """Every row that can decode does, beside as many prompt tokens as the budget leaves."""
+    state, steps, scheduled, new, preempted = _make_room(state, config)
+    rows = state.rows
+    decoding = np.flatnonzero(scheduled > rows.scheduled)
+    state, granted = _grant(state, new, pages_for(config.max_steps, config.page_size) + 1)
+    state = state._replace(rows=state.rows._replace(scheduled=scheduled))
+    budget = _budget(state, config, decoding)
+    if not preempted:
+        state = _admit(state, config, budget)
+    state, chunks = _read(state, config, budget)
+    if not len(decoding) and not chunks:
+        return state, preempted
+    longest = [int((rows.prompt + scheduled)[decoding].max())] if len(decoding) else []
+    action = Run(
+        steps=steps,
+        rows=decoding,
+        ids=rows.id[decoding],
+        tokens=max(longest + [chunk.stop for chunk in chunks]),
+        columns=rows.held.astype(np.int32),
+        pages=granted,
+        chunks=tuple(chunks),
+        released=state.released,
+    )
+    return state._replace(released=np.zeros_like(state.released)), (*preempted, action)
+
+
+def _make_room(
+    state: BatcherState, config: BatcherConfig
+) -> tuple[BatcherState, int, np.ndarray, np.ndarray, tuple[Action, ...]]:
+    """How many decode steps to run, what rows then are `scheduled` [M], pages that each needs for
+    it [M]; and who was preempted, so that there are as many."""
     preempted: list[Action] = []
     while True:
         rows = state.rows
@@ -348,30 +353,67 @@ def _schedule(
         wanted = -(-(rows.prompt + scheduled - 1) // config.page_size)
         new = np.where(left > 0, np.maximum(wanted - rows.held, 0), 0)
         if new.sum() <= state.pool.available:
-            break
+            return state, steps, scheduled, new, tuple(preempted)
         last = int(np.lexsort((rows.id, rows.rank, running))[-1])
         preempted.append(Preempt(int(rows.id[last])))
         parked = np.array([[rows.id[last], rows.limit[last], rows.rank[last]]])
         state = _free(state, last, tell_device=True)
         state = state._replace(parked=np.concatenate([state.parked, parked]))
-    decoding = np.flatnonzero(left > 0)
-    state, granted = _grant(state, new, pages_for(config.max_steps, config.page_size) + 1)
-    state = state._replace(rows=state.rows._replace(scheduled=scheduled))
-    state, chunks = _read(state, config, config.max_num_batched_tokens - len(decoding))
-    if not len(decoding) and not chunks:
-        return state, tuple(preempted)
-    longest = [int((rows.prompt + scheduled)[decoding].max())] if len(decoding) else []
-    action = Run(
-        steps=steps,
-        rows=decoding,
-        ids=rows.id[decoding],
-        tokens=max(longest + [chunk.stop for chunk in chunks]),
-        columns=rows.held.astype(np.int32),
-        pages=granted,
-        chunks=tuple(chunks),
-        released=state.released,
-    )
-    return state._replace(released=np.zeros_like(state.released)), (*preempted, action)
+
+
+def _budget(state: BatcherState, config: BatcherConfig, decoding: np.ndarray) -> int:
+    """Prompt tokens to read in this step, beside a token of each row that decodes.
+
+    Under `makespan`, as few as will do: each prompt must have been read so early that its sequence
+    can still end when the longest of those that decode does. So prompts, which keep the device
+    computing, are spread over steps that only read memory.
+    """
+    most = config.max_num_batched_tokens - len(decoding)
+    if config.policy != "makespan" or not len(decoding):
+        return most
+    rows, queue = state.rows, state.waiting
+    unread = np.flatnonzero((rows.id != NO_SEQUENCE) & (rows.prefilled < rows.prompt))
+    outputs = np.concatenate([(rows.limit - rows.prompt)[unread], queue.limits - queue.prompts])
+    tokens = np.concatenate([(rows.prompt - rows.prefilled)[unread], queue.prompts])
+    if not len(tokens):
+        return most
+    longest = (rows.limit - rows.prompt - rows.scheduled)[decoding].max()
+    order = np.argsort(-outputs, kind="stable")
+    needed = np.cumsum(tokens[order]) / np.maximum(longest - outputs[order], 1)
+    filled = pages_for(int(np.ceil(needed.max())) + len(decoding), FILL) * FILL
+    return min(most, filled - len(decoding))
+
+
+def _admit(state: BatcherState, config: BatcherConfig, budget: int) -> BatcherState:
+    """Moves the head of the queue into the lowest free row, while one fits and will be read."""
+    rows = state.rows
+    running = rows.id != NO_SEQUENCE
+    unread = int((rows.prompt - rows.prefilled)[running].sum())
+    if config.policy == "static":
+        if running.any():
+            return state
+        budget = config.max_num_seqs * config.max_model_len
+    while len(state.waiting.ids) and unread < budget:
+        rows = state.rows
+        free = np.flatnonzero(rows.id == NO_SEQUENCE)
+        if not len(free):
+            break
+        sequence, prompt, limit, rank = (int(a[0]) for a in state.waiting[:4])
+        wanted = pages_for(prompt, config.page_size)
+        # A page more for each that runs already: to admit one only to preempt it is no gain.
+        if wanted + len(rows.id) - len(free) > state.pool.available:
+            break
+        pool, pages = allocate(state.pool, wanted)
+        row, unread = int(free[0]), unread + prompt
+        new = (sequence, prompt, limit, rank, 0, 0, wanted)  # in the order of Rows
+        state = state._replace(
+            waiting=Submit(*(a[1:] for a in state.waiting)),
+            rows=Rows(*(_with(a, row, value) for a, value in zip(rows, new, strict=True))),
+            pages=_with(state.pages, row, _frozen(pages)),
+            keys=_with(state.keys, row, state.waiting.keys[0]),
+            pool=pool,
+        )
+    return state
 
 
 def _grant(state: BatcherState, new: np.ndarray, width: int) -> tuple[BatcherState, np.ndarray]:
@@ -397,7 +439,10 @@ def _read(
     rows = state.rows
     unread = np.flatnonzero((rows.id != NO_SEQUENCE) & (rows.prefilled < rows.prompt))
     chunks = []
-    for row in unread[np.lexsort((rows.id[unread], rows.rank[unread]))][: config.max_chunks]:
+    order = np.lexsort((rows.id[unread], rows.rank[unread]))
+    if config.policy == "makespan":
+        order = np.argsort((rows.prompt - rows.limit)[unread], kind="stable")
+    for row in unread[order][: config.max_chunks]:
         if budget <= 0:
             break
         state, chunk = _chunk(state, int(row), config, budget)

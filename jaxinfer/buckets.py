@@ -15,7 +15,7 @@ from jaxinfer.config import BatcherConfig
 from jaxinfer.pages import pages_for
 
 GPU_ROWS = (8, 32, 64, 128, 192, 256, 320, 384, 512, 576, 640, 768, 896, 1024, 1280, 1536, 1792)
-GPU_TOKENS = (64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+GPU_TOKENS = (64, 128, 192, 256, 320, 384, 512, 576, 640, 768, 1024, 1536, 2048, 3072, 4096, 8192)
 GPU_FEW, CPU_FEW = 64, 8  # rows that decode beside chunks: few, or as many as there are tokens
 GPU_SHORT = 8192  # tokens: page tables of sequences up to here are looked at as one size
 MULTIPLE = 64  # of tokens, in steps that are larger

@@ -101,7 +101,9 @@ class BatcherConfig:
         max_steps: most decode steps in one dispatch: one while a prompt waits or is being read.
         max_waiting: queue bound; a submission past it is refused.
         policy: `continuous` admits whenever a row and the pages are free; `static` admits only
-            when nothing runs, a whole batch at a time.
+            when nothing runs, a whole batch at a time; `makespan` is for many requests that are
+            there at once: those that may become longest first, and prompts no sooner than they
+            must be read for all to end soon. It knows limits, not where sequences really end.
         prefix_caching: pages of prompts that begin alike are computed once.
     """
 
@@ -113,7 +115,7 @@ class BatcherConfig:
     max_chunks: int = 32
     max_steps: int = 8
     max_waiting: int = 1_000_000
-    policy: Literal["continuous", "static"] = "continuous"
+    policy: Literal["continuous", "static", "makespan"] = "continuous"
     prefix_caching: bool = True
 
 
@@ -138,7 +140,7 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     max_steps: int | None = None
     max_waiting: int = 1_000_000
-    policy: Literal["continuous", "static"] = "continuous"
+    policy: Literal["continuous", "static", "makespan"] = "continuous"
     prefix_caching: bool = True
     response_cache: int = 0
     event_log: str | None = None
@@ -148,7 +150,7 @@ class EngineOptions:
         for name, accepted in {
             "dtype": ("bfloat16", "float16", "float32"),
             "kv_cache_dtype": ("auto", "int8", "fp8", "fp8_e4m3"),
-            "policy": ("continuous", "static"),
+            "policy": ("continuous", "static", "makespan"),
         }.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {accepted}")

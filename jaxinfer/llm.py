@@ -82,7 +82,9 @@ class LLM:
             groups of so many. None: 1, and more for small models on a GPU, whose steps take less
             time than the host needs to prepare one.
         max_waiting: queue bound; more requests at once raise QueueFull.
-        policy: `continuous` fills rows as they become free; `static` runs whole batches.
+        policy: `continuous` fills rows as they become free; `static` runs whole batches;
+            `makespan` has many requests that are there at once end sooner, by beginning with those
+            whose `max_tokens` is largest: nobody's turn is certain while others come.
         prefix_caching: prompts that begin alike share the pages of their beginning, full ones,
             which are computed once: also while the first of them is still being read, and later as
             long as the pages are not needed. It changes no token.
@@ -118,7 +120,7 @@ class LLM:
         max_num_batched_tokens: int | None = None,
         max_steps: int | None = None,
         max_waiting: int = 1_000_000,
-        policy: Literal["continuous", "static"] = "continuous",
+        policy: Literal["continuous", "static", "makespan"] = "continuous",
         prefix_caching: bool = True,
         response_cache: int = 0,
         event_log: str | None = None,

@@ -284,23 +284,29 @@ class Host:
             assert len(pages) == needed
         running = [int(s) for s in rows.id if s != NO_SEQUENCE]
         waiting = state.waiting.ids.tolist()
-        assert waiting == sorted(waiting, key=self.place)
+        if config.policy == "makespan":
+            outputs = (state.waiting.limits - state.waiting.prompts).tolist()
+            assert outputs == sorted(outputs, reverse=True)
+        else:
+            assert waiting == sorted(waiting, key=self.place)
         assert all(s not in self.read for s in waiting)
         new = set(running) - set(before.rows.id.tolist())
         if config.policy == "static":
             assert not (new and set(running) - new)
-        elif (
-            waiting
-            and len(running) < config.max_num_seqs
-            # Afterwards pages were taken, or given back because they are shared.
-            and not any(isinstance(a, Preempt) for a in actions)
-            and not any(
-                c.first and c.start for a in actions if isinstance(a, Run) for c in a.chunks
-            )
-            and not any(isinstance(a, Run) and a.pages.any() for a in actions)
-        ):
+        elif config.policy == "continuous" and waiting and len(running) < config.max_num_seqs:
+            # The head was not admitted: no tokens are left for it, or no pages.
+            runs = [a for a in actions if isinstance(a, Run)]
+            taken = sum(len(a.rows) + sum(c.stop - c.start for c in a.chunks) for a in runs)
+            preempted = any(isinstance(a, Preempt) for a in actions)
+            shared = any(c.first and c.start for a in runs for c in a.chunks)
             wanted = -(-state.waiting.prompts[0] // config.page_size)
-            assert wanted + len(running) > state.pool.available
+            assert (
+                taken == config.max_num_batched_tokens
+                or preempted
+                or shared  # afterwards pages were given back
+                or any(len(a.chunks) == config.max_chunks for a in runs)
+                or wanted + len(running) > state.pool.available
+            )
 
     def check_action(self, action):
         config = self.config
@@ -325,7 +331,7 @@ class Host:
             int(i) for i, p in zip(self.state.rows.id, self.state.rows.prompt, strict=True)
             if i != NO_SEQUENCE and self.read.get(int(i), 0) < p
         ]  # fmt: skip
-        if unread and len(action.chunks) < config.max_chunks:
+        if unread and len(action.chunks) < config.max_chunks and config.policy != "makespan":
             assert taken == config.max_num_batched_tokens
 
     def check_chunk(self, chunk):
@@ -372,7 +378,7 @@ configs = st.builds(
     max_chunks=st.integers(1, 3),
     max_steps=st.integers(1, 6),
     max_waiting=st.sampled_from([1, 3, PLENTY]),
-    policy=st.sampled_from(["continuous", "static"]),
+    policy=st.sampled_from(["continuous", "static", "makespan"]),
 )
 # (prompt tokens, output tokens at most, which part of them there really is, which prompts begin
 # like this one, for how many tokens, rank)
@@ -573,9 +579,26 @@ def test_what_a_sequence_has_said_is_remembered_too():
 
 
 def test_a_large_head_of_the_queue_is_not_overtaken():
-    state, _ = actions_of(CONFIG, (submit((0, 12, 16), (1, 12, 12), (2, 12, 16), (3, 1, 1)),))
+    sequences = submit((0, 12, 16), (1, 12, 12), (2, 12, 16), (3, 1, 1))
+    state, _ = actions_of(CONFIG, (sequences,), *[()] * 6)
     assert state.rows.id.tolist() == [0, 1, NO_SEQUENCE, NO_SEQUENCE]
     assert state.waiting.ids.tolist() == [2, 3]
+
+
+def test_makespan_begins_with_the_longest_and_reads_no_sooner_than_it_must():
+    config = BatcherConfig(
+        num_pages=99, page_size=64, max_num_seqs=9, max_model_len=600, policy="makespan"
+    )
+    sequences = submit((0, 300, 310), (1, 64, 164), (2, 64, 84), (3, 64, 564))
+    state, [[first]] = actions_of(config, (sequences,))
+    # Nothing decodes yet: all that there is may be read.
+    assert [c.id for c in first.chunks] == [3, 1, 2, 0]
+    late = submit((4, 300, 400), (5, 300, 310))
+    state, [second] = step(state, (late,), config)
+    # 500 steps remain, time enough for 600 tokens: as many as fill up what is compiled.
+    assert second.ids.tolist() == [3, 1, 2, 0]
+    assert [(c.id, c.start, c.stop) for c in second.chunks] == [(4, 0, 60)]
+    assert state.waiting.ids.tolist() == [5]
 
 
 def test_static_policy_admits_a_whole_batch_at_a_time():
