@@ -86,10 +86,9 @@ def allocate(pool: PagePool, count: int) -> tuple[PagePool, np.ndarray]:
     if len(granted) < count:
         known = pool.keys[free, 0] != 0
         granted = free[~known][:count]
-    if len(granted) < count:
         evicted = _oldest(pool, free[known], count - len(granted))
         granted = np.concatenate([granted, evicted])
-        pool = _forget(pool, evicted)
+        pool = _forget(pool, evicted) if len(evicted) else pool
     holders = pool.holders.copy()
     holders[granted] = 1
     return _sealed(pool._replace(holders=holders)), granted.astype(np.int32)
@@ -232,6 +231,8 @@ def pages_for(tokens: int, page_size: int) -> int:
 
 def _oldest(pool: PagePool, pages: np.ndarray, count: int) -> np.ndarray:
     """The `count` of these that were let go of first, in that order. No two stamps are equal."""
+    if not count:
+        return pages[:0]
     stamps = pool.stamps[pages]
     first = np.argpartition(stamps, count - 1)[:count]
     return pages[first[np.argsort(stamps[first])]]
