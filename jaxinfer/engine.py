@@ -209,34 +209,48 @@ class Engine:
         keys = warmup.step_keys(
             params, limits=self.limits, buckets=self._buckets, invariant=self._invariant
         )
-        spec, pages = warmup.probe(self.limits, self.config.vocab_size)
-        read = warmup.probing(spec, pages, self.limits, read=True)
-        decode = warmup.probing(spec, pages, self.limits, read=False)
-
-        def plan(key: StepKey) -> Plan:
-            action, known = read if key.chunks else decode, {0: spec.prompt}
-            return make_plan(action, key, {0: spec}, known, table_width=self._table_width)
-
-        self.compiler.compile_all(keys, plan, self._params, self._cache, self._seq)
-        found: dict[bool, list[tuple[StepKey, bytes]]] = {True: [], False: []}
-        first = next(key for key in keys if key.chunks)
-        for key in keys:
-            if not key.chunks:
-                self._dispatch(first, plan(first))
-            sampled = self._dispatch(key, plan(key))
-            written = [
-                np.asarray(x[pages]).tobytes() for x in (self._cache.k[-1], self._cache.v[-1])
-            ]
-            said = np.asarray(sampled.tokens)[0, key.rows if key.chunks else 0].tobytes()
-            found[bool(key.chunks)].append((key, b"".join([*written, said])))
+        self.compiler.compile_all(
+            keys, lambda key: self._probe(key, warmup.probe(self.limits, self.config.vocab_size)),
+            self._params, self._cache, self._seq,
+        )  # fmt: skip
+        found = self._probed(keys)
         self.reset()
         self._variants = warmup.variants([*self._warmed, *params])
         self._warmed = (*self._warmed, *params)
-        unequal = [k for some in found.values() for k, bits in some if bits != some[0][1]]
+        unequal = [key for key, bits in found.items() if bits != found[keys[0]]]
         return WarmUp(
             self.compiler.count - before, time.perf_counter() - began, self.compiler.step_bytes,
             tuple(unequal) if self._invariant else (),
         )  # fmt: skip
+
+    def _probe(self, key: StepKey, tokens: np.ndarray) -> Plan:
+        """Reads the tokens into row 0; a program that only decodes adds one to what is there."""
+        spec = SequenceSpec(tokens, warmup.GREEDY, self.limits.max_model_len, seed=0)
+        action = warmup.probing(len(tokens), self.limits, read=bool(key.chunks))
+        return make_plan(action, key, {0: spec}, {0: tokens}, table_width=self._table_width)
+
+    def _probed(self, keys: list[StepKey]) -> dict[StepKey, bytes]:
+        """What each program makes of the probe: keys and values, and the token that follows.
+
+        Programs that read prompts are given a token more, which the others decode.
+        """
+        tokens = warmup.probe(self.limits, self.config.vocab_size)
+        pages = warmup.probe_pages(self.limits)
+        read = next(key for key in keys if key.chunks)
+
+        def said(key: StepKey, tokens: np.ndarray) -> np.ndarray:
+            place = key.rows if key.chunks else 0
+            return np.asarray(self._dispatch(key, self._probe(key, tokens)).tokens)[0, place]
+
+        longer = np.append(tokens, said(read, tokens)).astype(np.int32)
+        found = {}
+        for key in keys:
+            if not key.chunks:
+                said(read, tokens)
+            following = said(key, longer if key.chunks else tokens)
+            written = (np.asarray(x[pages]) for x in (self._cache.k[-1], self._cache.v[-1]))
+            found[key] = b"".join([following.tobytes(), *(x.tobytes() for x in written)])
+        return found
 
     def _count_penalties(self) -> None:
         if self._seq.penalties is None:

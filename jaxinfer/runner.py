@@ -29,8 +29,13 @@ logger = logging.getLogger(__name__)
 SCORE_BLOCK = 64  # rows of logits at once when a whole prompt is scored
 
 # A row's bits must not depend on how many rows it is computed with. cuBLAS by its own heuristics
-# gives that from 8 rows on; autotuning and Triton's matmul do not (ADR 003).
-INVARIANT_OPTIONS = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_autotune_level": 0}
+# gives that from 8 rows on; autotuning and Triton's matmul do not (ADR 003). Excess precision would
+# leave out roundings wherever operations are fused, and what is fused depends on the shapes.
+INVARIANT_OPTIONS = {
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_autotune_level": 0,
+    "xla_allow_excess_precision": False,
+}
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Everything that an engine may need to run, compiled before it serves; and checked.
 
 Which programs there are follows from the buckets and from the kinds of sampling that are wanted.
-Each is then run once on a probe: a few tokens whose keys and values must come out with the same
-bits from every program, which is what `invariant` promises.
+Each is then run once on a probe: a few tokens whose keys and values, and the token after them, must
+come out with the same bits from every program, which is what `invariant` promises.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from jaxinfer import batcher
 from jaxinfer.buckets import Buckets
 from jaxinfer.config import BatcherConfig
 from jaxinfer.pages import pages_for
-from jaxinfer.plans import Kind, SequenceSpec, together, top_bucket
+from jaxinfer.plans import Kind, together, top_bucket
 from jaxinfer.runner import StepKey
 from jaxinfer.types import SamplingParams
 
-PROBE_TOKENS = 12  # no more than the smallest program takes
+PROBE_TOKENS = 12  # with one more, no more than the smallest program takes
 GREEDY = SamplingParams(temperature=0.0)
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.9)
 
@@ -83,21 +83,22 @@ def step_keys(
     ]  # fmt: skip
 
 
-def probe(limits: BatcherConfig, vocab_size: int) -> tuple[SequenceSpec, np.ndarray]:
-    """A short prompt, and the pages that it is read into: for an engine that runs nothing."""
-    count = min(PROBE_TOKENS, limits.max_model_len - 1, limits.max_num_batched_tokens)
-    tokens = (np.arange(count, dtype=np.int32) * 7 + 3) % vocab_size
-    pages = np.arange(1, 1 + pages_for(count + 1, limits.page_size), dtype=np.int32)
-    return SequenceSpec(tokens, GREEDY, limits.max_model_len, seed=0), pages
+def probe(limits: BatcherConfig, vocab_size: int) -> np.ndarray:
+    """A short prompt, int32; a token of output fits behind it."""
+    count = min(PROBE_TOKENS, limits.max_model_len - 2, limits.max_num_batched_tokens - 1)
+    return (np.arange(count, dtype=np.int32) * 7 + 3) % vocab_size
 
 
-def probing(
-    spec: SequenceSpec, pages: np.ndarray, limits: BatcherConfig, *, read: bool
-) -> batcher.Run:
-    """Reads the probe into row 0 and samples a token; or decodes one more of it."""
+def probe_pages(limits: BatcherConfig) -> np.ndarray:
+    """The pages that it is read into, by an engine that runs nothing."""
+    return np.arange(1, 1 + pages_for(PROBE_TOKENS + 2, limits.page_size), dtype=np.int32)
+
+
+def probing(count: int, limits: BatcherConfig, *, read: bool) -> batcher.Run:
+    """Reads `count` tokens into row 0 and samples the next; or decodes one more of them."""
     M, W = limits.max_num_seqs, pages_for(limits.max_steps, limits.page_size) + 1
-    count = len(spec.prompt)
-    chunk = batcher.Prefill(0, 0, 0, count, True, True, spec.limit, pages)
+    longest = limits.max_model_len
+    chunk = batcher.Prefill(0, 0, 0, count, True, True, longest, probe_pages(limits))
     row = np.arange(0 if read else 1)
     return batcher.Run(
         steps=1, rows=row, ids=row, tokens=count + 1, columns=np.zeros(M, np.int32),
