@@ -237,10 +237,10 @@ def _add_all(
         following = load(jnp.minimum(i + 1, tiles - 1))  # on its way during the additions
         x, *mass = loaded
         values = tuple(v for m in mass for v in (m >> np.uint32(limb), m & np.uint32(2**limb - 1)))
-        distance = lax.bitcast_convert_type(x - key, jnp.uint32)  # below `key`: beyond any span
-        inside = distance <= span.astype(jnp.uint32)
-        digit = lax.bitcast_convert_type(distance >> np.uint32(shift), jnp.int32)
-        _add(own, jnp.where(inside, digit, -1), values, layout, config)
+        # Keys are int32 throughout: Mosaic compares arrays of uint32 as if they had a sign.
+        distance = x - key
+        inside = (distance >= 0) & (distance <= span)
+        _add(own, jnp.where(inside, distance >> shift, -1), values, layout, config)
         return following
 
     lax.fori_loop(0, tiles, body, load(0))
