@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxinfer import truncation
 from jaxinfer.types import MAX_STOP_IDS, SamplingParams
+from pallas_kernels.threshold import threshold
 
 Field = Any  # on the device an Array; on the host NumPy, one row at a time, without the axis S
 
@@ -143,7 +143,7 @@ def sample(
     highest = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), -LARGEST_LOGIT)
     x = (x - highest) / jnp.maximum(rows.temperature, SMALLEST_TEMPERATURE)[:, None]
     if truncated:
-        lowest = truncation.threshold(x, rows.top_k, rows.top_p, rows.min_p)
+        lowest = threshold(x, rows.top_k, rows.top_p, rows.min_p)
         x = jnp.where(x >= lowest[:, None], x, -jnp.inf)
     drawn = jnp.argmax(x + _gumbel(rows, positions, x.shape[-1]), axis=-1).astype(jnp.int32)
     return jnp.where(rows.temperature == 0, greedy, drawn)

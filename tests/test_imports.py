@@ -36,7 +36,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "quant": ({"jaxinfer.quant"}, {"kernels", "data"}),
     "cache": ({"jaxinfer.cache"}, {"kernels", "data"}),
     "layers": ({"jaxinfer.layers", "jaxinfer.rope"}, {"cache", "quant"}),
-    "sampling": ({"jaxinfer.sampling", "jaxinfer.truncation"}, {"data"}),
+    "sampling": ({"jaxinfer.sampling"}, {"kernels", "data"}),
     "speculate": ({"jaxinfer.speculate"}, {"sampling"}),
     "batch": ({"jaxinfer.batch"}, {"cache", "sampling"}),
     "models": ({"jaxinfer.models"}, {"layers", "batch"}),

@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxinfer import sampling, truncation
+from jaxinfer import sampling
 from jaxinfer.sampling import PenaltyState, SamplingRows, pack_row
 from jaxinfer.types import MAX_STOP_IDS, SamplingParams
+from pallas_kernels.threshold import threshold as find_threshold
 
 V = 37
 NEVER = -np.inf
@@ -36,7 +37,7 @@ def repeat(one: SamplingRows, count: int) -> SamplingRows:
     return stack([one] * count)
 
 
-find = jax.jit(truncation.threshold)
+find = jax.jit(find_threshold)
 
 
 def threshold(x: Any, rows: SamplingRows) -> jax.Array:

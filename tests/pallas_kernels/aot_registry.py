@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.pallas_kernels import aot_cases, cases_sm80, cases_sm90
+from tests.pallas_kernels import aot_cases, cases_sm80, cases_sm90, threshold_cases
 
 # The attention kernels take seconds to compile: what every run of the suite tries.
 QUICK_SM80 = (
@@ -24,7 +24,7 @@ def everything(arch: str) -> list[Any]:
     What `kv_write` compiles to has a test of its own.
     """
     attention = cases_sm80.cases("sm80") if arch == "sm80" else cases_sm90.cases()
-    return aot_cases.cases(arch) + attention
+    return aot_cases.cases(arch) + attention + threshold_cases.cases(arch)
 
 
 def cases(arch: str) -> list[Any]:
@@ -33,7 +33,8 @@ def cases(arch: str) -> list[Any]:
     Raises:
         ValueError: a name in the lists above is no case's.
     """
-    quick = (QUICK_SM80 if arch == "sm80" else QUICK_SM90) + (aot_cases.cases(arch)[0].name,)
+    quick = QUICK_SM80 if arch == "sm80" else QUICK_SM90
+    quick += tuple(case.name for case in aot_cases.cases(arch)[:1] + threshold_cases.cases(arch))
     found = [case for case in everything(arch) if case.name in quick]
     if len(found) < len(quick):
         raise ValueError(f"no such cases: {sorted(set(quick) - {case.name for case in found})}")

@@ -1,4 +1,5 @@
-"""What a GPU must show of the attention kernels: numerics and bit invariance.
+"""What a GPU must show of the attention kernels: numerics and bit invariance. And of `threshold`:
+the definition's results.
 
     python -m tests.pallas_kernels.gpu_check --quick --backend sm90
 
@@ -24,6 +25,7 @@ import jax
 import numpy as np
 
 from jaxinfer.backend import default_cache_directory, use_compilation_cache
+from pallas_kernels.threshold_mosaic import Config
 from tests.pallas_kernels.attention_problems import (
     Item,
     Options,
@@ -33,6 +35,7 @@ from tests.pallas_kernels.attention_problems import (
     run,
     truth,
 )
+from tests.pallas_kernels.threshold_problems import compare, problem
 
 BACKENDS = ("sm90", "sm80")
 GROUPS = (1, 2, 4, 5, 7, 8, 16, 32)
@@ -57,7 +60,14 @@ class Check:
 
 
 def checks(backend: str, *, quick: bool = False) -> Iterator[Check]:
-    """Every check of one backend, those that cover most first."""
+    """Every check of one backend, those that cover most first; or of the op `threshold`."""
+    if backend == "threshold":
+        for V, config in product((128_256, 151_936, 37, 2**18 + 1), (None, Config(8, 1024))):
+            yield Check(
+                f"threshold V={V} {config or 'default'}",
+                lambda V=V, config=config: compare(problem(V), config),
+            )
+        return
     for options in numerics_options(quick):
         for kind, items in (("mixed", MIXED), ("decode", DECODE)):
             if kind == "decode" and quick and options.G not in (1, 4):
@@ -219,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     todo = [
         (backend, args.quick, check.name)
-        for backend in args.backend or BACKENDS
+        for backend in args.backend or (*BACKENDS, "threshold")
         for check in checks(backend, quick=args.quick)
         if args.only in check.name
     ]

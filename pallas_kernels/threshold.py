@@ -1,6 +1,9 @@
-"""Where min-p, top-k and top-p cut a row off, found without sorting it. Pure functions.
+"""Where min-p, top-k and top-p cut a row off, found without sorting it.
 
-A threshold is searched for in the order of float32's bit patterns, several bits a pass, the highest
+`threshold` is the op: it checks its arguments and picks a backend. `reference` is the definition,
+in plain jnp; `threshold_mosaic` is one kernel, a block a row. Both find the same numbers.
+
+The reference searches in the order of float32's bit patterns, several bits a pass, the highest
 first: a pass gathers, for each value that the next bits may take, what the tokens likelier than it
 hold (how many there are for top-k, their mass for top-p), and goes on below the first with which
 it is enough. Everything summed is an integer, so that a row's threshold is a function of that row
@@ -15,10 +18,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+
+from pallas_kernels.device import capability, has_kernels
+
+Backend = Literal["auto", "reference", "mosaic"]
+BACKENDS: tuple[Backend, ...] = ("auto", "reference", "mosaic")
 
 BITS = 3  # of a key a pass
 KEY_BITS = 31  # a float32 without its sign
@@ -29,7 +38,15 @@ BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
 Sums = tuple[Array, ...]
 
 
-def threshold(x: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
+def threshold(
+    x: Array,
+    top_k: Array,
+    top_p: Array,
+    min_p: Array,
+    *,
+    backend: Backend = "auto",
+    config: Any = None,
+) -> Array:
     """The lowest of x that each row keeps: min-p, then top-k, then top-p of what is kept.
 
     Ties at a threshold are kept. Top-p keeps the fewest of the likeliest tokens whose mass reaches
@@ -41,23 +58,52 @@ def threshold(x: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
     Args:
         x: float32 [S, V]; at most 0, which is the likeliest; no NaN.
         top_k: int32 [S]; 0 keeps all.
-        top_p, min_p: float32 [S]; 1 and 0 keep all.
+        top_p, min_p: float32 [S]; 1 and 0 keep all. Not checked: min_p is at most 1.
+        backend: `mosaic`: one kernel launch, on a GPU from sm_80 on (or in Pallas's GPU
+            interpreter, which `config` must say). `auto` is that where it can run, and `reference`
+            elsewhere; both return the same numbers (but for the sign of zero).
+        config: `threshold_mosaic.Config`; None is its default. No value changes a result.
 
     Returns:
         float32 [S]; -inf where a row keeps all.
+
+    Raises:
+        ValueError: shapes, dtypes or a backend that do not fit, named with what would.
     """
+    _check(x, top_k, top_p, min_p, backend)
+    if backend == "auto":
+        backend = "mosaic" if has_kernels(capability()) else "reference"
+    if backend == "reference":
+        return reference(x, top_k, top_p, min_p)
+    from pallas_kernels import threshold_mosaic  # importing Mosaic changes the environment
+
+    config = config or threshold_mosaic.Config()
+    V = x.shape[-1]
+    # One pass makes keys and masses; what x is padded with is as unlikely as can be.
+    x = jnp.pad(x, ((0, 0), (0, -V % config.granule)), constant_values=-jnp.inf)
+    limb = limb_bits(V)
+    wanted = jnp.where((top_k > 0) & (top_k < V), top_k, 0)
+    keys, mass, highest = _keys(x), _mass(jnp.exp(x), limb), _keys(jnp.log(min_p))
+    found = threshold_mosaic.find(keys, mass, wanted, highest, top_p, limb=limb, config=config)
+    return -lax.bitcast_convert_type(found, jnp.float32)
+
+
+def reference(x: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
+    """The definition of `threshold`; same arguments."""
     V = x.shape[-1]
     C = math.ceil(V / CHUNK)
     x = jnp.pad(x, ((0, 0), (0, C * CHUNK - V)), constant_values=-jnp.inf)
     x = lax.optimization_barrier(x.reshape(-1, C, CHUNK))  # computed once, not in every pass
-    keys = lax.bitcast_convert_type(x, jnp.int32) & (2**KEY_BITS - 1)  # the likeliest's is 0
+    keys = _keys(x)
     wanted = jnp.clip(top_k, 1, V).astype(jnp.uint32)
     by_count = _search(keys, (jnp.ones_like(x, jnp.uint32),), lambda sums: sums[0] < wanted)
     by_count = jnp.where((top_k > 0) & (top_k < V), by_count, -jnp.inf)
     cut = jnp.maximum(jnp.log(min_p), by_count)
 
     limb = limb_bits(V)
-    limbs = _limbs(jnp.where(x >= cut[:, None, None], jnp.exp(x), 0.0), limb)
+    mass = _mass(jnp.where(x >= cut[:, None, None], jnp.exp(x), 0.0), limb)
+    mass = lax.optimization_barrier(mass)  # computed once, not in every pass
+    limbs = mass >> limb, mass & (2**limb - 1)
     share = top_p * _as_float(tuple(_sum(limbs)), limb)
     by_mass = _search(keys, limbs, lambda sums: _as_float(sums, limb) < share)
     return jnp.where(top_p < 1, jnp.maximum(cut, by_mass), cut)
@@ -92,13 +138,16 @@ def _passes() -> list[tuple[int, int]]:
     return [(max(end - BITS, 0), min(BITS, end)) for end in range(KEY_BITS, 0, -BITS)]
 
 
-def _limbs(share: Array, limb: int) -> Sums:
-    """float32 in [0, 1] as integers of `limb` bits, high and low, uint32: rounded to
-    2**-(2 * limb); 1, which would need one bit more, down."""
+def _keys(x: Array) -> Array:
+    """Integers in the order of likelihood; the likeliest's is 0."""
+    return lax.bitcast_convert_type(x, jnp.int32) & (2**KEY_BITS - 1)
+
+
+def _mass(share: Array, limb: int) -> Array:
+    """float32 in [0, 1] as an integer of 2 * `limb` bits, uint32: rounded; 1, which would need one
+    bit more, down."""
     mass = jnp.round(jnp.minimum(share, BELOW_ONE) * 2.0 ** (2 * limb)).astype(jnp.uint32)
-    mass = jnp.minimum(mass, np.uint32(2 ** (2 * limb) - 1))  # with less than 24 bits it is again 1
-    mass = lax.optimization_barrier(mass)  # computed once, not in every pass
-    return mass >> limb, mass & (2**limb - 1)
+    return jnp.minimum(mass, np.uint32(2 ** (2 * limb) - 1))  # with less than 24 bits it is again 1
 
 
 def _as_float(sums: Sums, limb: int) -> Array:
@@ -119,3 +168,15 @@ def _sum(terms: Sequence[Array]) -> list[Array]:
     for axis in (2, 1):
         found = lax.reduce(found, (np.uint32(0),) * len(found), add, (axis,))
     return list(found)
+
+
+def _check(x: Array, top_k: Array, top_p: Array, min_p: Array, backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend={backend!r}: expected one of {BACKENDS}")
+    if x.ndim != 2 or x.dtype != jnp.float32 or 0 in x.shape:
+        raise ValueError(f"x is {x.dtype} {x.shape}: expected float32 [S, V], not empty")
+    S = x.shape[0]
+    kinds = (("top_k", top_k, "int32"), ("top_p", top_p, "float32"), ("min_p", min_p, "float32"))
+    for name, value, dtype in kinds:
+        if value.shape != (S,) or value.dtype != dtype:
+            raise ValueError(f"{name} is {value.dtype} {value.shape}: expected {dtype} [{S}]")
