@@ -14,8 +14,10 @@ from dataclasses import dataclass
 from jaxinfer.config import BatcherConfig
 from jaxinfer.pages import pages_for
 
-GPU_ROWS = (8, 32, 64, 128, 192, 256, 320, 384, 512, 576, 640, 768, 896, 1024, 1280, 1536, 1792)
-GPU_TOKENS = (64, 128, 192, 256, 320, 384, 512, 576, 640, 768, 1024, 1536, 2048, 3072, 4096, 8192)
+GPU_ROWS = (8, 32, 64, 128, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792)
+GPU_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288)
+# Where every step is filled up to a size, more of them make for less to fill up.
+GPU_TOKENS_MAKESPAN = (*range(64, 448, 64), 512, 576, 640, 768, *GPU_TOKENS[6:])
 GPU_FEW, CPU_FEW = 64, 8  # rows that decode beside chunks: few, or as many as there are tokens
 GPU_SHORT = 8192  # tokens: page tables of sequences up to here are looked at as one size
 MULTIPLE = 64  # of tokens, in steps that are larger
@@ -48,7 +50,8 @@ def make_buckets(limits: BatcherConfig, *, gpu: bool) -> Buckets:
     rows, pages = limits.max_num_seqs, pages_for(limits.max_model_len, limits.page_size)
     fours = [4**i for i in range(16)]
     eights = [8**i for i in range(1, 8)]
-    tokens = GPU_TOKENS if gpu else fours[2:]
+    of_policy = GPU_TOKENS_MAKESPAN if limits.policy == "makespan" else GPU_TOKENS
+    tokens = of_policy if gpu else fours[2:]
     budget = limits.max_num_batched_tokens
     largest = budget if budget <= MULTIPLE else pages_for(budget, MULTIPLE) * MULTIPLE
     return Buckets(
