@@ -123,7 +123,7 @@ def measure(model: start.Model, n: int, given: dict[str, Any]) -> Iterator[Recor
     asked = requests(n, model.config.vocab_size)
     options = {"max_num_seqs": n, "max_model_len": MAX_MODEL_LEN, "page_size": PAGE_SIZE, **given}
     llm = start.start(model, {**options, "prefix_caching": False})
-    start.warm_up(llm, (start.GREEDY, start.SAMPLED, start.LOGPROBS))
+    start.warm_up(llm, (start.LOGPROBS,))
     (outputs,) = run(llm, asked, 1)
     alone = results(outputs)
     detail = {"dtype": model.dtype, "options": options}
@@ -156,7 +156,7 @@ def _with_little_memory(
             "event_log": log,
         }
         llm = start.start(model, other)
-        start.warm_up(llm, (start.GREEDY, start.SAMPLED, start.LOGPROBS))
+        start.warm_up(llm, (start.LOGPROBS,))
         detail = {"dtype": model.dtype, "options": other}
         chunked, again = run(llm, asked, max(1, rows // GROUP), times=2)
         yield from share_records(f"{stem}.chunk", alone, results(chunked), detail)
