@@ -25,7 +25,7 @@ MULTIPLE = 64  # of tokens, in steps that are larger
 
 @dataclass(frozen=True)
 class Buckets:
-    """Sizes, ascending; the last of each is the largest that is ever needed.
+    """Sizes, ascending; the last of each holds the most that is ever needed.
 
     Attributes:
         rows: of steps that only decode.
@@ -55,7 +55,8 @@ def make_buckets(limits: BatcherConfig, *, gpu: bool) -> Buckets:
     budget = limits.max_num_batched_tokens
     largest = budget if budget <= MULTIPLE else pages_for(budget, MULTIPLE) * MULTIPLE
     return Buckets(
-        rows=_up_to(GPU_ROWS if gpu else eights, rows),
+        # Matmuls have been seen to agree on rows for multiples of 8 only.
+        rows=_up_to(GPU_ROWS if gpu else eights, pages_for(rows, 8) * 8),
         tokens=_up_to(tokens, max(largest, tokens[0])),
         pages=_up_to([GPU_SHORT // limits.page_size] if gpu else fours[2::2], pages),
         few=GPU_FEW if gpu else CPU_FEW,

@@ -209,11 +209,11 @@ class Engine:
         keys = warmup.step_keys(
             params, limits=self.limits, buckets=self._buckets, invariant=self._invariant
         )
+        probe = warmup.probe(self.limits, self.config.vocab_size)
         self.compiler.compile_all(
-            keys, lambda key: self._probe(key, warmup.probe(self.limits, self.config.vocab_size)),
-            self._params, self._cache, self._seq,
-        )  # fmt: skip
-        found = self._probed(keys)
+            keys, lambda key: self._probe(key, probe), self._params, self._cache, self._seq
+        )
+        found = self._probed(keys, probe)
         self.reset()
         self._variants = warmup.variants([*self._warmed, *params])
         self._warmed = (*self._warmed, *params)
@@ -223,32 +223,34 @@ class Engine:
             tuple(unequal) if self._invariant else (),
         )  # fmt: skip
 
-    def _probe(self, key: StepKey, tokens: np.ndarray) -> Plan:
-        """Reads the tokens into row 0; a program that only decodes adds one to what is there."""
-        spec = SequenceSpec(tokens, warmup.GREEDY, self.limits.max_model_len, seed=0)
-        action = warmup.probing(len(tokens), self.limits, read=bool(key.chunks))
-        return make_plan(action, key, {0: spec}, {0: tokens}, table_width=self._table_width)
+    def _probe(self, key: StepKey, probe: warmup.Probe) -> Plan:
+        known = {0: probe.tokens, 1: probe.others}
+        longest = self.limits.max_model_len
+        specs = {i: SequenceSpec(x, warmup.GREEDY, longest, seed=0) for i, x in known.items()}
+        action = warmup.probing(probe, key, self.limits)
+        return make_plan(action, key, specs, known, table_width=self._table_width)
 
-    def _probed(self, keys: list[StepKey]) -> dict[StepKey, bytes]:
+    def _probed(self, keys: list[StepKey], probe: warmup.Probe) -> dict[StepKey, bytes]:
         """What each program makes of the probe: keys and values, and the token that follows.
 
         Programs that read prompts are given a token more, which the others decode.
         """
-        tokens = warmup.probe(self.limits, self.config.vocab_size)
-        pages = warmup.probe_pages(self.limits)
         read = next(key for key in keys if key.chunks)
 
-        def said(key: StepKey, tokens: np.ndarray) -> np.ndarray:
-            place = key.rows if key.chunks else 0
-            return np.asarray(self._dispatch(key, self._probe(key, tokens)).tokens)[0, place]
+        def said(key: StepKey, probe: warmup.Probe) -> np.ndarray:
+            plan = self._probe(key, probe)
+            place = int(plan.count) - 1
+            if plan.chunks is not None:
+                place = key.rows + int(np.argmax(plan.chunks.last))
+            return np.asarray(self._dispatch(key, plan).tokens)[0, place]
 
-        longer = np.append(tokens, said(read, tokens)).astype(np.int32)
+        longer = np.append(probe.tokens, said(read, probe)).astype(np.int32)
         found = {}
         for key in keys:
             if not key.chunks:
-                said(read, tokens)
-            following = said(key, longer if key.chunks else tokens)
-            written = (np.asarray(x[pages]) for x in (self._cache.k[-1], self._cache.v[-1]))
+                said(read, probe)
+            following = said(key, probe._replace(tokens=longer) if key.chunks else probe)
+            written = (np.asarray(x[probe.pages]) for x in (self._cache.k[-1], self._cache.v[-1]))
             found[key] = b"".join([following.tobytes(), *(x.tobytes() for x in written)])
         return found
 

@@ -24,7 +24,11 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
-    """x [..., in] · weight [out, in] (+ bias [out]) → [..., out] in x's dtype."""
+    """x [..., in] · weight [out, in] (+ bias [out]) → [..., out] in x's dtype.
+
+    What follows sees the rounded product: a GPU's matmul could add a bias or a residual before it
+    rounds, and then gives a row other bits from one number of rows to another (ADR 003).
+    """
     y = lax.dot_general(
         x,
         weight,
@@ -33,16 +37,8 @@ def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> ja
         precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
         preferred_element_type=x.dtype,
     )
-    return y if bias is None else add(bias, y)
-
-
-def add(x: jax.Array, product: jax.Array) -> jax.Array:
-    """x plus a product that has been rounded to x's dtype.
-
-    A GPU's matmul can add x itself, before it rounds, and then rounds otherwise from one number of
-    rows to another: the bits of a row would depend on the batch (ADR 003).
-    """
-    return x + lax.optimization_barrier(product)
+    y = lax.optimization_barrier(y)
+    return y if bias is None else y + bias
 
 
 def reduce_shards(x: jax.Array, axis: str | None) -> jax.Array:
@@ -95,7 +91,7 @@ def gated_mlp(
     gate, up = jnp.split(linear(x, layer["gate_up"], layer.get("gate_up_bias")), 2, axis=-1)
     hidden = ACTIVATIONS[activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)
     y = reduce_shards(linear(hidden.astype(x.dtype), layer["down"]), axis)
-    return y if "down_bias" not in layer else add(layer["down_bias"], y)
+    return y if "down_bias" not in layer else y + layer["down_bias"]
 
 
 def embed(table: jax.Array, tokens: jax.Array, axis: str | None = None) -> jax.Array:

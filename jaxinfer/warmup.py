@@ -83,27 +83,53 @@ def step_keys(
     ]  # fmt: skip
 
 
-def probe(limits: BatcherConfig, vocab_size: int) -> np.ndarray:
-    """A short prompt, int32; a token of output fits behind it."""
+class Probe(NamedTuple):
+    """A short prompt in row 0, and a longer one in row 1 that comes before it in the same step, so
+    that the probe lies at the end of whatever a program computes.
+
+    `tokens`, `others`: int32. `pages`, `other_pages`: where they are read into, by an engine that
+    runs nothing.
+    """
+
+    tokens: np.ndarray
+    others: np.ndarray
+    pages: np.ndarray
+    other_pages: np.ndarray
+
+
+def probe(limits: BatcherConfig, vocab_size: int) -> Probe:
+    """The probe of an engine; a token of output fits behind it."""
     count = min(PROBE_TOKENS, limits.max_model_len - 2, limits.max_num_batched_tokens - 1)
-    return (np.arange(count, dtype=np.int32) * 7 + 3) % vocab_size
+    tokens = (np.arange(count, dtype=np.int32) * 7 + 3) % vocab_size
+    own = pages_for(count + 2, limits.page_size)
+    room = (limits.num_pages - 1 - own) * limits.page_size
+    others = max(0, min(limits.max_num_batched_tokens, limits.max_model_len - 1, room))
+    if limits.max_num_seqs < 2 or limits.max_chunks < 2:
+        others = 0
+    pages = np.arange(1, 1 + own + pages_for(others, limits.page_size), dtype=np.int32)
+    filler = (np.arange(others, dtype=np.int32) * 13 + 5) % vocab_size
+    return Probe(tokens, filler, pages[:own], pages[own:])
 
 
-def probe_pages(limits: BatcherConfig) -> np.ndarray:
-    """The pages that it is read into, by an engine that runs nothing."""
-    return np.arange(1, 1 + pages_for(PROBE_TOKENS + 2, limits.page_size), dtype=np.int32)
-
-
-def probing(count: int, limits: BatcherConfig, *, read: bool) -> batcher.Run:
-    """Reads `count` tokens into row 0 and samples the next; or decodes one more of them."""
+def probing(of: Probe, key: StepKey, limits: BatcherConfig) -> batcher.Run:
+    """Reads the probe into row 0, after as much of the others as fits, and samples the next token;
+    a program that only decodes adds a token to what is there, as the last of its rows."""
     M, W = limits.max_num_seqs, pages_for(limits.max_steps, limits.page_size) + 1
-    longest = limits.max_model_len
-    chunk = batcher.Prefill(0, 0, 0, count, True, True, longest, probe_pages(limits))
-    row = np.arange(0 if read else 1)
+    chunks, rows = [], np.arange(0)
+    if key.chunks:
+        rest = min(key.tokens - len(of.tokens), len(of.others))
+        if rest > 0:
+            pages = of.other_pages[: pages_for(rest, limits.page_size)]
+            chunks.append(batcher.Prefill(1, 1, 0, rest, True, False, limits.max_model_len, pages))
+        count = len(of.tokens)
+        chunks.append(batcher.Prefill(0, 0, 0, count, True, True, limits.max_model_len, of.pages))
+    else:
+        rows = np.append(np.arange(1, min(key.rows, M)), 0)
+    longest = max([len(of.tokens) + 1, *(chunk.stop for chunk in chunks)])
     return batcher.Run(
-        steps=1, rows=row, ids=row, tokens=count + 1, columns=np.zeros(M, np.int32),
-        pages=np.zeros((M, W), np.int32), chunks=(chunk,) if read else (),
-        released=np.full(M, read),
+        steps=1, rows=rows, ids=rows, tokens=longest, columns=np.zeros(M, np.int32),
+        pages=np.zeros((M, W), np.int32), chunks=tuple(chunks),
+        released=np.full(M, bool(key.chunks)),
     )  # fmt: skip
 
 

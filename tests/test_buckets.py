@@ -27,7 +27,8 @@ def test_buckets_hold_what_they_are_for(rows, budget, longest, gpu, policy, data
         assert size >= n
         assert all(other < n for other in sizes if other < size)
     for tokens in found.tokens:
-        assert max(found.mixed_rows(tokens)) == min(tokens, rows)
+        assert max(found.mixed_rows(tokens)) == min(tokens, -(-rows // 8) * 8)
+    assert all(n % 8 == 0 for n in found.rows)
     assert all(n % 64 == 0 or n <= 64 for n in found.tokens)  # blocks of scored tokens
 
 

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from jaxinfer import LLM, JaxinferError, SamplingParams
+from jaxinfer.config import BatcherConfig
 from jaxinfer.plans import Kind
-from jaxinfer.warmup import covering, variants
+from jaxinfer.runner import StepKey
+from jaxinfer.warmup import PROBE_TOKENS, covering, probe, probing, variants
 from tests.conftest import TinyModel
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
@@ -57,21 +59,34 @@ def test_programs_with_other_bits_are_named(
 ) -> None:
     llm.warm_up([GREEDY])
     compiler = llm.engine.compiler
-    run, spoiled = compiler.run, []
+    run, asked = compiler.run, []
 
     def spoil(key: Any, *args: Any) -> Any:
         cache, seq, sampled = run(key, *args)
-        if key.chunks and not spoiled:
-            spoiled.append(key)
+        asked.append(key)
+        if len(asked) == 3:  # once to have the probe go on, once for what the others should be
             cache = cache._replace(k=tuple(x + 1e-6 for x in cache.k))
         return cache, seq, sampled
 
     monkeypatch.setattr(compiler, "run", spoil)
+    before = len(caplog.records)
     done = llm.warm_up([GREEDY])
-    # The first is what the others are held against.
-    others = {key for key in compiler._compiled if key[0].chunks and not key[0].random}
-    assert 0 < len(done.unequal) < len(others) + 1
-    assert "not invariant" in caplog.text
+    assert asked[2] in done.unequal
+    assert asked[1] not in done.unequal
+    assert any("not invariant" in r.message for r in caplog.records[before:])
+
+
+def test_the_probe_is_the_last_of_what_a_program_computes() -> None:
+    limits = BatcherConfig(20, 8, 4, 90, max_num_batched_tokens=48, max_chunks=4)
+    found = probe(limits, 1000)
+    key = StepKey(rows=4, tokens=48, chunks=4, pages=12, page_size=8)
+    run = probing(found, key, limits)
+    assert [(c.id, c.start, c.stop) for c in run.chunks] == [(1, 0, 36), (0, 0, PROBE_TOKENS)]
+    assert not set(found.pages.tolist()) & set(found.other_pages.tolist())
+    decode = StepKey(rows=8, tokens=0, chunks=0, pages=12, page_size=8)
+    assert probing(found, decode, limits).rows.tolist() == [1, 2, 3, 0]
+    alone = BatcherConfig(3, 8, 1, 14, max_num_batched_tokens=16, max_chunks=1)
+    assert len(probing(probe(alone, 1000), key, alone).chunks) == 1
 
 
 def test_variants_are_closed_under_company() -> None:

@@ -15,7 +15,6 @@ from jaxinfer.batch import Batch, Ragged
 from jaxinfer.cache import PagedCache, join_layers, split_layers
 from jaxinfer.config import LayerConfig, ModelConfig, RopeConfig
 from jaxinfer.layers import (
-    add,
     apply_rope,
     embed,
     gated_mlp,
@@ -223,6 +222,6 @@ def _layer(
         q, k = apply_rope(q, *ropes[layer.rope]), apply_rope(k, *ropes[layer.rope])
     out = attend(q, k, v, index)
     out = reduce_shards(linear(out.reshape(*x.shape[:-1], -1), w["o"]), axis)
-    x = add(x, out if "o_bias" not in w else add(w["o_bias"], out))
+    x = x + (out if "o_bias" not in w else out + w["o_bias"])
     h = rms_norm(x, w["mlp_norm"], config.norm_eps)
-    return add(x, gated_mlp(h, w, config.activation, axis))
+    return x + gated_mlp(h, w, config.activation, axis)
