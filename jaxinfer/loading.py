@@ -15,11 +15,11 @@ from jaxinfer.errors import CheckpointError
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import abstract_params, count_params, declare
 from jaxinfer.progress import loading_bar
-from jaxinfer.sizing import MemoryPlan, device_memory, plan_memory
+from jaxinfer.sizing import MOST_CHUNKS, MemoryPlan, device_memory, plan_memory
 
 DEFAULT_BATCHED_TOKENS = 2048
 # Prompts that a step reads from at most. On a CPU each costs as much as the longest.
-GPU_CHUNKS, CPU_CHUNKS = 32, 4
+GPU_CHUNKS, CPU_CHUNKS = MOST_CHUNKS, 4
 # A dispatch takes the host up to some 3 ms; it should keep the device busy for longer than that.
 DISPATCH_S, MOST_STEPS, GPU_BYTES_PER_S = 0.008, 8, 3e12
 
@@ -57,7 +57,15 @@ def plan(config: ModelConfig, options: EngineOptions, *, loaded: bool) -> Memory
         kv_cache_bytes=options.kv_cache_bytes,
         limit=limit,
         in_use=max(0, in_use - weights) if loaded else in_use,
+        max_num_batched_tokens=batched_tokens(options),
     )
+
+
+def batched_tokens(options: EngineOptions) -> int:
+    """Most tokens of one step: what is asked for, or the default."""
+    if options.max_num_batched_tokens is not None:
+        return options.max_num_batched_tokens
+    return max(DEFAULT_BATCHED_TOKENS, 2 * options.max_num_seqs)
 
 
 def batcher_config(
@@ -65,9 +73,7 @@ def batcher_config(
 ) -> BatcherConfig:
     """The scheduler's limits, with what the options leave open."""
     gpu = jax.devices()[0].platform == "gpu"
-    budget, steps = options.max_num_batched_tokens, options.max_steps
-    if budget is None:
-        budget = max(DEFAULT_BATCHED_TOKENS, 2 * options.max_num_seqs)
+    steps = options.max_steps
     if steps is None:
         # How many decode steps the weights alone keep the device busy for this long.
         least = memory.weights / GPU_BYTES_PER_S
@@ -77,7 +83,7 @@ def batcher_config(
         page_size=memory.page_size,
         max_num_seqs=options.max_num_seqs,
         max_model_len=memory.max_model_len,
-        max_num_batched_tokens=budget,
+        max_num_batched_tokens=batched_tokens(options),
         max_chunks=GPU_CHUNKS if gpu else CPU_CHUNKS,
         max_steps=steps,
         max_waiting=options.max_waiting,

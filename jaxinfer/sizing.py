@@ -15,7 +15,11 @@ from jaxinfer.pages import pages_for
 
 GIB = 1 << 30
 CPU_CACHE_BYTES = 1 * GIB  # on a CPU there is no pool to fill: a modest default
-STEP_BYTES = 3 * GIB // 2  # activations, scores and logits of the largest compiled step
+MOST_CHUNKS = 32  # prompts that one step reads from
+SPARE_BYTES = GIB // 4  # what libraries keep for themselves: workspaces, graphs
+# Arrays of a sampled step that are as large as its logits, in float32: logits, scaled ones, keys,
+# masses and noise.
+LOGIT_ARRAYS = 5
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,24 @@ class MemoryPlan:
         )
 
 
+def step_bytes(config: ModelConfig, *, rows: int, tokens: int, dtype: Any) -> int:
+    """Temporary memory of the hungriest compiled step, estimated from above.
+
+    `LLM.warm_up` holds it against what the compiled programs say.
+
+    Args:
+        config: the model.
+        rows: whose logits are computed, at most: those that decode, and prompts that end.
+        tokens: of one step, at most.
+        dtype: of the activations.
+    """
+    E, F, D = config.hidden_size, config.intermediate_size, config.head_dim
+    heads = config.num_heads + 2 * config.num_kv_heads
+    width = 4 * E + 4 * F + 3 * heads * D  # residuals and norms, the MLP, attention's in and out
+    activations = tokens * width * np.dtype(dtype).itemsize
+    return SPARE_BYTES + LOGIT_ARRAYS * 4 * rows * config.vocab_size + activations
+
+
 def plan_memory(
     config: ModelConfig,
     *,
@@ -57,6 +79,7 @@ def plan_memory(
     kv_cache_bytes: int | None,
     limit: int | None,
     in_use: int = 0,
+    max_num_batched_tokens: int = 2048,
 ) -> MemoryPlan:
     """Sizes the KV cache: what is asked for, or what is left, and no more than can be used.
 
@@ -70,13 +93,17 @@ def plan_memory(
         kv_cache_bytes: size of the cache; None: what is left of `limit`.
         limit: bytes of device memory that may be used; None: not known (a CPU).
         in_use: bytes of it that are taken already, by others.
+        max_num_batched_tokens: most tokens of one step.
 
     Raises:
         CapacityError: the weights do not fit, not even one page is left, or a sequence of
             `max_model_len` tokens needs more pages than there are.
     """
     weights = count_params(config) * np.dtype(dtype).itemsize
-    steps = 0 if limit is None else STEP_BYTES
+    rows = max_num_seqs + MOST_CHUNKS
+    steps = 0
+    if limit is not None:
+        steps = step_bytes(config, rows=rows, tokens=max_num_batched_tokens, dtype=dtype)
     one = page_bytes(config, page_size, dtype if kv_dtype is None else kv_dtype)
     longest = config.max_position if max_model_len is None else max_model_len
     useful = (max_num_seqs * pages_for(longest, page_size) + 1) * one

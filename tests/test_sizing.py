@@ -15,12 +15,20 @@ from jaxinfer.cache import init_cache, page_bytes
 from jaxinfer.config import LayerConfig, ModelConfig
 from jaxinfer.errors import CapacityError
 from jaxinfer.models.weights import abstract_params
-from jaxinfer.sizing import CPU_CACHE_BYTES, GIB, STEP_BYTES, device_memory, plan_memory
+from jaxinfer.sizing import (
+    CPU_CACHE_BYTES,
+    GIB,
+    MOST_CHUNKS,
+    device_memory,
+    plan_memory,
+    step_bytes,
+)
 
 CONFIG = ModelConfig(
     family="llama", vocab_size=100, hidden_size=32, intermediate_size=64, num_heads=4,
     num_kv_heads=2, head_dim=8, layers=(LayerConfig(),) * 3, max_position=128,
 )  # fmt: skip
+STEP_BYTES = step_bytes(CONFIG, rows=4 + MOST_CHUNKS, tokens=2048, dtype=jnp.float32)
 PAGE = 2 * 3 * 2 * 8 * 16 * 4  # k and v, layers, KV heads, head dim, tokens, bytes
 
 
@@ -112,14 +120,22 @@ def test_the_plan_in_words():
     words = str(plan(limit=2 * GIB, max_model_len=64))
     assert words == (
         "memory 2.00 GiB: weights 0.00 GiB, KV cache 0.00 GiB (16 pages of 16 tokens), "
-        "steps 1.50 GiB; sequences of up to 64 tokens"
+        "steps 0.25 GiB; sequences of up to 64 tokens"
     )
     assert str(plan()).startswith("memory not limited: ")
 
 
 def test_kv_cache_bytes_beyond_the_limit():
-    with pytest.raises(CapacityError, match=rf"kv_cache_bytes={GIB} does not fit: {2 * GIB} bytes"):
-        plan(kv_cache_bytes=GIB, limit=2 * GIB)
+    with pytest.raises(CapacityError, match=rf"kv_cache_bytes={GIB} does not fit: {GIB} bytes"):
+        plan(kv_cache_bytes=GIB, limit=GIB)
+
+
+def test_what_a_step_may_take_grows_with_its_rows_and_tokens():
+    few = step_bytes(CONFIG, rows=8, tokens=64, dtype=jnp.bfloat16)
+    assert step_bytes(CONFIG, rows=9, tokens=64, dtype=jnp.bfloat16) - few == 5 * 4 * 100
+    assert step_bytes(CONFIG, rows=8, tokens=65, dtype=jnp.bfloat16) > few
+    most = plan(limit=2 * GIB, max_num_batched_tokens=1 << 20).steps
+    assert most > plan(limit=2 * GIB).steps
 
 
 def test_weights_that_do_not_fit():
