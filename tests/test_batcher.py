@@ -291,6 +291,9 @@ class Host:
             assert waiting == sorted(waiting, key=self.place)
         assert all(s not in self.read for s in waiting)
         new = set(running) - set(before.rows.id.tolist())
+        if config.policy != "makespan" and new and waiting:
+            # Nobody is overtaken: who waits longest is whoever ranks and arrivals let pass.
+            assert max(map(self.place, new)) < min(map(self.place, waiting))
         if config.policy == "static":
             assert not (new and set(running) - new)
         elif config.policy == "continuous" and waiting and len(running) < config.max_num_seqs:
