@@ -22,6 +22,7 @@ Field = Any  # on the device an Array; on the host NumPy, one row at a time, wit
 
 LIKELIEST_UNIFORM = 1 - 2**-24  # the largest float32 below 1
 SMALLEST_TEMPERATURE = float(np.finfo(np.float32).tiny)
+SUMMED_AT_ONCE = 128
 LARGEST_LOGIT = float(np.finfo(np.float32).max)
 
 
@@ -194,7 +195,9 @@ def token_logprobs(logits: Array, tokens: Array, *, top: int) -> Logprobs:
         top: static; how many of the likeliest to return, V at most. Of equals the lowest id comes
             first, in `rank` too.
     """
-    logprobs = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    x = logits.astype(jnp.float32)
+    x = x - jnp.max(x, axis=-1, keepdims=True)
+    logprobs = x - jnp.log(_total(jnp.exp(x)))[:, None]
     V = logprobs.shape[-1]
     chosen = jnp.take_along_axis(logprobs, tokens[:, None], axis=-1)
     earlier = jnp.arange(V) < tokens[:, None]
@@ -202,3 +205,21 @@ def token_logprobs(logits: Array, tokens: Array, *, top: int) -> Logprobs:
     rank = 1 + jnp.sum(before, axis=-1, dtype=jnp.int32)
     top_logprobs, top_ids = lax.top_k(logprobs, min(top, V))
     return Logprobs(chosen[:, 0], rank, top_ids.astype(jnp.int32), top_logprobs)
+
+
+def _total(x: Array) -> Array:
+    """Sums of the rows of x [S, V], in an order that depends on V alone: pairs of tokens that lie
+    far apart, then pairs of those. A reduction's order depends on how many rows there are."""
+    S, V = x.shape
+    size = 1 << (V - 1).bit_length()
+    x = jnp.pad(x, ((0, 0), (0, size - V)))
+    while size > 1:
+        # Seven halvings fit one kernel that adds 128 numbers for each sum.
+        part = min(size, SUMMED_AT_ONCE)
+        x = x.reshape(S, part, size // part)
+        while part > 1:
+            part //= 2
+            x = x[:, :part] + x[:, part:]
+        size = x.shape[-1]
+        x = lax.optimization_barrier(x.reshape(S, size))
+    return x[:, 0]

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxinfer import sampling
-from jaxinfer.sampling import PenaltyState, SamplingRows, pack_row
+from jaxinfer.sampling import PenaltyState, SamplingRows, pack_row, token_logprobs
 from jaxinfer.types import MAX_STOP_IDS, SamplingParams
 from pallas_kernels.threshold import threshold as find_threshold
 
@@ -387,3 +387,27 @@ def test_logprobs_and_ranks(seed: int, top: int) -> None:
 def test_top_is_limited_by_the_vocabulary() -> None:
     found = sampling.token_logprobs(jnp.zeros((2, 4)), jnp.zeros(2, jnp.int32), top=20)
     np.testing.assert_array_equal(found.top_ids, [[0, 1, 2, 3]] * 2)
+
+
+@pytest.mark.parametrize("V", [1, 2, 100, 128, 129, 5000])
+def test_log_probabilities_are_those_of_a_softmax(V):
+    rng = np.random.default_rng(V)
+    logits = rng.normal(size=(3, V)).astype(np.float32) * 5
+    tokens = rng.integers(V, size=3).astype(np.int32)
+    got = token_logprobs(jnp.asarray(logits), jnp.asarray(tokens), top=min(V, 3))
+    x = logits.astype(np.float64)
+    want = (
+        x
+        - np.log(np.exp(x - x.max(1, keepdims=True)).sum(1, keepdims=True))
+        - x.max(1, keepdims=True)
+    )
+    np.testing.assert_allclose(got.logprob, want[np.arange(3), tokens], rtol=1e-6, atol=2e-6)
+
+
+def test_a_total_is_the_same_whatever_the_rows():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.random((64, 3001)), jnp.float32)
+    total = jax.jit(sampling._total)
+    want = [float(total(x[i : i + 1])[0]) for i in range(64)]
+    assert total(x).tolist() == want
+    np.testing.assert_allclose(want, np.asarray(x, np.float64).sum(1), rtol=1e-6)
