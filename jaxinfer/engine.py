@@ -109,6 +109,8 @@ class Engine:
         self._cached: dict[int, int] = {}  # from a sequence's first chunk to its last
         self._in_flight: deque[_InFlight] = deque()
         self._seq = init_state(self.limits.max_num_seqs, self._table_width)
+        if any(p.penalised for p in self._warmed):  # programs differ in it
+            self._count_penalties()
 
     # -- requests ---------------------------------------------------------------------------
 
@@ -214,9 +216,9 @@ class Engine:
             keys, lambda key: self._probe(key, probe), self._params, self._cache, self._seq
         )
         found = self._probed(keys, probe)
-        self.reset()
-        self._variants = warmup.variants([*self._warmed, *params])
         self._warmed = (*self._warmed, *params)
+        self._variants = warmup.variants(self._warmed)
+        self.reset()
         unequal = [key for key, bits in found.items() if bits != found[keys[0]]]
         return WarmUp(
             self.compiler.count - before, time.perf_counter() - began, self.compiler.step_bytes,

@@ -44,6 +44,20 @@ def test_nothing_is_compiled_after_a_warm_up(llm: LLM) -> None:
     assert llm.warm_up([GREEDY]).programs == 0
 
 
+@pytest.mark.slow
+def test_penalties_and_scores_are_warmed_up_too(tiny: TinyModel) -> None:
+    penalised = SamplingParams(temperature=0.0, max_tokens=4, repetition_penalty=1.3)
+    scored = SamplingParams(temperature=0.0, max_tokens=4, prompt_logprobs=0)
+    options = {**OPTIONS, "max_num_batched_tokens": 16, "max_steps": 1}
+    with LLM.from_params(tiny.params, tiny.config, **options) as llm:
+        llm.warm_up([penalised, scored])
+        count = llm.engine.compiler.count
+        for params in (GREEDY, penalised, scored, GREEDY):
+            llm.generate([[1, 2, 3], [4] * 20], params)
+        llm.logprobs([[1, 2, 3]])
+        assert llm.engine.compiler.count == count
+
+
 def test_only_an_idle_engine_warms_up(llm: LLM) -> None:
     request = llm.prepare([1, 2], GREEDY)
     llm.submit([request])
