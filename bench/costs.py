@@ -1,4 +1,4 @@
-"""What a step costs the device, as a formula, and how its coefficients are found from measured steps.
+"""What a step costs the device, as a formula whose coefficients are fitted to measured steps.
 
     step_ms = fixed + max(weights, per_token * padded tokens) + kv * tokens held + per_row * rows
 
@@ -15,7 +15,7 @@ from itertools import product
 import numpy as np
 
 KV_BYTES, COPY_BYTES_PER_S = 131072, 2.9e12  # of a token, 8B in bfloat16; of one H100
-CROSSOVERS = range(16, 1025, 4)  # tokens; see `fit`
+CROSSOVERS = range(16, 1025, 8)  # tokens; see `fit`
 MIXED_ROWS = 32  # rows of logits beside those that decode, in a step with chunks: `max_chunks`
 
 
@@ -37,7 +37,7 @@ class CostModel:
     kv_ms_per_token: float
     per_row_ms: float
 
-    def step_ms(self, *, tokens: int, held: float, rows: int) -> float:
+    def step_ms(self, *, tokens: float, held: float, rows: float) -> float:
         """Of one step.
 
         Args:
@@ -151,7 +151,7 @@ def _bounded(matrix: np.ndarray, goal: np.ndarray, least: np.ndarray) -> tuple[f
 
 def residuals(model: CostModel, samples: Sequence[Sample] = SAMPLES) -> list[float]:
     """Of each sample: time by the formula over the time measured, less one."""
-    return [model.step_ms(**sample.sizes) / sample.ms - 1 for sample in samples]  # pyright: ignore
+    return [model.step_ms(**sample.sizes) / sample.ms - 1 for sample in samples]
 
 
 def print_fit(model: CostModel, samples: Sequence[Sample] = SAMPLES) -> None:
@@ -160,6 +160,5 @@ def print_fit(model: CostModel, samples: Sequence[Sample] = SAMPLES) -> None:
         print(f"{name:<18} {value:.6g}")
     print(f"{'rows':>6} {'tokens':>7} {'decoding':>9} {'context':>8} {'ms':>7} {'error':>7}")
     for s, error in zip(samples, residuals(model, samples), strict=True):
-        print(
-            f"{s.rows:>6} {s.tokens:>7} {s.decoding:>9} {s.context:>8.0f} {s.ms:>7.2f} {error:>7.1%}"
-        )
+        size = f"{s.rows:>6} {s.tokens:>7} {s.decoding:>9} {s.context:>8.0f}"
+        print(f"{size} {s.ms:>7.2f} {error:>7.1%}")
