@@ -27,7 +27,7 @@ from bench.virtual import QUEUE, Load, Result, make_load, simulate
 from jaxinfer.config import BatcherConfig, EngineOptions
 
 POLICIES = ["continuous", "static", "makespan"]
-KV_TOKENS = 450_000  # that an H100 of 80 GB holds beside 8B in bfloat16
+KV_TOKENS = 450_000  # what `sizing` leaves of an H100 of 80 GB, 8B in bfloat16
 MOST_TOKENS = 2304  # of a sequence without a shared prefix
 
 
@@ -40,12 +40,12 @@ def configurations(args: argparse.Namespace) -> list[BatcherConfig]:
     Raises:
         ValueError: an option out of range.
     """
-    longest, found = MOST_TOKENS + args.prefix, []
+    longest, found, left_out = MOST_TOKENS + args.prefix, [], {}
     for policy, size, budget in product(args.policy, args.page_size, args.budget):
         static = [workloads.FULL.static_rows] if policy == "static" else []
         for rows in dict.fromkeys([*static, *args.max_num_seqs]):
             if budget <= rows:
-                print(f"left out: {policy}, budget {budget} with max_num_seqs {rows}")
+                left_out[f"left out: {policy}, budget {budget} with max_num_seqs {rows}"] = True
                 continue
             EngineOptions(  # has an eye on all of them
                 policy=policy,
@@ -66,6 +66,10 @@ def configurations(args: argparse.Namespace) -> list[BatcherConfig]:
                 policy=policy,
             )
             found.append(config)
+    if not found:
+        raise ValueError("every budget is left out: expected one that is more than max_num_seqs")
+    for line in left_out:
+        print(line)
     return found
 
 
@@ -166,6 +170,8 @@ def main(words: Sequence[str] | None = None) -> None:
         made.error(str(error))
     run = record.start(parts.command_line("bench.simulate"))
     run = replace(run, device={"kind": "simulated", "count": 1, "memory": 0})
+    if args.queue < args.requests and "makespan" in args.policy:
+        print(f"makespan sorts {args.queue} requests at a time, not all: --queue {args.requests}")
     print_heading()
     for config in found:
         result = record_of(load, config, cost, simulate(load, config, cost, queue=args.queue))
