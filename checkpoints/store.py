@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,13 +48,21 @@ def save(
     Raises:
         CheckpointError: `directory` exists, and not `overwrite`; or Orbax cannot write.
     """
+    write_whole(directory, lambda path: _write(path, params, config), overwrite=overwrite)
+
+
+def write_whole(
+    directory: str | Path, write: Callable[[Path], object], *, overwrite: bool = False
+) -> None:
+    """Has `write` fill a directory that appears under its name as a whole; see `save`."""
     directory = Path(directory).absolute()
     if directory.exists() and not overwrite:
         raise CheckpointError(f"{directory} exists already")
     temporary = directory.with_name(f"{directory.name}.tmp-{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
-        _write(temporary, params, config)
+        write(temporary)
+        _seal(temporary)
         _swap(temporary, directory)
     except OSError as e:
         raise CheckpointError(f"{directory}: cannot be saved: {e}") from e
@@ -75,7 +83,7 @@ def restore(directory: str | Path, abstract_params: Any, shardings: Any = None) 
             truncated, or its arrays are not those of `abstract_params`: all are listed.
     """
     directory = Path(directory).absolute()
-    _check_files(directory)
+    check_files(directory)
     leaves, treedef = jax.tree.flatten(abstract_params)
     places = flat_shardings(treedef, shardings)
     names = _names(abstract_params)
@@ -95,7 +103,7 @@ def restore(directory: str | Path, abstract_params: Any, shardings: Any = None) 
 def read_config(directory: str | Path) -> dict[str, Any]:
     """The `config` that `save` was given. Raises `CheckpointError` as `restore` does."""
     directory = Path(directory).absolute()
-    _check_files(directory)
+    check_files(directory)
     return read_json(directory / CONFIG)
 
 
@@ -104,8 +112,12 @@ def _write(directory: Path, params: Any, config: dict[str, Any]) -> None:
 
     write_json(directory / CONFIG, config)
     tree = dict(zip(_names(params), jax.tree.leaves(params), strict=True))
-    with _checkpointer(leaf.nbytes for leaf in tree.values()) as checkpointer:
+    with make_checkpointer(leaf.nbytes for leaf in tree.values()) as checkpointer:
         checkpointer.save(directory / PARAMS, args=ocp.args.PyTreeSave(tree))
+
+
+def _seal(directory: Path) -> None:
+    """Syncs every file to disk, and writes the manifest that names them."""
     files = sorted(path for path in directory.rglob("*") if path.is_file())
     for path in [*files, *(p for p in directory.rglob("*") if p.is_dir())]:
         _sync(path)
@@ -133,7 +145,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _check_files(directory: Path) -> None:
+def check_files(directory: Path) -> None:
     """Requires a manifest, and every file that it names at its size."""
     if not (directory / MANIFEST).is_file():
         raise CheckpointError(f"{directory}: not a directory that was saved: no {MANIFEST} there")
@@ -150,7 +162,7 @@ def _restore(directory: Path, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[s
     import orbax.checkpoint as ocp
 
     sizes = (math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in wanted.values())
-    with _checkpointer(sizes) as checkpointer:
+    with make_checkpointer(sizes) as checkpointer:
         saved: Any = checkpointer.metadata(directory / PARAMS)
         _check_tree(directory, saved.item_metadata.tree, wanted)
         restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
@@ -184,7 +196,7 @@ def _check_tree(
         )
 
 
-def _checkpointer(sizes: Iterable[int]) -> ocp.Checkpointer:
+def make_checkpointer(sizes: Iterable[int]) -> ocp.Checkpointer:
     """A synchronous checkpointer whose host memory follows the largest array, not the model.
 
     Orbax's limits are whole GB, and refuse an array that does not fit under them.

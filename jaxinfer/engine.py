@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import batcher, eventlog, sampling, warmup
@@ -29,6 +30,7 @@ from jaxinfer.plans import (
     top_bucket,
 )
 from jaxinfer.runner import Sampled, StepCompiler, StepKey
+from jaxinfer.state import EngineState, Live, check_fits, describe, keep_running, put_pages
 from jaxinfer.types import SamplingParams
 from jaxinfer.warmup import WarmUp
 
@@ -121,20 +123,27 @@ class Engine:
         self._kinds |= {i: Kind.of(s.params) for i, s in new.items()}
         self._outputs |= {i: [] for i in new}
         self._scored |= {i: 0 for i, s in new.items() if s.score is not None}
-        hashed: dict[tuple[int, bool], np.ndarray] = {}  # samples of a request have one prompt
-        for i, s in new.items():
-            if (id(s.prompt), self._whole(s)) not in hashed:
-                hashed[id(s.prompt), self._whole(s)] = self._keys(i)
+        self._queue(new)
+        return list(new)
+
+    def _queue(self, ids: Iterable[int]) -> None:
+        """Has live sequences wait, with what they have said so far."""
+        ids, hashed = list(ids), {}
+        for i in ids:
+            # Samples of a request have one prompt.
+            what = (id(self._live[i].prompt), self._whole(self._live[i]), *self._outputs[i])
+            hashed[i] = hashed[what] = hashed[what] if what in hashed else self._keys(i)
+        specs = [self._live[i] for i in ids]
+        ranks = [i + PRIORITY_ARRIVALS * s.priority for i, s in zip(ids, specs, strict=True)]
         self._events.append(
             batcher.Submit(
-                np.array(list(new), np.int64),
-                np.array([len(s.prompt) for s in new.values()], np.int64),
-                np.array([s.limit for s in new.values()], np.int64),
-                np.array([i + PRIORITY_ARRIVALS * s.priority for i, s in new.items()], np.int64),
-                batcher.objects([hashed[id(s.prompt), self._whole(s)] for s in new.values()]),
+                np.array(ids, np.int64),
+                np.array([len(self._tokens(i)) for i in ids], np.int64),
+                np.array([s.limit for s in specs], np.int64),
+                np.array(ranks, np.int64),
+                batcher.objects([hashed[i] for i in ids]),
             )
         )
-        return list(new)
 
     def _tokens(self, sequence: int) -> np.ndarray:
         """All that is known of a sequence: its prompt, and what was sampled."""
@@ -178,6 +187,77 @@ class Engine:
         self._cache = init_cache(
             self.config, self.limits.num_pages, self.limits.page_size, self._dtype
         )
+
+    # -- to go on later ---------------------------------------------------------------------
+
+    @property
+    def in_flight(self) -> int:
+        """Dispatches whose results have not been read."""
+        return len(self._in_flight)
+
+    def snapshot(self, *, pages: bool) -> EngineState:
+        """The engine as plain data, a copy of its own; the engine can go on.
+
+        Args:
+            pages: with the KV cache's pages in use. Without, what runs is computed anew later.
+
+        Raises:
+            JaxinferError: something is in flight. `read` it first, so that its
+                updates reach whoever waits for them.
+        """
+        if self._in_flight:
+            raise JaxinferError(
+                f"{len(self._in_flight)} dispatches are in flight: read them by "
+                "Engine.read before a snapshot"
+            )
+        next_id = next(self._ids)
+        self._ids = itertools.count(next_id)
+        live = tuple(
+            Live(i, spec, tuple(self._outputs[i]), self._scored.get(i), self._cached.get(i))
+            for i, spec in self._live.items()
+        )
+        running = None
+        if pages:
+            running = keep_running(self._batcher, self._events, self._seq, self._cache)
+        return EngineState(self._described(), self.limits, next_id, live, running)
+
+    def restore(self, state: EngineState) -> None:
+        """Goes on from a snapshot, of this engine or another. Sequences keep their ids.
+
+        Raises:
+            JaxinferError, CapacityError: something runs already; the state does not fit this
+                engine (see `state.check_fits`); or it has pages, and there is an event log.
+        """
+        if self._live:
+            raise JaxinferError(f"restore an engine that is idle: {len(self._live)} sequences run")
+        if state.running is not None and self._log is not None:
+            raise JaxinferError(
+                "an event log begins with an empty scheduler: restore a state with pages into an "
+                "engine without one"
+            )
+        check_fits(state, self._described(), self.limits)
+        while not self.idle:  # what was computed in vain
+            self.step()
+        self._ids = itertools.count(max(state.next_id, next(self._ids)))
+        self._live = {live.id: live.spec for live in state.live}
+        self._kinds = {i: Kind.of(spec.params) for i, spec in self._live.items()}
+        self._outputs = {live.id: list(live.outputs) for live in state.live}
+        self._scored = {live.id: live.scored for live in state.live if live.scored is not None}
+        if state.running is None:
+            if self._live:
+                self._queue(self._live)
+            return
+        try:
+            self._cached = {live.id: live.cached for live in state.live if live.cached is not None}
+            self._batcher, self._events = state.running.scheduler, list(state.running.events)
+            self._seq = jax.tree.map(jnp.array, state.running.seq)
+            self._cache = put_pages(state.running, self._cache)
+        except BaseException:
+            self.reset()
+            raise
+
+    def _described(self) -> dict[str, Any]:
+        return describe(self._params, self.config, kv_dtype=self._dtype, invariant=self._invariant)
 
     @property
     def waiting(self) -> int:
@@ -273,6 +353,10 @@ class Engine:
             if action is None:
                 break
             self._in_flight.append(self._run(action))
+        return self.read()
+
+    def read(self) -> list[Update]:
+        """As `step`, but nothing new is begun."""
         return self._observe(self._in_flight.popleft()) if self._in_flight else []
 
     def _schedule(self) -> batcher.Run | None:

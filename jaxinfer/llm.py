@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer import warmup
+from jaxinfer import saving, warmup
 from jaxinfer.cache import resolve_kv_dtype
 from jaxinfer.config import EngineOptions, ModelConfig
 from jaxinfer.engine import Engine
@@ -375,15 +375,15 @@ class LLM:
             sample.sequence = sequence
             self._owners[sequence] = (request, sample)
 
-    def pump(self) -> None:
+    def pump(self, *, schedule: bool = True) -> None:
         """One turn of the engine, its news given to the requests they belong to.
 
         What goes wrong with one request's text fails that request. What goes wrong in a step fails
-        all that were running, and is raised.
+        all that were running, and is raised. Without `schedule` only what was begun is read.
         """
         engine = self.engine
         try:
-            for update in engine.step():
+            for update in engine.step() if schedule else engine.read():
                 owner = self._owners.get(update.id)
                 if owner is None:  # given up meanwhile
                     continue
@@ -410,6 +410,52 @@ class LLM:
         for sample in (s for request in requests for s in request.samples):
             if sample.sequence is not None and self._owners.pop(sample.sequence, None):
                 self.engine.cancel(sample.sequence)
+
+    # -- to go on later ---------------------------------------------------------------------
+
+    def save(self, directory: str | Path, *, pages: bool = False) -> None:
+        """Writes all requests that have not finished, with what they have so far; they go on.
+
+        What was begun is read first, and reaches its requests as ever; nothing new is begun.
+        Requests that finish by it, or had finished, are not saved: the caller has them.
+
+        Args:
+            directory: made, or replaced if a state was saved there before; it appears as a whole.
+            pages: with the KV cache's pages in use. Without, a file of some kilobytes; what runs is
+                then computed anew, with the same tokens.
+
+        Raises:
+            CheckpointError: it cannot be written, or something else has that name.
+        """
+        while self.engine.in_flight:
+            self.pump(schedule=False)
+        next_id = next(self._ids)
+        self._ids = itertools.count(next_id)
+        requests = saving.distinct(request for request, _ in self._owners.values())
+        state = self.engine.snapshot(pages=pages)
+        saving.save(directory, saving.Saved(state, requests, next_id, self._seeds.getstate()))
+
+    def load(self, directory: str | Path) -> list[Request]:
+        """Takes over the requests that `save` wrote, and queues them: `pump` until they finish.
+
+        Requests come in the order of their submission, with their ids, and nobody reads their
+        `deltas` yet. The next request's id and seed are what they would have been.
+
+        Raises:
+            CheckpointError: the directory is not one that `save` wrote as a whole.
+            JaxinferError, CapacityError: requests run here already; or the model, or the sizes, are
+                not those of the state: names what differs. See `Engine.restore`.
+        """
+        saved = saving.load(directory)
+        self.engine.restore(saved.engine)
+        self._ids = itertools.count(max(saved.next_id, next(self._ids)))
+        self._seeds.setstate(saved.seeds)
+        for request in saved.requests:
+            request.key = self._key(request)
+            for sample in request.samples:
+                if sample.sequence is not None and sample.finish_reason is None:
+                    self._owners[sample.sequence] = (request, sample)
+        return saved.requests
 
     # -- inside -----------------------------------------------------------------------------
 

@@ -42,7 +42,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "models": ({"jaxinfer.models"}, {"layers", "batch"}),
     "runner": ({"jaxinfer.runner"}, {"models", "speculate"}),
     "plans": ({"jaxinfer.plans", "jaxinfer.warmup"}, {"runner", "batcher", "buckets"}),
-    "engine": ({"jaxinfer.engine"}, {"plans"}),
+    "engine": ({"jaxinfer.engine", "jaxinfer.state"}, {"plans"}),
     "sharding": ({"jaxinfer.sharding"}, {"models"}),
     "sizing": ({"jaxinfer.sizing", "jaxinfer.hardware"}, {"models", "pages"}),
     "host": (
@@ -58,7 +58,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "checkpoints": ({"checkpoints"}, {"models", "quant", "sharding"}),
     "requests": ({"jaxinfer.requests"}, {"engine", "host"}),
     "loading": ({"jaxinfer.loading"}, {"checkpoints", "sizing", "host"}),
-    "llm": ({"jaxinfer.llm"}, {"requests", "loading"}),
+    "llm": ({"jaxinfer.llm", "jaxinfer.saving"}, {"requests", "loading"}),
     "async": ({"jaxinfer.async_llm"}, {"llm"}),
     "offline": ({"jaxinfer.offline"}, {"llm"}),
     "api": ({"jaxinfer"}, {"async", "offline"}),
