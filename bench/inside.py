@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+from jaxinfer.metrics import kv_tokens
 
 if TYPE_CHECKING:
     from jaxinfer.llm import LLM
@@ -25,10 +25,7 @@ def waste(llm: LLM) -> tuple[int, int]:
     tokens.
     """
     state = llm.engine._batcher
-    rows = state.rows
-    read = rows.prefilled >= rows.prompt
-    held = np.where(read, rows.prompt + np.maximum(rows.scheduled - 1, 0), rows.prefilled)
-    return int(held[rows.id >= 0].sum()), int(rows.held.sum()) * llm.memory_plan.page_size
+    return kv_tokens(state), int(state.rows.held.sum()) * llm.memory_plan.page_size
 
 
 class Preemptions(io.TextIOBase):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TextIO
 
 import jax
@@ -18,6 +18,7 @@ from jaxinfer.buckets import make_buckets
 from jaxinfer.cache import init_cache
 from jaxinfer.config import BatcherConfig, ModelConfig
 from jaxinfer.errors import JaxinferError
+from jaxinfer.metrics import Metrics
 from jaxinfer.models.decoder import Params
 from jaxinfer.pages import page_keys, pages_for
 from jaxinfer.plans import (
@@ -25,6 +26,7 @@ from jaxinfer.plans import (
     SequenceSpec,
     chunk_starts,
     make_plan,
+    padded_tokens,
     step_key,
     together,
     top_bucket,
@@ -72,6 +74,7 @@ class Engine:
         dtype: of the KV cache.
         invariant: see `runner.StepCompiler`.
         event_log: an open file to which the scheduler's events go; see `eventlog`.
+        clock: seconds, for `metrics`.
     """
 
     def __init__(
@@ -83,6 +86,7 @@ class Engine:
         dtype: Any,
         invariant: bool = True,
         event_log: TextIO | None = None,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._log = event_log
         self.config, self.limits = config, limits
@@ -92,6 +96,7 @@ class Engine:
         self._buckets = make_buckets(limits, gpu=platform == "gpu")
         self._table_width = pages_for(limits.max_model_len, limits.page_size)
         self.compiler = StepCompiler(config, invariant=invariant, platform=platform)
+        self.metrics = Metrics(clock, limits.page_size)
         self._warmed: tuple[SamplingParams, ...] = ()
         self._variants: tuple[Kind, ...] = ()  # of what was warmed up
         self._ids = itertools.count()
@@ -113,6 +118,7 @@ class Engine:
         self._seq = init_state(self.limits.max_num_seqs, self._table_width)
         if any(p.penalised for p in self._warmed):  # programs differ in it
             self._count_penalties()
+        self.metrics.reset()
 
     # -- requests ---------------------------------------------------------------------------
 
@@ -123,6 +129,7 @@ class Engine:
         self._kinds |= {i: Kind.of(s.params) for i, s in new.items()}
         self._outputs |= {i: [] for i in new}
         self._scored |= {i: 0 for i, s in new.items() if s.score is not None}
+        self.metrics.submit({i: len(s.prompt) for i, s in new.items()})
         self._queue(new)
         return list(new)
 
@@ -166,11 +173,15 @@ class Engine:
         limits = self.limits
         return page_keys(tokens if limits.prefix_caching else tokens[:0], limits.page_size)
 
-    def cancel(self, sequence: int) -> None:
-        """Gives a sequence up; unknown or finished ones are left alone."""
+    def cancel(self, sequence: int, *, complete: bool = False) -> None:
+        """Gives a sequence up; unknown or finished ones are left alone.
+
+        `complete`: it has all that was wanted of it, as when a stop string was found.
+        """
         if self._live.pop(sequence, None) is not None:
             self._forget(sequence)
             self._events.append(batcher.Cancel(sequence))
+            (self.metrics.finish if complete else self.metrics.cancel)(sequence)
 
     def _forget(self, sequence: int) -> None:
         del self._outputs[sequence], self._kinds[sequence]
@@ -243,6 +254,7 @@ class Engine:
         self._kinds = {i: Kind.of(spec.params) for i, spec in self._live.items()}
         self._outputs = {live.id: list(live.outputs) for live in state.live}
         self._scored = {live.id: live.scored for live in state.live if live.scored is not None}
+        self.metrics.submit({i: len(spec.prompt) for i, spec in self._live.items()})
         if state.running is None:
             if self._live:
                 self._queue(self._live)
@@ -353,6 +365,8 @@ class Engine:
             if action is None:
                 break
             self._in_flight.append(self._run(action))
+            key = self._in_flight[-1].key
+            self.metrics.dispatch(action, self._batcher, padded_tokens(key))
         return self.read()
 
     def read(self) -> list[Update]:
@@ -371,6 +385,7 @@ class Engine:
                     run = action
                 case batcher.Preempt():
                     self._preempted.add(action.id)
+                    self.metrics.preempt(action.id)
                 case batcher.Refuse():
                     raise AssertionError("the API checks the queue before it submits")
         self._return_preempted()
@@ -415,7 +430,10 @@ class Engine:
     # -- results ----------------------------------------------------------------------------
 
     def _observe(self, done: _InFlight) -> list[Update]:
-        columns = np.asarray(done.sampled.tokens).T.tolist()
+        tokens, rows = np.asarray(done.sampled.tokens), done.key.rows
+        following = tokens[:, rows : rows + len(done.action.chunks)]
+        self.metrics.observe(tokens[:, : len(done.action.ids)], following)
+        columns = tokens.T.tolist()
         updates = []
         for place, sequence in enumerate(done.action.ids.tolist()):
             if sequence in self._live and columns[place][0] >= 0:  # neither given up nor ended
@@ -430,6 +448,7 @@ class Engine:
         for sequence in finished:
             del self._live[sequence]
             self._forget(sequence)
+            self.metrics.finish(sequence)
         self._return_preempted()
         return updates
 
@@ -468,6 +487,7 @@ class Engine:
             rows = (slice(0, len(tokens)), place)
             logprobs = _take(sampled.logprobs, rows, spec.params.logprobs)
         self._outputs[id] += tokens
+        self.metrics.give(id, len(tokens))
         ended = len(spec.prompt) + len(self._outputs[id]) >= spec.limit
         stopped = bool(tokens) and tokens[-1] in spec.stop_ids
         return Update(id, tokens, logprobs, None, ended or stopped)

@@ -45,6 +45,7 @@ from jaxinfer.validation import as_list, as_prompts, one_each, validate, validat
 from jaxinfer.warmup import WarmUp
 
 if TYPE_CHECKING:
+    from jaxinfer.metrics import Metrics
     from jaxinfer.models.decoder import Params
     from jaxinfer.tokenizer import Tokenizer
 
@@ -224,6 +225,15 @@ class LLM:
             raise JaxinferError("this LLM is closed")
         return self._engine
 
+    @property
+    def metrics(self) -> Metrics:
+        """What the engine did so far, and how long it took; see `metrics.Metrics.summary`.
+
+        Raises:
+            JaxinferError: the LLM has been closed.
+        """
+        return self.engine.metrics
+
     def warm_up(self, params: Sequence[SamplingParams] = (warmup.GREEDY, warmup.SAMPLED)) -> WarmUp:
         """Compiles, several at a time, every program that requests like these may need.
 
@@ -397,7 +407,7 @@ class LLM:
                     continue
                 if sample.finish_reason:
                     del self._owners[update.id]
-                    engine.cancel(update.id)
+                    engine.cancel(update.id, complete=True)
         except BaseException as error:
             # A step that broke off may have consumed the state it was given, and news half given
             # out are lost: start anew.

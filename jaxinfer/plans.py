@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxinfer import batcher, sampling
-from jaxinfer.batch import Chunks, Plan
+from jaxinfer.batch import MIN_ROWS, Chunks, Plan
 from jaxinfer.buckets import Buckets, fit
 from jaxinfer.config import BatcherConfig
 from jaxinfer.pages import pages_for
@@ -109,6 +109,11 @@ def step_key(
         top=kind.top,
         score=score,
     )
+
+
+def padded_tokens(key: StepKey) -> int:
+    """Tokens that a program computes, whatever of them is wanted."""
+    return key.tokens or max(key.rows, MIN_ROWS) * key.steps
 
 
 def make_plan(

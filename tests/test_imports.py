@@ -31,7 +31,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "pages": ({"jaxinfer.pages"}, {"data"}),
-    "batcher": ({"jaxinfer.batcher", "jaxinfer.eventlog"}, {"pages"}),
+    "batcher": ({"jaxinfer.batcher", "jaxinfer.eventlog", "jaxinfer.metrics"}, {"pages"}),
     "buckets": ({"jaxinfer.buckets"}, {"pages"}),
     "quant": ({"jaxinfer.quant"}, {"kernels", "data"}),
     "cache": ({"jaxinfer.cache"}, {"kernels", "data"}),

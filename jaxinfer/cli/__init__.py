@@ -15,6 +15,7 @@ from typing import Annotated, Literal
 import typer
 from typer.main import get_command
 
+from jaxinfer.cli.metrics import metrics_path, metrics_written
 from jaxinfer.cli.model import ModelOptions, describe, open_llm
 from jaxinfer.cli.options import (
     SAMPLING,
@@ -128,6 +129,9 @@ def generate(
     event_log: Annotated[
         str | None, typer.Option(help="File for the scheduler's events; see `jaxinfer replay`.")
     ] = None,
+    metrics: Annotated[
+        str | None, typer.Option(help="File for times and counts, JSONL: steps, requests, summary.")
+    ] = None,
     out: Out = None,
 ) -> None:
     """Completes prompts. One prompt is printed as it comes."""
@@ -143,12 +147,12 @@ def generate(
     options = ModelOptions(
         model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype, event_log
     )
+    measured = metrics_path(metrics)
     if out:
-        raise typer.Exit(
-            complete_to_file(out, prompt_source(prompts, file, token_ids), params, options)
-        )
+        source = prompt_source(prompts, file, token_ids)
+        raise typer.Exit(complete_to_file(out, source, params, options, measured))
     wanted = read_prompts(prompts, file, token_ids)
-    with open_llm(options) as llm:
+    with open_llm(options) as llm, metrics_written(measured, llm):
         if len(wanted) == 1 and n == 1 and not as_json:
             show_prompt(wanted[0])
             stream(llm, wanted[0], params)

@@ -9,9 +9,11 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jaxinfer
+from jaxinfer.cli.metrics import metrics_written
 from jaxinfer.cli.model import ModelOptions, choose_dtype, model_digest, open_llm
 from jaxinfer.cli.output import note, result_record
 from jaxinfer.cli.prompts import Extent, Source, digest_line, measure
@@ -28,12 +30,16 @@ if TYPE_CHECKING:
 
 
 def complete_to_file(
-    out: str, source: Source, params: SamplingParams, options: ModelOptions
+    out: str,
+    source: Source,
+    params: SamplingParams,
+    options: ModelOptions,
+    metrics: Path | None = None,
 ) -> int:
     """Completes the prompts that have no line in the file yet. Returns the exit code.
 
     A prompt that is refused has its error for a line. One that fails for no fault of its own has
-    none, and is tried again by the next run.
+    none, and is tried again by the next run. `metrics`: where those of this run go.
     """
     path = results_path(out)
     extent = measure(source)
@@ -41,7 +47,7 @@ def complete_to_file(
     dtype = choose_dtype(options)
     asked = _asked(options, dtype, model_digest(directory), params, extent)
     check_header(path, asked)  # before the weights are read
-    with open_llm(options, dtype) as llm:
+    with open_llm(options, dtype) as llm, metrics_written(metrics, llm):
         header = asked | {
             "max_model_len": llm.memory_plan.max_model_len,
             "run_seed": secrets.randbelow(MAX_SEED),
