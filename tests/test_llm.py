@@ -652,9 +652,9 @@ MANY = [[i + 1, *range(50, 50 + i % 7)] for i in range(11)]
 @pytest.mark.parametrize(
     "options",
     [
-        {"max_num_seqs": 1},
+        pytest.param({"max_num_seqs": 1}, marks=pytest.mark.slow),
         {"max_num_seqs": 3},
-        {"max_num_seqs": 8, "max_steps": 1},
+        pytest.param({"max_num_seqs": 8, "max_steps": 1}, marks=pytest.mark.slow),
         {"max_num_seqs": 8, "max_steps": 6},  # not a multiple of the steps between two looks
         {"policy": "static"},
         {"page_size": 8, "kv_cache_bytes": 6 * 4096},  # five pages: two requests at a time
@@ -792,7 +792,10 @@ def test_what_needs_the_whole_prompt_computes_it(tiny: TinyModel, params: Sampli
 # -- life ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["int8", "fp8", "fp8_e4m3"])
+@pytest.mark.parametrize(
+    "kv_cache_dtype",
+    ["int8", *(pytest.param(t, marks=pytest.mark.slow) for t in ("fp8", "fp8_e4m3"))],
+)
 def test_a_quantised_cache(tiny: TinyModel, llm: LLM, kv_cache_dtype: str) -> None:
     prompt = list(range(2, 60))
     want = llm.logprobs([prompt])[0].logprobs

@@ -74,10 +74,13 @@ def same(a: RequestOutput, b: RequestOutput) -> bool:
     [
         GREEDY,
         RANDOM,
-        replace(RANDOM, n=3, max_tokens=9),
-        replace(GREEDY, logprobs=2, prompt_logprobs=3),
+        pytest.param(replace(RANDOM, n=3, max_tokens=9), marks=pytest.mark.slow),
+        pytest.param(replace(GREEDY, logprobs=2, prompt_logprobs=3), marks=pytest.mark.slow),
         replace(RANDOM, n=2, logprobs=0, prompt_logprobs=0, stop=["zz", "q"], stop_token_ids=[4]),
-        replace(RANDOM, top_p=0.9, top_k=50, min_p=0.01, presence_penalty=0.5),
+        pytest.param(
+            replace(RANDOM, top_p=0.9, top_k=50, min_p=0.01, presence_penalty=0.5),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_request_that_comes_again_gets_the_same_answer(
@@ -94,6 +97,7 @@ def test_a_request_that_comes_again_gets_the_same_answer(
     assert len({r.request_id for r in (computed, kept, once_more)}) == 3
 
 
+@pytest.mark.slow
 def test_what_was_kept_is_what_is_computed_without_a_store(tiny: TinyModel, llm: LLM) -> None:
     params = replace(RANDOM, n=2, logprobs=1)
     llm.generate(PROMPT, params)

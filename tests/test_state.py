@@ -41,6 +41,13 @@ OPTIONS: dict[str, Any] = {
 }
 # Turns after which to save: before any, while one that was preempted waits, while others are read.
 TURNS = [0, 2, 14, 35, 54]
+
+
+def some(*turns: int, quick: int) -> list[Any]:
+    """All with --slow: each compiles for a second or two."""
+    return [pytest.param(n, marks=() if n == quick else pytest.mark.slow) for n in turns]
+
+
 PAGES = pytest.mark.parametrize("pages", [False, True])
 
 
@@ -135,7 +142,7 @@ def through_plain(state: EngineState) -> EngineState:
 
 
 @PAGES
-@pytest.mark.parametrize("turns", TURNS)
+@pytest.mark.parametrize("turns", some(*TURNS, quick=35))
 def test_an_engine_goes_on(
     undisturbed: News, first: Engine, second: Engine, turns: int, pages: bool
 ) -> None:
@@ -174,6 +181,7 @@ def test_a_snapshot_changes_nothing(undisturbed: News, first: Engine, pages: boo
     check_same(news, undisturbed)
 
 
+@pytest.mark.slow
 def test_other_sizes_will_do_without_pages(
     tiny: TinyModel, undisturbed: News, first: Engine
 ) -> None:
@@ -196,6 +204,7 @@ def test_only_what_is_in_use_is_kept(first: Engine) -> None:
     assert state.running.pages.k[0].shape[0] == len(state.running.page_ids)
 
 
+@pytest.mark.slow
 def test_quantised_pages(tiny: TinyModel) -> None:
     want, half = News(), News()
     first, second = (engine(tiny, dtype=jnp.float8_e4m3fn) for _ in range(2))
@@ -333,7 +342,7 @@ def close(got: Any, want: Any) -> None:
 
 
 @PAGES
-@pytest.mark.parametrize("turns", [0, 3, 20, 45])
+@pytest.mark.parametrize("turns", some(0, 3, 20, 45, quick=20))
 def test_requests_go_on(llm: LLM, other: LLM, tmp_path: Path, turns: int, pages: bool) -> None:
     requests = prepared(llm)
     llm.submit(requests)

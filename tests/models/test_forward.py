@@ -286,7 +286,10 @@ def test_assemble_is_the_batch_built_by_hand():
     assert got.logit_rows.tolist() == [0, 1, 2, 3, 5, 5, 5]
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("gqa", "windows") else pytest.param(n, marks=pytest.mark.slow) for n in VARIANTS],
+)
 def test_decode_rows_beside_chunks_are_each_sequence_alone(name):
     config = VARIANTS[name]
     params = random_params(config)

@@ -21,7 +21,9 @@ from tests.pallas_kernels.threshold_problems import compare, problem
 SMALL = Config(warpgroups=2, tile=512, interpret=True)
 
 
-@pytest.mark.parametrize("V", [37, 1024, 3000])
+@pytest.mark.parametrize(
+    "V", [37, *(pytest.param(n, marks=pytest.mark.slow) for n in (1024, 3000))]
+)
 def test_the_kernel_finds_what_the_definition_finds(V):
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
         compare(problem(V), SMALL)
@@ -36,6 +38,7 @@ def test_ties_across_the_whole_range_of_float32():
         compare((args[0], 0 * k, jnp.linspace(0.1, 0.99, 8), jnp.zeros(8)), SMALL)
 
 
+@pytest.mark.slow
 def test_a_vocabulary_with_masses_of_fewer_bits():
     x, *how = (a[7:14] for a in problem(37))
     x = jnp.pad(x, ((0, 0), (0, 2**18)), constant_values=-3.0)
