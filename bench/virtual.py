@@ -18,8 +18,9 @@ from jaxinfer import batcher
 from jaxinfer.buckets import make_buckets
 from jaxinfer.config import BatcherConfig
 from jaxinfer.engine import DISPATCHES_AHEAD
+from jaxinfer.metrics import kv_tokens
 from jaxinfer.pages import page_keys
-from jaxinfer.plans import Kind, step_key
+from jaxinfer.plans import Kind, padded_tokens, step_key
 
 QUEUE = 4096  # see `simulate`
 
@@ -203,7 +204,7 @@ class _Loop:
         held -= len(run.rows) * (run.steps - 1) / 2  # in the middle of its steps
         tokens = key.tokens or key.rows
         self.steps += run.steps
-        self.padded += run.steps * tokens
+        self.padded += padded_tokens(key)
         read = sum(chunk.stop - chunk.start for chunk in run.chunks)
         self.computed += run.steps * len(run.rows) + read
         step = self.cost.step_ms(tokens=tokens, held=held, rows=key.rows + key.chunks)
@@ -211,13 +212,9 @@ class _Loop:
 
     def _count(self) -> None:
         """Notes the waste; as `inside.waste`."""
-        rows = self.state.rows
-        running = rows.id >= 0
-        read = rows.prefilled >= rows.prompt
-        held = np.where(read, rows.prompt + np.maximum(rows.scheduled - 1, 0), rows.prefilled)
-        slots = int(rows.held.sum()) * self.config.page_size
+        slots = int(self.state.rows.held.sum()) * self.config.page_size
         self.dispatches += 1
-        self.waste += 1 - int(held[running].sum()) / slots
+        self.waste += 1 - kv_tokens(self.state) / slots
 
     def _observe(self, done: _Dispatch) -> None:
         """The host reads what a dispatch brought, when it ends."""

@@ -247,8 +247,7 @@ class Engine:
                 "engine without one"
             )
         check_fits(state, self._described(), self.limits)
-        while not self.idle:  # what was computed in vain
-            self.step()
+        self._settle()
         self._ids = itertools.count(max(state.next_id, next(self._ids)))
         self._live = {live.id: live.spec for live in state.live}
         self._kinds = {i: Kind.of(spec.params) for i, spec in self._live.items()}
@@ -267,6 +266,11 @@ class Engine:
         except BaseException:
             self.reset()
             raise
+
+    def _settle(self) -> None:
+        """Reads what was computed in vain; nothing is live."""
+        while not self.idle:
+            self.step()
 
     def _described(self) -> dict[str, Any]:
         return describe(self._params, self.config, kv_dtype=self._dtype, invariant=self._invariant)
@@ -295,8 +299,7 @@ class Engine:
         """
         if self._live:
             raise JaxinferError("warm up an engine before it runs anything, or when it is idle")
-        while not self.idle:  # what was computed in vain
-            self.step()
+        self._settle()
         began, before = time.perf_counter(), self.compiler.count
         if any(p.penalised for p in params):
             self._count_penalties()

@@ -245,7 +245,7 @@ class StepCompiler:
             plans: makes a plan in a key's shapes.
             args: params, cache and state, or their shapes.
         """
-        penalised = args[-1].penalties is not None
+        begin, penalised = time.perf_counter(), args[-1].penalties is not None
         missing = [key for key in keys if (key, penalised) not in self._compiled]
         with ThreadPoolExecutor() as pool:
             # Tracing holds the interpreter, compiling does not.
@@ -253,6 +253,7 @@ class StepCompiler:
             found = [(key, pool.submit(self._finish, key, low)) for key, low in lowered]
             for key, compiled in found:
                 self._compiled[key, penalised] = compiled.result()
+        self.compile_seconds += time.perf_counter() - begin
 
     def run(
         self,

@@ -25,15 +25,12 @@ from jaxinfer.batcher import BatcherState, Event
 from jaxinfer.cache import PagedCache
 from jaxinfer.config import BatcherConfig, ModelConfig
 from jaxinfer.errors import CapacityError, JaxinferError
+from jaxinfer.eventlog import EVENTS
 from jaxinfer.pages import PagePool
 from jaxinfer.plans import SequenceSpec
 from jaxinfer.sampling import PenaltyState, SamplingRows
 from jaxinfer.types import SamplingParams
 
-EVENTS = {
-    kind.__name__: kind
-    for kind in (batcher.Submit, batcher.Return, batcher.Cancel, batcher.Finished)
-}
 NESTED = {"waiting": batcher.Submit, "rows": batcher.Rows, "pool": PagePool}
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 from hypothesis import settings
 
+from jaxinfer import LLM
 from jaxinfer.backend import default_cache_directory, use_compilation_cache
 from jaxinfer.config import LayerConfig, ModelConfig
 from jaxinfer.models.weights import init_params
@@ -72,6 +74,17 @@ def tiny() -> TinyModel:
     # Random embeddings are small: greedy output would not depend on them.
     params["embed"] = params["embed"] * 50
     return TinyModel(config, params, tokenizer)
+
+
+def small_llm(tiny: TinyModel, **options: Any) -> LLM:
+    """Few rows and small pages, so that little is compiled and pages can run out."""
+    sizes: dict[str, Any] = {
+        "max_num_seqs": 4, "max_model_len": 64, "kv_cache_bytes": 1 << 20,
+        "max_num_batched_tokens": 16, "max_steps": 4, "page_size": 8,
+    }  # fmt: skip
+    return LLM.from_params(
+        tiny.params, tiny.config, tokenizer=tiny.tokenizer, dtype="float32", **{**sizes, **options}
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -21,20 +21,10 @@ from jaxinfer import (
     async_llm,
 )
 from jaxinfer import llm as llm_module
-from tests.conftest import TinyModel
+from tests.conftest import TinyModel, small_llm
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
 PROMPTS = [[5, 6, 7], [300], [9, 8, 7, 6, 5, 4, 3, 2, 1], [17, 18]]
-
-
-def make(tiny: TinyModel, **options: Any) -> LLM:
-    sizes: dict[str, Any] = {
-        "max_num_seqs": 4, "max_model_len": 64, "kv_cache_bytes": 1 << 20,
-        "max_num_batched_tokens": 16, "max_steps": 4, "page_size": 8,
-    }  # fmt: skip
-    return LLM.from_params(
-        tiny.params, tiny.config, tokenizer=tiny.tokenizer, dtype="float32", **{**sizes, **options}
-    )
 
 
 def serve(llm: LLM, talk: Callable[[AsyncLLM], Awaitable[Any]]) -> Any:
@@ -68,14 +58,14 @@ def result(deltas: list[Delta]) -> RequestOutput:
 
 def test_many_at_once_give_what_they_give_alone(tiny: TinyModel) -> None:
     params = [replace(GREEDY, max_tokens=3 + i, temperature=i / 3, seed=i) for i in range(4)]
-    with make(tiny) as llm:
+    with small_llm(tiny) as llm:
         want = [llm.generate(p, one)[0] for p, one in zip(PROMPTS, params, strict=True)]
 
     async def talk(server: AsyncLLM) -> list[list[Delta]]:
         pairs = zip(PROMPTS, params, strict=True)
         return await asyncio.gather(*(read(server, p, one) for p, one in pairs))
 
-    got = [result(deltas) for deltas in serve(make(tiny), talk)]
+    got = [result(deltas) for deltas in serve(small_llm(tiny), talk)]
     assert [g.outputs for g in got] == [w.outputs for w in want]
 
 
@@ -92,9 +82,9 @@ def test_who_stops_reading_cancels_and_harms_nobody(tiny: TinyModel) -> None:
             await task
         return [await other, await read(server, PROMPTS[3])]
 
-    with make(tiny) as llm:
+    with small_llm(tiny) as llm:
         want = [llm.generate(p, GREEDY)[0].outputs for p in PROMPTS[2:]]
-    assert [result(deltas).outputs for deltas in serve(make(tiny), talk)] == want
+    assert [result(deltas).outputs for deltas in serve(small_llm(tiny), talk)] == want
 
 
 def test_a_slow_reader_finds_everything(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +96,9 @@ def test_a_slow_reader_finds_everything(tiny: TinyModel, monkeypatch: pytest.Mon
         quick = await read(server, PROMPTS[1], replace(GREEDY, max_tokens=40))
         return [first, *[delta async for delta in slow]], quick
 
-    slow, quick = serve(make(tiny), talk)
+    slow, quick = serve(small_llm(tiny), talk)
     assert len(slow) <= 4
-    with make(tiny) as llm:
+    with small_llm(tiny) as llm:
         assert result(slow).outputs == llm.generate(PROMPTS[0], GREEDY)[0].outputs
     assert sum(len(d.token_ids) for d in slow) == 20
     assert len(result(quick).outputs[0].token_ids) == 40
@@ -122,7 +112,7 @@ def test_refusals(tiny: TinyModel) -> None:
             await read(server, PROMPTS[0], replace(GREEDY, n=9, temperature=1.0))
         assert len(result(await read(server, PROMPTS[0])).outputs[0].token_ids) == 20
 
-    serve(make(tiny, max_waiting=4), talk)
+    serve(small_llm(tiny, max_waiting=4), talk)
 
 
 def test_what_breaks_one_request_fails_it_alone(
@@ -140,7 +130,7 @@ def test_what_breaks_one_request_fails_it_alone(
     async def talk(server: AsyncLLM) -> list[Any]:
         return await asyncio.gather(*(read(server, p) for p in PROMPTS), return_exceptions=True)
 
-    good, bad, *others = serve(make(tiny), talk)
+    good, bad, *others = serve(small_llm(tiny), talk)
     assert isinstance(bad, JaxinferError)
     assert "UnicodeError: no such text" in str(bad)
     assert all(len(result(deltas).outputs[0].token_ids) == 20 for deltas in (good, *others))
@@ -149,7 +139,7 @@ def test_what_breaks_one_request_fails_it_alone(
 def test_a_failed_step_fails_what_was_running_and_the_next_request_is_served(
     tiny: TinyModel, caplog: pytest.LogCaptureFixture
 ) -> None:
-    llm = make(tiny)
+    llm = small_llm(tiny)
     step, calls = llm.engine.step, []
 
     def fragile() -> Any:
@@ -171,7 +161,7 @@ def test_a_failed_step_fails_what_was_running_and_the_next_request_is_served(
 
 def test_closing_without_draining(tiny: TinyModel) -> None:
     async def whole() -> None:
-        server = AsyncLLM(make(tiny))
+        server = AsyncLLM(small_llm(tiny))
         running, unread = (server.generate(p, replace(GREEDY, max_tokens=50)) for p in PROMPTS[:2])
         await anext(running)
         await server.close()

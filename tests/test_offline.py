@@ -14,25 +14,14 @@ from jaxinfer import llm as llm_module
 from jaxinfer.offline import Job, as_completed, seed_of
 from jaxinfer.requests import Request
 from jaxinfer.types import MAX_SEED
-from tests.conftest import TinyModel
+from tests.conftest import TinyModel, small_llm
 
 PARAMS = SamplingParams(max_tokens=6, ignore_eos=True)
 
 
-def make(tiny: TinyModel, **options: Any) -> LLM:
-    sizes: dict[str, Any] = {
-        "max_num_seqs": 4, "max_model_len": 64, "kv_cache_bytes": 1 << 20,
-        "max_num_batched_tokens": 16,
-        "max_steps": 4, "page_size": 8,
-    }  # fmt: skip
-    return LLM.from_params(
-        tiny.params, tiny.config, tokenizer=tiny.tokenizer, dtype="float32", **{**sizes, **options}
-    )
-
-
 @pytest.fixture(scope="module")
 def shared(tiny: TinyModel) -> Iterator[LLM]:
-    with make(tiny) as llm:
+    with small_llm(tiny) as llm:
         yield llm
 
 
@@ -143,14 +132,14 @@ def test_a_watcher_ends_it(llm: LLM) -> None:
 
 
 def test_known_answers_need_no_turn(tiny: TinyModel) -> None:
-    with make(tiny, response_cache=20) as llm:
+    with small_llm(tiny, response_cache=20) as llm:
         first = dict(as_completed(llm, jobs(10), window=3))
         again = dict(as_completed(llm, jobs(10), window=3, watch=lambda _: False))
         assert {i: r.outputs for i, r in again.items()} == {i: r.outputs for i, r in first.items()}
 
 
 def test_the_queue_bounds_the_window(tiny: TinyModel) -> None:
-    with make(tiny, max_waiting=2) as llm:
+    with small_llm(tiny, max_waiting=2) as llm:
         assert len(list(as_completed(llm, jobs(9)))) == 9
         with pytest.raises(QueueFull):
             list(as_completed(llm, jobs(1, n=3)))

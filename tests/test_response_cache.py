@@ -13,27 +13,16 @@ import pytest
 
 from jaxinfer import LLM, AsyncLLM, Delta, JaxinferError, RequestOutput, SamplingParams
 from jaxinfer.response_cache import Key, ResponseCache, response_key
-from tests.conftest import TinyModel
+from tests.conftest import TinyModel, small_llm
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 RANDOM = replace(GREEDY, temperature=1.0, seed=7)
 PROMPT = [5, 6, 7]
 
 
-def make(tiny: TinyModel, **options: Any) -> LLM:
-    sizes: dict[str, Any] = {
-        "max_num_seqs": 4, "max_model_len": 64, "kv_cache_bytes": 1 << 20,
-        "max_num_batched_tokens": 16,
-        "max_steps": 4, "page_size": 8, "response_cache": 8,
-    }  # fmt: skip
-    return LLM.from_params(
-        tiny.params, tiny.config, tokenizer=tiny.tokenizer, dtype="float32", **{**sizes, **options}
-    )
-
-
 @pytest.fixture(scope="module")
 def shared(tiny: TinyModel) -> Iterator[LLM]:
-    with make(tiny) as llm:
+    with small_llm(tiny, response_cache=8) as llm:
         yield llm
 
 
@@ -102,7 +91,7 @@ def test_what_was_kept_is_what_is_computed_without_a_store(tiny: TinyModel, llm:
     params = replace(RANDOM, n=2, logprobs=1)
     llm.generate(PROMPT, params)
     (kept,) = llm.generate(PROMPT, params)
-    with make(tiny, response_cache=0) as plain:
+    with small_llm(tiny, response_cache=0) as plain:
         (computed,) = plain.generate(PROMPT, params)
         assert kept.outputs == computed.outputs
         plain.generate(PROMPT, params)
@@ -218,7 +207,7 @@ def test_some_of_a_call_are_known(llm: LLM) -> None:
 
 
 def test_a_known_request_takes_no_place_in_the_queue(tiny: TinyModel) -> None:
-    with make(tiny, max_waiting=1) as llm:
+    with small_llm(tiny, response_cache=8, max_waiting=1) as llm:
         (want,) = llm.generate(PROMPT, GREEDY)
         first, second, _ = llm.generate([PROMPT, PROMPT, [4]], GREEDY)
         assert same(first, want)
@@ -260,7 +249,7 @@ def check_whole(deltas: list[Delta], computed: RequestOutput | None, n: int) -> 
 
 @pytest.mark.parametrize("params", [GREEDY, replace(RANDOM, n=2)])
 def test_async(tiny: TinyModel, params: SamplingParams) -> None:
-    llm = make(tiny)
+    llm = small_llm(tiny, response_cache=8)
 
     async def talk() -> tuple[list[Delta], list[Delta], Delta]:
         async with AsyncLLM(llm) as server:
@@ -280,7 +269,7 @@ def test_async(tiny: TinyModel, params: SamplingParams) -> None:
 def test_async_takes_no_turn_for_what_is_known(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llm = make(tiny)
+    llm = small_llm(tiny, response_cache=8)
     llm.generate(PROMPT, GREEDY)
     turns: list[int] = []
     monkeypatch.setattr(llm, "pump", lambda: turns.append(1))
