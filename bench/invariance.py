@@ -8,7 +8,7 @@ The same requests, half greedy and half at temperature 1 with a seed, run alone,
 - `chunk`: another LLM over the same weights, which reads prompts in smaller chunks; a few at
   once.
 - `prefix`: each of these again, its prompt found in the cache, as is checked.
-- `preempt`: all at once in that LLM, whose cache is a third of what its rows would fill: its
+- `preempt`: all at once in that LLM, whose cache is a fifth of what its rows would fill: its
   event log must show that sequences were preempted.
 - `scored`: `llm.logprobs` of prompt and output, against those that came while it was generated.
 
@@ -47,7 +47,7 @@ MAX_MODEL_LEN = 512
 PAGE_SIZE = 64
 CHUNK = 96  # prompt tokens a step, in the other LLM
 CHUNK_ROWS = 64
-HELD = 3  # the cache holds one over this of what the requests in these rows come to
+HELD = 5  # the cache holds one over this of what the requests in these rows come to
 GROUP = 8  # one over this of the rows are used at once, so that their pages stay in the cache
 
 

@@ -19,7 +19,8 @@ from jaxinfer.types import MAX_STOP_IDS
 
 Host = Any  # NumPy when the host makes a plan; traced arrays inside a step
 
-MIN_ROWS = 8  # matmuls of fewer rows round differently from larger ones: never run them
+# Matmuls round differently with fewer rows, and have been seen to with other than multiples of it.
+MIN_ROWS = 8
 
 
 class Ragged(NamedTuple):
@@ -231,6 +232,7 @@ def assemble(seq: SeqState, plan: Plan, *, tokens: int, pages: int, page_size: i
     page = seq.page_table[0, row[chunks.owner], chunks.positions // page_size]
     page = jnp.where(read, page, TRASH_PAGE)
     zero = jnp.zeros((1,), jnp.int32)
+    wanted = jnp.concatenate([wanted, jnp.maximum(chunks.ends - 1, 0)])
     ragged = Ragged(
         jnp.pad(seq.page_table[:, row, :pages], ((0, 0), (1, 0), (0, 0))),
         jnp.concatenate([zero, plan.count[None], chunks.ends]).astype(jnp.int32),
@@ -242,5 +244,5 @@ def assemble(seq: SeqState, plan: Plan, *, tokens: int, pages: int, page_size: i
         kv_index=jnp.where(read, page * page_size + chunks.positions % page_size, slots),
         decode=decode,
         chunks=ragged,
-        logit_rows=jnp.concatenate([wanted, jnp.maximum(chunks.ends - 1, 0)]),
+        logit_rows=jnp.pad(wanted, (0, -wanted.shape[0] % MIN_ROWS)),
     )

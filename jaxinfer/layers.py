@@ -52,13 +52,6 @@ def reduce_shards(x: jax.Array, axis: str | None) -> jax.Array:
     return total
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis (Zhang & Sennrich 2019), float32 inside."""
-    y = x.astype(jnp.float32)
-    y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-    return y.astype(x.dtype) * weight
-
-
 def rope_tables(
     positions: jax.Array, frequencies: np.ndarray, factor: float
 ) -> tuple[jax.Array, jax.Array]:

@@ -20,12 +20,12 @@ from jaxinfer.layers import (
     gated_mlp,
     linear,
     reduce_shards,
-    rms_norm,
     rope_tables,
     split_qkv,
     unembed,
 )
 from jaxinfer.rope import rope_frequencies
+from pallas_kernels import rms_norm as norms
 from pallas_kernels.kv_quantise import Pools
 from pallas_kernels.kv_write import kv_write
 from pallas_kernels.paged_attention import (
@@ -37,6 +37,8 @@ from pallas_kernels.paged_attention import (
 Params = dict[str, Any]
 # (q [..., H, D], k [..., K, D], v [..., K, D], layer index) -> [..., H, D]
 Attend = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
+# (x [..., E], weight [E], delta [..., E] or None) -> (x + delta, its norm)
+Norm = Callable[[jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
 RopeTables = dict[RopeConfig, tuple[jax.Array, jax.Array]]
 Plans = dict[tuple[str, int | None], Any]
 
@@ -46,7 +48,7 @@ class AttentionOptions:
     """Static choices of one compiled step.
 
     Attributes:
-        backend: of `pallas_kernels.paged_attention`; `reference` is `kv_write`'s too.
+        backend: of `pallas_kernels.paged_attention`; `reference` is that of the other ops too.
         invariant: of `pallas_kernels.paged_attention`.
     """
 
@@ -55,6 +57,25 @@ class AttentionOptions:
 
 
 DEFAULT_ATTENTION = AttentionOptions()
+
+
+class Ops(NamedTuple):
+    """What `forward` and `apply` compute in ways of their own."""
+
+    attend: Attend
+    norm: Norm
+
+
+class Residual(NamedTuple):
+    """The residual stream [..., E] and what is still to be added to it: the norm that follows
+    does so."""
+
+    x: jax.Array
+    delta: jax.Array | None
+
+    @property
+    def total(self) -> jax.Array:
+        return self.x if self.delta is None else self.x + self.delta
 
 
 class ForwardOutput(NamedTuple):
@@ -89,15 +110,22 @@ def forward(
             [L, T, E].
     """
     pools = split_layers(cache)
-    writer = "reference" if attention.backend == "reference" else "auto"
+    others = "reference" if attention.backend == "reference" else "auto"
     plans: Plans = {}
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array, index: int) -> jax.Array:
-        pools[index] = kv_write(*pools[index], k, v, batch.kv_index, backend=writer)
+        pools[index] = kv_write(*pools[index], k, v, batch.kv_index, backend=others)
         return _attend(q, pools[index], batch, config.layers[index].window, attention, plans)
 
-    hidden, resid = _decode(params, config, batch.tokens, batch.positions, attend, axis)
-    hidden = rms_norm(hidden[batch.logit_rows], params["final_norm"], config.norm_eps)
+    def norm(
+        x: jax.Array, weight: jax.Array, delta: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        return norms.rms_norm(x, weight, config.norm_eps, delta, backend=others)
+
+    ops = Ops(attend, norm)
+    last, resid = _decode(params, config, batch.tokens, batch.positions, ops, axis)
+    wanted = jax.tree.map(lambda x: x[batch.logit_rows], last)
+    hidden = norm(wanted.x, params["final_norm"], wanted.delta)[1]
     found = {"resid": jnp.stack(resid)} if "resid" in taps else {}
     return ForwardOutput(hidden, found), join_layers(pools)
 
@@ -174,9 +202,14 @@ def apply(
                 local_window_size=None if window is None else (window - 1, 0),
             )  # fmt: skip
 
+    def norm(
+        x: jax.Array, weight: jax.Array, delta: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        return norms.reference(x, weight, config.norm_eps, delta)  # the kernel has no gradient
+
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    hidden, resid = _decode(params, config, tokens, positions, attend, None)
-    out = logits(params, rms_norm(hidden, params["final_norm"], config.norm_eps))
+    last, resid = _decode(params, config, tokens, positions, Ops(attend, norm), None)
+    out = logits(params, norm(last.x, params["final_norm"], last.delta)[1])
     return (out, {"resid": jnp.stack(resid)}) if "resid" in capture else out
 
 
@@ -185,43 +218,42 @@ def _decode(
     config: ModelConfig,
     tokens: jax.Array,
     positions: jax.Array,
-    attend: Attend,
+    ops: Ops,
     axis: str | None,
-) -> tuple[jax.Array, list[jax.Array]]:
+) -> tuple[Residual, list[jax.Array]]:
     """Embedding and layers, unrolled. Returns the last residual and that after each layer."""
     ropes: RopeTables = {
         rope: rope_tables(positions, *rope_frequencies(rope, config.head_dim))
         for rope in {layer.rope for layer in config.layers}
         if rope is not None
     }
-    x = embed(params["embed"], tokens, axis)
+    stream = Residual(embed(params["embed"], tokens, axis), None)
     resid = []
     for index, (weights, layer) in enumerate(zip(params["layers"], config.layers, strict=True)):
-        x = _layer(x, weights, config, layer, ropes, attend, index, axis)
-        resid.append(x)
-    return x, resid
+        stream = _layer(stream, weights, config, layer, ropes, ops, index, axis)
+        resid.append(stream.total)  # computed only where a tap wants it
+    return stream, resid
 
 
 def _layer(
-    x: jax.Array,
+    stream: Residual,
     w: Params,
     config: ModelConfig,
     layer: LayerConfig,
     ropes: RopeTables,
-    attend: Attend,
+    ops: Ops,
     index: int,
     axis: str | None,
-) -> jax.Array:
+) -> Residual:
     D = config.head_dim
-    qkv = linear(rms_norm(x, w["attn_norm"], config.norm_eps), w["qkv"], w.get("qkv_bias"))
-    q, k, v = split_qkv(qkv, w["o"].shape[1] // D, D)
+    x, h = ops.norm(stream.x, w["attn_norm"], stream.delta)
+    q, k, v = split_qkv(linear(h, w["qkv"], w.get("qkv_bias")), w["o"].shape[1] // D, D)
     if config.qk_norm:
-        q = rms_norm(q, w["q_norm"], config.norm_eps)
-        k = rms_norm(k, w["k_norm"], config.norm_eps)
+        q, k = ops.norm(q, w["q_norm"], None)[1], ops.norm(k, w["k_norm"], None)[1]
     if layer.rope is not None:
         q, k = apply_rope(q, *ropes[layer.rope]), apply_rope(k, *ropes[layer.rope])
-    out = attend(q, k, v, index)
+    out = ops.attend(q, k, v, index)
     out = reduce_shards(linear(out.reshape(*x.shape[:-1], -1), w["o"]), axis)
-    x = x + (out if "o_bias" not in w else out + w["o_bias"])
-    h = rms_norm(x, w["mlp_norm"], config.norm_eps)
-    return x + gated_mlp(h, w, config.activation, axis)
+    out = out if "o_bias" not in w else out + w["o_bias"]
+    x, h = ops.norm(x, w["mlp_norm"], out)
+    return Residual(x, gated_mlp(h, w, config.activation, axis))

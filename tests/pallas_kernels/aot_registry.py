@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.pallas_kernels import aot_cases, cases_sm80, cases_sm90, threshold_cases
+from tests.pallas_kernels import (
+    aot_cases,
+    cases_sm80,
+    cases_sm90,
+    norm_cases,
+    threshold_cases,
+)
 
 # The attention kernels take seconds to compile: what every run of the suite tries.
 QUICK_SM80 = (
@@ -24,7 +30,8 @@ def everything(arch: str) -> list[Any]:
     What `kv_write` compiles to has a test of its own.
     """
     attention = cases_sm80.cases("sm80") if arch == "sm80" else cases_sm90.cases()
-    return aot_cases.cases(arch) + attention + threshold_cases.cases(arch)
+    others = threshold_cases.cases(arch) + norm_cases.cases(arch)
+    return aot_cases.cases(arch) + attention + others
 
 
 def cases(arch: str) -> list[Any]:
@@ -34,7 +41,8 @@ def cases(arch: str) -> list[Any]:
         ValueError: a name in the lists above is no case's.
     """
     quick = QUICK_SM80 if arch == "sm80" else QUICK_SM90
-    quick += tuple(case.name for case in aot_cases.cases(arch)[:1] + threshold_cases.cases(arch))
+    small = aot_cases.cases(arch)[:1] + threshold_cases.cases(arch) + norm_cases.cases(arch)
+    quick += tuple(case.name for case in small)
     found = [case for case in everything(arch) if case.name in quick]
     if len(found) < len(quick):
         raise ValueError(f"no such cases: {sorted(set(quick) - {case.name for case in found})}")

@@ -1,5 +1,5 @@
-"""What a GPU must show of the attention kernels: numerics and bit invariance. And of `threshold`:
-the definition's results.
+"""What a GPU must show of the attention kernels: numerics and bit invariance. The same of
+`rms_norm`; and of `threshold` the definition's results.
 
     python -m tests.pallas_kernels.gpu_check --quick --backend sm90
 
@@ -26,6 +26,7 @@ import numpy as np
 
 from jaxinfer.backend import default_cache_directory, use_compilation_cache
 from pallas_kernels.threshold_mosaic import Config
+from tests.pallas_kernels import norm_problems as norms
 from tests.pallas_kernels.attention_problems import (
     Item,
     Options,
@@ -60,7 +61,11 @@ class Check:
 
 
 def checks(backend: str, *, quick: bool = False) -> Iterator[Check]:
-    """Every check of one backend, those that cover most first; or of the op `threshold`."""
+    """Every check of one backend, those that cover most first; or of one of the other ops."""
+    if backend == "rms_norm":
+        for E, dtype in product((64, 320, 896, 1152, 4096, 8192), ("bfloat16", "float32")):
+            yield Check(f"rms_norm E={E} {dtype}", lambda E=E, t=dtype: norms.invariance(E, t))
+        return
     if backend == "threshold":
         for V, config in product((128_256, 151_936, 37, 2**18 + 1), (None, Config(8, 1024))):
             yield Check(
@@ -229,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     todo = [
         (backend, args.quick, check.name)
-        for backend in args.backend or (*BACKENDS, "threshold")
+        for backend in args.backend or (*BACKENDS, "rms_norm", "threshold")
         for check in checks(backend, quick=args.quick)
         if args.only in check.name
     ]

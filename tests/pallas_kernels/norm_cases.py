@@ -1,0 +1,30 @@
+"""What `test_aot.py` compiles of `rms_norm`."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.rms_norm import rms_norm
+from tests.pallas_kernels.aot_cases import Case
+
+# Rows that lie in a warp, in four, with small pieces, and the longest.
+SHAPES = ((128, "bfloat16"), (320, "float32"), (4096, "bfloat16"), (1152, "bfloat16"))
+LONGEST = ((16384, "bfloat16"), (8192, "float32"))
+
+
+def cases(arch: str) -> list[Case]:
+    """With a sum before, which needs the most registers."""
+    norm = partial(rms_norm, eps=1e-5, backend="mosaic")
+    found = []
+    for E, name in SHAPES + LONGEST:
+        x = jax.ShapeDtypeStruct((64, E), jnp.dtype(name))
+        weight = jax.ShapeDtypeStruct((E,), x.dtype)
+        found.append(Case(f"rms_norm E={E} {name}", _with_sum(norm), (x, weight, x)))
+    return found
+
+
+def _with_sum(norm):
+    return lambda x, weight, delta: norm(x, weight, delta=delta)
