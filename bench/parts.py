@@ -219,8 +219,9 @@ def run_parts(
 def keep(run: Run, path: Path) -> None:
     """Writes the result file, and the copy of it in the folder that `OUT` names."""
     record.write(run, path)
-    if os.environ.get("OUT"):
-        shutil.copy(path, os.environ["OUT"])
+    folder = os.environ.get("OUT")
+    if folder and Path(folder).resolve() != path.parent.resolve():
+        shutil.copy(path, folder)
 
 
 def _add(run: Run, found: Sequence[Record]) -> Run:
