@@ -16,7 +16,7 @@ import numpy as np
 
 KV_BYTES, COPY_BYTES_PER_S = 131072, 2.9e12  # of a token, 8B in bfloat16; of one H100
 CROSSOVERS = range(16, 1025, 8)  # tokens; see `fit`
-MIXED_ROWS = 32  # rows of logits beside those that decode, in a step with chunks: `max_chunks`
+MIXED_ROWS = 32  # rows of logits beside those that decode, in the steps with chunks of `SAMPLES`
 
 
 @dataclass(frozen=True)

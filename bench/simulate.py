@@ -24,6 +24,7 @@ from bench import costs, parts, record, workloads
 from bench.costs import CostModel
 from bench.record import Record
 from bench.virtual import QUEUE, Load, Result, make_load, simulate
+from jaxinfer.buckets import max_chunks
 from jaxinfer.config import BatcherConfig, EngineOptions
 
 POLICIES = ["continuous", "static", "makespan"]
@@ -63,6 +64,7 @@ def configurations(args: argparse.Namespace) -> list[BatcherConfig]:
                 max_model_len=longest,
                 max_num_batched_tokens=budget,
                 max_steps=args.max_steps,
+                max_chunks=max_chunks(policy, gpu=True),
                 policy=policy,
             )
             found.append(config)

@@ -11,14 +11,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from jaxinfer.config import BatcherConfig
+from jaxinfer.config import BatcherConfig, Policy
 from jaxinfer.pages import pages_for
 
 GPU_ROWS = (8, 32, 64, 128, 192, 256, 320, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792)
 GPU_TOKENS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288)
-# Where every step is filled up to a size, more of them make for less to fill up.
-GPU_TOKENS_MAKESPAN = (*range(64, 448, 64), 512, 576, 640, 768, *GPU_TOKENS[6:])
-GPU_FEW, CPU_FEW = 64, 8  # rows that decode beside chunks: few, or as many as there are tokens
+# Rows that decode beside chunks: few, or as many as there are tokens.
+GPU_FEW, CPU_FEW = (64,), (8,)
+# `makespan` fills nearly every step up to a size, and reads a prompt or two in it: so sizes lie
+# close, and logits, of rows that decode and of chunks, are worth more sizes than the few prompts.
+MAKESPAN_TOKENS = (128, *range(256, 768, 64), 1024, *GPU_TOKENS[8:])
+MAKESPAN_FEW = (192, 384)
+MOST_CHUNKS, MAKESPAN_CHUNKS = 32, 8
+CPU_CHUNKS = 4  # each costs as much as the longest
 GPU_SHORT = 8192  # tokens: page tables of sequences up to here are looked at as one size
 MULTIPLE = 64  # of tokens, in steps that are larger
 
@@ -37,12 +42,11 @@ class Buckets:
     rows: tuple[int, ...]
     tokens: tuple[int, ...]
     pages: tuple[int, ...]
-    few: int
+    few: tuple[int, ...]
 
     def mixed_rows(self, tokens: int) -> tuple[int, ...]:
         """Rows that decode in a step of so many tokens: few, or as many as can be."""
-        most = min(tokens, self.rows[-1])
-        return (self.few, most) if self.few < most else (most,)
+        return _up_to(self.few, min(tokens, self.rows[-1]))
 
 
 def make_buckets(limits: BatcherConfig, *, gpu: bool) -> Buckets:
@@ -50,8 +54,9 @@ def make_buckets(limits: BatcherConfig, *, gpu: bool) -> Buckets:
     rows, pages = limits.max_num_seqs, pages_for(limits.max_model_len, limits.page_size)
     fours = [4**i for i in range(16)]
     eights = [8**i for i in range(1, 8)]
-    of_policy = GPU_TOKENS_MAKESPAN if limits.policy == "makespan" else GPU_TOKENS
-    tokens = of_policy if gpu else fours[2:]
+    makespan = limits.policy == "makespan"
+    tokens = (MAKESPAN_TOKENS if makespan else GPU_TOKENS) if gpu else fours[2:]
+    few = MAKESPAN_FEW if makespan else GPU_FEW
     budget = limits.max_num_batched_tokens
     largest = budget if budget <= MULTIPLE else pages_for(budget, MULTIPLE) * MULTIPLE
     return Buckets(
@@ -59,8 +64,16 @@ def make_buckets(limits: BatcherConfig, *, gpu: bool) -> Buckets:
         rows=_up_to(GPU_ROWS if gpu else eights, pages_for(rows, 8) * 8),
         tokens=_up_to(tokens, max(largest, tokens[0])),
         pages=_up_to([GPU_SHORT // limits.page_size] if gpu else fours[2::2], pages),
-        few=GPU_FEW if gpu else CPU_FEW,
+        few=few if gpu else CPU_FEW,
     )
+
+
+def max_chunks(policy: Policy, *, gpu: bool) -> int:
+    """Prompts that one step reads from, at most: each costs a row of logits, whether it is there
+    or not."""
+    if not gpu:
+        return CPU_CHUNKS
+    return MAKESPAN_CHUNKS if policy == "makespan" else MOST_CHUNKS
 
 
 def fit(sizes: tuple[int, ...], wanted: int) -> int:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
+
+Policy = Literal["continuous", "static", "makespan"]
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class BatcherConfig:
     max_chunks: int = 32
     max_steps: int = 8
     max_waiting: int = 1_000_000
-    policy: Literal["continuous", "static", "makespan"] = "continuous"
+    policy: Policy = "continuous"
     prefix_caching: bool = True
 
 
@@ -140,7 +142,7 @@ class EngineOptions:
     max_num_batched_tokens: int | None = None
     max_steps: int | None = None
     max_waiting: int = 1_000_000
-    policy: Literal["continuous", "static", "makespan"] = "continuous"
+    policy: Policy = "continuous"
     prefix_caching: bool = True
     response_cache: int = 0
     event_log: str | None = None
@@ -150,7 +152,7 @@ class EngineOptions:
         for name, accepted in {
             "dtype": ("bfloat16", "float16", "float32"),
             "kv_cache_dtype": ("auto", "int8", "fp8", "fp8_e4m3"),
-            "policy": ("continuous", "static", "makespan"),
+            "policy": get_args(Policy),
         }.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {accepted}")

@@ -9,17 +9,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.backend import default_cache_directory, reserve_memory, use_compilation_cache
+from jaxinfer.buckets import max_chunks
 from jaxinfer.cache import resolve_kv_dtype
 from jaxinfer.config import BatcherConfig, EngineOptions, ModelConfig
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import abstract_params, count_params, declare
 from jaxinfer.progress import loading_bar
-from jaxinfer.sizing import MOST_CHUNKS, MemoryPlan, device_memory, plan_memory
+from jaxinfer.sizing import MemoryPlan, device_memory, plan_memory
 
 DEFAULT_BATCHED_TOKENS = 2048
-# Prompts that a step reads from at most. On a CPU each costs as much as the longest.
-GPU_CHUNKS, CPU_CHUNKS = MOST_CHUNKS, 4
 # A dispatch takes the host up to some 3 ms; it should keep the device busy for longer than that.
 DISPATCH_S, MOST_STEPS, GPU_BYTES_PER_S = 0.008, 8, 3e12
 
@@ -84,7 +83,7 @@ def batcher_config(
         max_num_seqs=options.max_num_seqs,
         max_model_len=memory.max_model_len,
         max_num_batched_tokens=batched_tokens(options),
-        max_chunks=GPU_CHUNKS if gpu else CPU_CHUNKS,
+        max_chunks=max_chunks(options.policy, gpu=gpu),
         max_steps=steps,
         max_waiting=options.max_waiting,
         policy=options.policy,

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxinfer.buckets import MOST_CHUNKS
 from jaxinfer.cache import page_bytes
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import CapacityError
@@ -15,7 +16,6 @@ from jaxinfer.pages import pages_for
 
 GIB = 1 << 30
 CPU_CACHE_BYTES = 1 * GIB  # on a CPU there is no pool to fill: a modest default
-MOST_CHUNKS = 32  # prompts that one step reads from
 SPARE_BYTES = GIB // 4  # what libraries keep for themselves: workspaces, graphs
 # Arrays of a sampled step that are as large as its logits, in float32: logits, scaled ones, keys,
 # masses and noise.

@@ -44,7 +44,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "plans": ({"jaxinfer.plans", "jaxinfer.warmup"}, {"runner", "batcher", "buckets"}),
     "engine": ({"jaxinfer.engine", "jaxinfer.state"}, {"plans"}),
     "sharding": ({"jaxinfer.sharding"}, {"models"}),
-    "sizing": ({"jaxinfer.sizing", "jaxinfer.hardware"}, {"models", "pages"}),
+    "sizing": ({"jaxinfer.sizing", "jaxinfer.hardware"}, {"models", "buckets"}),
     "host": (
         {
             "jaxinfer.backend",

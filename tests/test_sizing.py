@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxinfer.buckets import MOST_CHUNKS
 from jaxinfer.cache import init_cache, page_bytes
 from jaxinfer.config import LayerConfig, ModelConfig
 from jaxinfer.errors import CapacityError
@@ -18,7 +19,6 @@ from jaxinfer.models.weights import abstract_params
 from jaxinfer.sizing import (
     CPU_CACHE_BYTES,
     GIB,
-    MOST_CHUNKS,
     device_memory,
     plan_memory,
     step_bytes,
