@@ -24,7 +24,7 @@ from bench.parts import emit
 from bench.record import Record
 from bench.workloads import Workload
 
-ATTENTION = "sdpa"
+ATTENTION = "paged|sdpa"  # said in full, or it looks for flash-attn
 SEED = 700
 WARM_UP = 16  # requests
 TAIL = 4000
@@ -78,7 +78,7 @@ def measure(shape: str, requests: int, seconds: float) -> Record:
     )
     with model.continuous_batching_context_manager(
         generation_config=generation,
-        continuous_batching_config=ContinuousBatchingConfig(auto_switch_to_flash=False),
+        continuous_batching_config=ContinuousBatchingConfig(),
         block=True,
         timeout=5,
     ) as manager:
@@ -91,7 +91,7 @@ def measure(shape: str, requests: int, seconds: float) -> Record:
         config = getattr(manager, "continuous_batching_config", None)
         chosen = {
             name: getattr(config, name, None)
-            for name in ("page_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch")
+            for name in ("block_size", "num_blocks", "max_batch_tokens", "max_requests_per_batch")
         }
     detail = {
         "requests": requests,

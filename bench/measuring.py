@@ -101,14 +101,15 @@ def guarded(path: Path | None, name: str, seconds: float, found: Iterator[Record
 
 
 def llm_options(scale: Scale, own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the LLM: the scale's, then a measurement's own, then those of the command line."""
+    """Of the LLM: the scale's, then those of the command line, then a measurement's own, without
+    which it would measure something else."""
     usual = {
         "max_num_seqs": scale.rows,
         "max_model_len": scale.max_model_len,
         "page_size": scale.page_size,
         "kv_cache_bytes": scale.kv_cache_bytes,
     }
-    return {**usual, **own, **given}
+    return {**usual, **given, **own}
 
 
 def run_part(measurements: Mapping[str, Measurement], args: argparse.Namespace) -> None:
