@@ -10,6 +10,7 @@ turns; medians.
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -58,11 +59,21 @@ def sampled(n: int, tokens: int) -> list[SamplingParams]:
     ]  # fmt: skip
 
 
-def ms_per_step(timed: Callable[[Prompts, int], float], setup: Setup, prompts: Prompts) -> float:
-    """From a call of few tokens and one of many, each of `timed(prompts, tokens)` in seconds."""
+def ms_per_step(
+    timed: Callable[[Prompts, int], float], setup: Setup, draw: Callable[[], Prompts]
+) -> float:
+    """From a call of few tokens and one of many, each of `timed(prompts, tokens)` in seconds. Each
+    draws prompts that were never read: a call that finds some in the cache would be too short."""
     short, long = setup.scale.short, setup.scale.long
-    less, more = timed(prompts, short), timed(prompts, long)
+    less, more = timed(draw(), short), timed(draw(), long)
     return 1000 * (more - less) / (long - short)
+
+
+def drawing(llm: LLM, seed: int, batch: int, context: int) -> Callable[[], Prompts]:
+    """Other prompts at every call."""
+    seeds = itertools.count(1000 * seed)
+    lengths, vocab_size = [context] * batch, llm.config.vocab_size
+    return lambda: workloads.random_ids(next(seeds), lengths, vocab_size)
 
 
 def measure_steady(llm: LLM, setup: Setup) -> Iterator[Record]:
@@ -73,11 +84,9 @@ def measure_steady(llm: LLM, setup: Setup) -> Iterator[Record]:
     def wall(prompts: Prompts, tokens: int) -> float:
         return seconds(llm, prompts, greedy(batch, tokens))
 
-    def prompts(seed: int) -> Prompts:
-        return workloads.random_ids(SEED + seed, [context] * batch, llm.config.vocab_size)
-
-    ms_per_step(wall, setup, prompts(0))  # compiles
-    walls = [ms_per_step(wall, setup, prompts(i)) for i in range(1, 1 + setup.repeats)]
+    draw = drawing(llm, SEED, batch, context)
+    ms_per_step(wall, setup, draw)  # compiles
+    walls = [ms_per_step(wall, setup, draw) for _ in range(setup.repeats)]
     detail = {"context": context, "tokens": [setup.scale.short, setup.scale.long]}
     whole = statistics.median(walls)
     yield Record(f"{stem}.wall_ms", whole, "ms", {**setup.detail, **detail, "each": walls})
@@ -85,7 +94,7 @@ def measure_steady(llm: LLM, setup: Setup) -> Iterator[Record]:
     def device(prompts: Prompts, tokens: int) -> float:
         return inside.device_seconds(llm, list(prompts), tokens)
 
-    devices = [ms_per_step(device, setup, prompts(1)) for _ in range(REPLAYS)]
+    devices = [ms_per_step(device, setup, draw) for _ in range(REPLAYS)]
     alone = statistics.median(devices)
     yield Record(f"{stem}.device_ms", alone, "ms", {**detail, "each": devices})
     yield Record(f"{stem}.wall_over_device", whole / alone, "ratio", detail)
@@ -95,19 +104,19 @@ def measure_sampled(llm: LLM, setup: Setup) -> Iterator[Record]:
     """`sampled.8b.b64.over_greedy`."""
     batch, context = setup.scale.sampled
     kinds = {"greedy": greedy, "sampled": sampled}
+    draw = drawing(llm, SEED + 100, batch, context)
 
-    def once(seed: int) -> list[float]:
-        ids = workloads.random_ids(SEED + seed, [context] * batch, llm.config.vocab_size)
-        order = list(kinds.values())[:: 1 if seed % 2 else -1]  # neither always comes first
+    def once(turn: int) -> list[float]:
+        order = list(kinds.values())[:: 1 if turn % 2 else -1]  # neither always comes first
         by = {
-            params: ms_per_step(lambda p, n, f=params: seconds(llm, p, f(batch, n)), setup, ids)
+            params: ms_per_step(lambda p, n, f=params: seconds(llm, p, f(batch, n)), setup, draw)
             for params in order
         }
         return [by[params] for params in kinds.values()]
 
-    once(100)  # compiles
+    once(0)  # compiles
     before = llm.engine.compiler.count
-    each = [once(101 + i) for i in range(setup.repeats)]
+    each = [once(1 + i) for i in range(setup.repeats)]
     ms = dict(zip(kinds, map(statistics.median, zip(*each, strict=True)), strict=True))
     detail = {
         **setup.detail,

@@ -39,7 +39,7 @@ def seconds(llm: LLM, load: Workload) -> float:
 
 
 def measure(llm: LLM, setup: Setup) -> Iterator[Record]:
-    """`throughput.8b.out_tok_s` of the whole list; `.first200.out_tok_s` of its beginning."""
+    """`throughput.8b.out_tok_s` of the whole list; `.first128.out_tok_s` of its beginning."""
     scale, vocab_size = setup.scale, llm.config.vocab_size
 
     def fresh(seed: int) -> Workload:

@@ -40,7 +40,7 @@ class Scale:
     shrink: int = 1
     static_rows: int = 32
     static_requests: int = 128
-    first: int = 200
+    first: int = 128
     serve_seconds: float = 30.0
     prefix: int = 2000
     suffix: int = 128

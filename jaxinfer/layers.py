@@ -97,6 +97,6 @@ def embed(table: jax.Array, tokens: jax.Array, axis: str | None = None) -> jax.A
 
 
 def unembed(table: jax.Array, hidden: jax.Array, axis: str | None = None) -> jax.Array:
-    """hidden [..., E] → logits float32 [..., V], gathered over the shards under `axis`."""
-    logits = linear(hidden, table).astype(jnp.float32)
+    """hidden [..., E] → logits [..., V], gathered over the shards under `axis`."""
+    logits = linear(hidden, table)
     return logits if axis is None else lax.all_gather(logits, axis, axis=-1, tiled=True)

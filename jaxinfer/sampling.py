@@ -117,7 +117,7 @@ def sample(
 ) -> Array:
     """Draws one token a row.
 
-    Penalties, then the minimum length; a greedy row takes the likeliest token (the lowest id of
+    The minimum length and penalties; a greedy row takes the likeliest token (the lowest id of
     equals); the others divide by the temperature, truncate by min-p, top-k and top-p in that order
     (ties at a threshold are kept) and draw by the Gumbel-max trick. NaN counts as minus infinity.
 
@@ -132,10 +132,10 @@ def sample(
     Returns:
         int32 [S].
     """
-    x = logits.astype(jnp.float32)
+    # Before the conversion, which then takes place where a value is read: a scatter reads none.
+    x = _hold_back_stops(logits, rows, positions).astype(jnp.float32)
     if penalties is not None:
         x = _penalise(x, rows, penalties)
-    x = _hold_back_stops(x, rows, positions)
     x = jnp.nan_to_num(x, nan=-jnp.inf, posinf=LARGEST_LOGIT, neginf=-jnp.inf)
     greedy = jnp.argmax(x, axis=-1).astype(jnp.int32)
     if not random:
@@ -165,8 +165,9 @@ def _penalise(x: Array, rows: SamplingRows, penalties: PenaltyState) -> Array:
 def _hold_back_stops(x: Array, rows: SamplingRows, positions: Array) -> Array:
     S, V = x.shape
     early = (positions < rows.min_length)[:, None] & (rows.stop_ids >= 0)
-    ids = jnp.where(early, rows.stop_ids, V)  # V is out of bounds: dropped
-    return x.at[jnp.arange(S)[:, None], ids].set(-jnp.inf, mode="drop")
+    ids = jnp.where(early, rows.stop_ids, V + jnp.arange(MAX_STOP_IDS))  # out of bounds: dropped
+    # An id may be there twice; but it is the same value that is written, and XLA need not sort.
+    return x.at[jnp.arange(S)[:, None], ids].set(-jnp.inf, mode="drop", unique_indices=True)
 
 
 def _gumbel(rows: SamplingRows, positions: Array, vocab_size: int) -> Array:

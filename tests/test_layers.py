@@ -118,4 +118,4 @@ def test_embed_and_unembed():
     hidden = normal(1, 4, 6)
     np.testing.assert_allclose(unembed(table, hidden), wide(hidden) @ wide(table).T, **CLOSE)
     low = unembed(table.astype(jnp.bfloat16), hidden.astype(jnp.bfloat16))
-    assert low.dtype == jnp.float32
+    assert low.dtype == jnp.bfloat16

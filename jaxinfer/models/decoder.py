@@ -169,7 +169,7 @@ def _attend(
 
 
 def logits(params: Params, hidden: jax.Array, *, axis: str | None = None) -> jax.Array:
-    """Output projection: hidden [..., E] → float32 [..., V]."""
+    """Output projection: hidden [..., E] → [..., V], in hidden's dtype."""
     return unembed(params.get("lm_head", params["embed"]), hidden, axis)
 
 
@@ -209,7 +209,7 @@ def apply(
 
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     last, resid = _decode(params, config, tokens, positions, Ops(attend, norm), None)
-    out = logits(params, norm(last.x, params["final_norm"], last.delta)[1])
+    out = logits(params, norm(last.x, params["final_norm"], last.delta)[1]).astype(jnp.float32)
     return (out, {"resid": jnp.stack(resid)}) if "resid" in capture else out
 
 
