@@ -271,7 +271,7 @@ def _in_order(queue: Submit, config: BatcherConfig) -> Submit:
 
 def _remember(state: BatcherState, sequence: int, keys: np.ndarray) -> BatcherState:
     """Publishes the pages of a running sequence."""
-    found = np.flatnonzero(state.rows.id == sequence)
+    found = _where(state.rows.id == sequence)
     if not len(found):
         return state
     pages = state.pages[found[0]][: len(keys)]
@@ -286,7 +286,7 @@ def _leave(state: BatcherState, sequence: int, *, tell_device: bool) -> BatcherS
     parked = state.parked[:, 0] == sequence
     if parked.any():
         return state._replace(parked=state.parked[~parked])
-    found = np.flatnonzero(state.rows.id == sequence)
+    found = _where(state.rows.id == sequence)
     if not len(found):
         raise ValueError(f"sequence {sequence} is neither waiting nor running nor preempted")
     return _free(state, int(found[0]), tell_device=tell_device)
@@ -311,7 +311,7 @@ def _schedule(
     """Every row that can decode does, beside as many prompt tokens as the budget leaves."""
     state, steps, scheduled, new, preempted = _make_room(state, config)
     rows = state.rows
-    decoding = np.flatnonzero(scheduled > rows.scheduled)
+    decoding = _where(scheduled > rows.scheduled)
     state, granted = _grant(state, new, pages_for(config.max_steps, config.page_size) + 1)
     state = state._replace(rows=state.rows._replace(scheduled=scheduled))
     budget = _budget(state, config, decoding)
@@ -344,14 +344,14 @@ def _make_room(
         rows = state.rows
         running = rows.id != NO_SEQUENCE
         reading = running & (rows.prefilled < rows.prompt)
-        left = np.where(running & ~reading, rows.limit - rows.prompt - rows.scheduled, 0)
+        left = (rows.limit - rows.prompt - rows.scheduled) * (running & ~reading)
         # Whoever waits should find the device free soon.
         alone = not reading.any() and not len(state.waiting.ids)
         steps = int(min(config.max_steps, left.max())) if alone else 1
-        scheduled = rows.scheduled + np.clip(left, 0, steps)
+        scheduled = rows.scheduled + np.minimum(left, steps)
         # The last token of all is not in the cache before the step after it.
         wanted = -(-(rows.prompt + scheduled - 1) // config.page_size)
-        new = np.where(left > 0, np.maximum(wanted - rows.held, 0), 0)
+        new = np.maximum(wanted - rows.held, 0) * (left > 0)
         if new.sum() <= state.pool.available:
             return state, steps, scheduled, new, tuple(preempted)
         last = int(np.lexsort((rows.id, rows.rank, running))[-1])
@@ -372,7 +372,7 @@ def _budget(state: BatcherState, config: BatcherConfig, decoding: np.ndarray) ->
     if config.policy != "makespan" or not len(decoding):
         return most
     rows, queue = state.rows, state.waiting
-    unread = np.flatnonzero((rows.id != NO_SEQUENCE) & (rows.prefilled < rows.prompt))
+    unread = _where((rows.id != NO_SEQUENCE) & (rows.prefilled < rows.prompt))
     outputs = np.concatenate([(rows.limit - rows.prompt)[unread], queue.limits - queue.prompts])
     tokens = np.concatenate([(rows.prompt - rows.prefilled)[unread], queue.prompts])
     if not len(tokens):
@@ -395,7 +395,7 @@ def _admit(state: BatcherState, config: BatcherConfig, budget: int) -> BatcherSt
         budget = config.max_num_seqs * config.max_model_len
     while len(state.waiting.ids) and unread < budget:
         rows = state.rows
-        free = np.flatnonzero(rows.id == NO_SEQUENCE)
+        free = _where(rows.id == NO_SEQUENCE)
         if not len(free):
             break
         sequence, prompt, limit, rank = (int(a[0]) for a in state.waiting[:4])
@@ -419,14 +419,16 @@ def _admit(state: BatcherState, config: BatcherConfig, budget: int) -> BatcherSt
 def _grant(state: BatcherState, new: np.ndarray, width: int) -> tuple[BatcherState, np.ndarray]:
     """`new` [M] more pages for each row, after those that it has; int32 [M, width]."""
     granted = np.zeros((len(new), width), np.int32)
-    rows = np.flatnonzero(new)
+    rows = _where(new)
     if not len(rows):
         return state, granted
     pool, pages = allocate(state.pool, int(new.sum()))
     held = state.pages.copy()
-    for row, own in zip(rows, np.split(pages, np.cumsum(new[rows])[:-1]), strict=True):
-        granted[row, : len(own)] = own
+    at = 0
+    for row, count in zip(rows.tolist(), new[rows].tolist(), strict=True):
+        granted[row, :count] = own = pages[at : at + count]
         held[row] = _frozen(np.concatenate([held[row], own]))
+        at += count
     return state._replace(
         pages=held, pool=pool, rows=state.rows._replace(held=state.rows.held + new)
     ), granted
@@ -437,7 +439,7 @@ def _read(
 ) -> tuple[BatcherState, list[Prefill]]:
     """Chunks of the prompts that are first in order, `budget` tokens in all."""
     rows = state.rows
-    unread = np.flatnonzero((rows.id != NO_SEQUENCE) & (rows.prefilled < rows.prompt))
+    unread = _where((rows.id != NO_SEQUENCE) & (rows.prefilled < rows.prompt))
     chunks = []
     order = np.lexsort((rows.id[unread], rows.rank[unread]))
     if config.policy == "makespan":
@@ -499,8 +501,13 @@ def _with(array: np.ndarray, index: int, value: int | np.ndarray | None) -> np.n
     return copy
 
 
+def _where(mask: np.ndarray) -> np.ndarray:
+    """Where [n] is true: `np.flatnonzero`, in a fifth of the time."""
+    return mask.nonzero()[0]
+
+
 def _frozen(array: np.ndarray) -> np.ndarray:
-    array.flags.writeable = False
+    array.setflags(write=False)
     return array
 
 

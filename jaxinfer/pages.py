@@ -5,9 +5,11 @@ Pure, NumPy alone: every function returns a new pool, whose arrays are read-only
 A page is held by any number of sequences. One that nobody holds may be granted again, but if its
 contents were published it can be found until then, by a key that names every token up to its end:
 a later sequence that begins with the same tokens takes the page instead of computing it. Pages
-that nobody can find are granted first, then those let go of longest ago.
+that nobody can find are granted first, the latest to be let go of; then the others, the one let go
+of longest ago first.
 
-Page 0 is the trash page: it is never granted. Shapes: N pages.
+Page 0 is the trash page: it is never granted. Shapes: N pages. What a call costs depends on the
+pages that it names, and hardly on N: it runs between any two steps of the device.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxinfer.persistent import Table, table, updated
+
 KEY_BYTES = 16
 
 
@@ -26,28 +30,25 @@ class PagePool(NamedTuple):
 
     Attributes:
         holders: int32 [N], sequences that hold each page; 1 for the trash page.
-        keys: uint64 [N, 2], what each page was published as; zeros: nothing.
-        stamps: int64 [N], when each page was let go of last, on the pool's own clock.
-        clock: the next stamp.
-        first_halves: uint64 [E], the first half of every key that can be found, ascending.
-        pages: int32 [E], the page of each.
+        available: pages that nobody holds.
+        spare: int32 [n], those of them that remember nothing; granted from the end on.
+        queue: int32 [m], those of them that do, in the order in which they were let go of; and
+            others, which have been held again since.
+        passed: what stood in the queue before, and was taken out.
+        places: of each page that remembers something and is not held, its place in the queue, those
+            passed included.
+        names: the key of each page that remembers something.
+        known: the page of each of these keys.
     """
 
     holders: np.ndarray
-    keys: np.ndarray
-    stamps: np.ndarray
-    clock: int
-    first_halves: np.ndarray
-    pages: np.ndarray
-
-    @property
-    def free(self) -> np.ndarray:
-        """bool [N]: whether a page may be granted."""
-        return self.holders == 0
-
-    @property
-    def available(self) -> int:
-        return int(np.count_nonzero(self.free))
+    available: int
+    spare: np.ndarray
+    queue: np.ndarray
+    passed: int
+    places: Table
+    names: Table
+    known: Table
 
 
 def create(num_pages: int) -> PagePool:
@@ -60,16 +61,9 @@ def create(num_pages: int) -> PagePool:
         raise ValueError(f"num_pages={num_pages}: expected at least 2 (page 0 is never granted)")
     holders = np.zeros(num_pages, np.int32)
     holders[0] = 1
-    return _sealed(
-        PagePool(
-            holders,
-            np.zeros((num_pages, 2), np.uint64),
-            np.zeros(num_pages, np.int64),
-            1,
-            np.empty(0, np.uint64),
-            np.empty(0, np.int32),
-        )
-    )
+    spare, queue = np.arange(num_pages - 1, 0, -1, dtype=np.int32), np.empty(0, np.int32)
+    none = table()
+    return _sealed(PagePool(holders, num_pages - 1, spare, queue, 0, none, none, none))
 
 
 def allocate(pool: PagePool, count: int) -> tuple[PagePool, np.ndarray]:
@@ -78,20 +72,18 @@ def allocate(pool: PagePool, count: int) -> tuple[PagePool, np.ndarray]:
     Raises:
         ValueError: fewer than `count` are free.
     """
-    free = np.flatnonzero(pool.free)
-    if len(free) < count:
-        raise ValueError(f"{count} pages wanted, {len(free)} free")
-    some = free[: 4 * count + 64]  # mostly enough
-    granted = some[pool.keys[some, 0] == 0][:count]
+    if pool.available < count:
+        raise ValueError(f"{count} pages wanted, {pool.available} free")
+    left = max(0, len(pool.spare) - count)
+    granted = pool.spare[left:][::-1]
     if len(granted) < count:
-        known = pool.keys[free, 0] != 0
-        granted = free[~known][:count]
-        evicted = _oldest(pool, free[known], count - len(granted))
+        pool, evicted = _evict(pool, count - len(granted))
         granted = np.concatenate([granted, evicted])
-        pool = _forget(pool, evicted) if len(evicted) else pool
     holders = pool.holders.copy()
     holders[granted] = 1
-    return _sealed(pool._replace(holders=holders)), granted.astype(np.int32)
+    available = pool.available - count
+    pool = pool._replace(holders=holders, spare=pool.spare[:left], available=available)
+    return _sealed(pool), granted
 
 
 def share(pool: PagePool, pages: np.ndarray) -> PagePool:
@@ -101,30 +93,45 @@ def share(pool: PagePool, pages: np.ndarray) -> PagePool:
         ValueError: a page that is out of range or the trash page, or that nobody holds and that
             remembers nothing.
     """
-    _check(pool, pages)
-    if ((pool.holders[pages] == 0) & (pool.keys[pages, 0] == 0)).any():
-        raise ValueError(f"pages {pages.tolist()}: some are neither held nor remembered")
+    some = _checked(pool, pages)
+    back = [page for page, n in zip(some, pool.holders[pages].tolist(), strict=True) if not n]
+    if any(pool.names.find(page) is None for page in back):
+        raise ValueError(f"pages {some}: some are neither held nor remembered")
     holders = pool.holders.copy()
     holders[pages] += 1
-    return _sealed(pool._replace(holders=holders))
+    places = updated(pool.places, dict.fromkeys(back))
+    available = pool.available - len(back)
+    return _sealed(pool._replace(holders=holders, places=places, available=available))
 
 
 def release(pool: PagePool, pages: np.ndarray) -> PagePool:
     """One holder less for each page, in the order of a sequence's tokens.
 
-    Of pages let go of at once, later ones are granted again first: a key names all that comes
+    Of pages that remember something, later ones are granted again first: a key names all that comes
     before, so that a page is no use without those before it.
 
     Raises:
         ValueError: a page that is out of range, the trash page, or free already.
     """
-    _check(pool, pages)
-    if (pool.holders[pages] == 0).any():
-        raise ValueError(f"pages {pages.tolist()}: some are free already")
-    holders, stamps = pool.holders.copy(), pool.stamps.copy()
+    some = _checked(pool, pages)
+    holders = pool.holders.copy()
     holders[pages] -= 1
-    stamps[pages] = pool.clock + np.arange(len(pages))[::-1]
-    return _sealed(pool._replace(holders=holders, stamps=stamps, clock=pool.clock + len(pages)))
+    left = holders[pages].tolist()
+    if min(left, default=0) < 0:
+        raise ValueError(f"pages {some}: some are free already")
+    spare, named = [], []
+    for page, n in zip(reversed(some), reversed(left), strict=True):
+        if not n:
+            (spare if pool.names.find(page) is None else named).append(page)
+    end = pool.passed + len(pool.queue)
+    pool = pool._replace(
+        holders=holders,
+        available=pool.available + len(spare) + len(named),
+        spare=_joined(pool.spare, spare),
+        queue=_joined(pool.queue, named),
+        places=updated(pool.places, {page: end + i for i, page in enumerate(named)}),
+    )
+    return _sealed(_tidied(pool))
 
 
 def fork(pool: PagePool, pages: np.ndarray, full: int) -> tuple[PagePool, np.ndarray, np.ndarray]:
@@ -153,38 +160,38 @@ def publish(pool: PagePool, pages: np.ndarray, keys: np.ndarray) -> PagePool:
     Raises:
         ValueError: a page that nobody holds, or that is known by another key.
     """
-    _check(pool, pages)
-    if (pool.holders[pages] == 0).any():
-        raise ValueError(f"pages {pages.tolist()}: some are held by nobody")
-    known = pool.keys[pages, 0] != 0
-    if (pool.keys[pages[known]] != keys[known]).any():
-        raise ValueError(f"pages {pages.tolist()}: some are known by another key")
-    first, unique = np.unique(keys[~known, 0], return_index=True)
-    new = np.flatnonzero(~known)[unique]
-    at = np.searchsorted(pool.first_halves, first)
-    taken = np.isin(first, pool.first_halves, assume_unique=True)
-    first, new, at = first[~taken], new[~taken], at[~taken]
-    if not len(new):
+    some = _checked(pool, pages)
+    if not pool.holders[pages].all():
+        raise ValueError(f"pages {some}: some are held by nobody")
+    new: dict[int, int] = {}
+    for page, key in zip(some, _numbers(keys), strict=True):
+        name = pool.names.find(page)
+        if name is not None and name != key:
+            raise ValueError(f"pages {some}: some are known by another key")
+        if name is None and pool.known.find(key) is None:
+            new.setdefault(key, page)
+    if not new:
         return pool
-    all_keys = pool.keys.copy()
-    all_keys[pages[new]] = keys[new]
-    return _sealed(
-        pool._replace(
-            keys=all_keys,
-            first_halves=np.insert(pool.first_halves, at, first),
-            pages=np.insert(pool.pages, at, pages[new]).astype(np.int32),
-        )
-    )
+    names = updated(pool.names, {page: key for key, page in new.items()})
+    return pool._replace(names=names, known=updated(pool.known, new))
 
 
 def find(pool: PagePool, keys: np.ndarray) -> np.ndarray:
     """The pages known by the longest run of `keys` from the first on, int32 [n]; not held yet."""
-    if not len(pool.pages):
-        return np.empty(0, np.int32)
-    at = np.minimum(np.searchsorted(pool.first_halves, keys[:, 0]), len(pool.pages) - 1)
-    pages = pool.pages[at]
-    known = (pool.keys[pages] == keys).all(axis=1)
-    return pages[: len(keys) if known.all() else int(known.argmin())]
+    found = []
+    for key in _numbers(keys):
+        page = pool.known.find(key)
+        if page is None:
+            break
+        found.append(page)
+    return np.array(found, np.int32)
+
+
+def kept(pool: PagePool) -> np.ndarray:
+    """Pages that are held or remember something, int32, ascending; the trash page too."""
+    some = pool.holders > 0
+    some[[page for page, _ in pool.names.items()]] = True
+    return some.nonzero()[0].astype(np.int32)
 
 
 def page_keys(tokens: np.ndarray, page_size: int, salt: bytes = b"") -> np.ndarray:
@@ -219,9 +226,13 @@ def check(pool: PagePool, held: Iterable[np.ndarray]) -> None:
     assert not len(wrong), (
         f"pages {wrong.tolist()}: {count[wrong]} hold, {pool.holders[wrong]} noted"
     )
-    assert (np.diff(pool.first_halves.astype(object)) > 0).all(), "keys are not in order"
-    assert (pool.keys[pool.pages, 0] == pool.first_halves).all(), "a key leads to another page"
-    assert np.count_nonzero(pool.keys[:, 0]) == len(pool.pages), "a page is known, but not found"
+    names, places = dict(pool.names.items()), dict(pool.places.items())
+    assert {key: page for page, key in names.items()} == dict(pool.known.items()), "keys and pages"
+    free = set(np.flatnonzero(pool.holders == 0).tolist())
+    assert places.keys() == free & names.keys(), "a page that remembers is not in the queue"
+    assert all(pool.queue[at - pool.passed] == page for page, at in places.items()), "places"
+    assert sorted(pool.spare.tolist()) == sorted(free - names.keys()), "a page was lost"
+    assert pool.available == len(free), f"{len(free)} are free, {pool.available} noted"
 
 
 def pages_for(tokens: int, page_size: int) -> int:
@@ -229,31 +240,60 @@ def pages_for(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size)
 
 
-def _oldest(pool: PagePool, pages: np.ndarray, count: int) -> np.ndarray:
-    """The `count` of these that were let go of first, in that order. No two stamps are equal."""
-    if not count:
-        return pages[:0]
-    stamps = pool.stamps[pages]
-    first = np.argpartition(stamps, count - 1)[:count]
-    return pages[first[np.argsort(stamps[first])]]
+def _evict(pool: PagePool, count: int) -> tuple[PagePool, np.ndarray]:
+    """Takes the `count` pages that were let go of longest ago out of all but `holders`."""
+    gone: dict[int, int] = {}  # and their keys
+    at = 0
+    while len(gone) < count:
+        page = int(pool.queue[at])
+        if pool.places.find(page) == pool.passed + at:
+            key = pool.names.find(page)
+            assert key is not None, f"page {page} waits in the queue without a key"
+            gone[page] = key
+        at += 1
+    pool = pool._replace(
+        queue=pool.queue[at:],
+        passed=pool.passed + at,
+        places=updated(pool.places, dict.fromkeys(gone)),
+        names=updated(pool.names, dict.fromkeys(gone)),
+        known=updated(pool.known, dict.fromkeys(gone.values())),
+    )
+    return pool, np.array(list(gone), np.int32)
 
 
-def _forget(pool: PagePool, pages: np.ndarray) -> PagePool:
-    keys = pool.keys.copy()
-    keys[pages] = 0
-    kept = keys[pool.pages, 0] != 0
-    return pool._replace(keys=keys, first_halves=pool.first_halves[kept], pages=pool.pages[kept])
+def _tidied(pool: PagePool) -> PagePool:
+    """Leaves out of the queue what was held again since, once that is more than all the pages."""
+    if len(pool.queue) <= 2 * len(pool.holders):
+        return pool
+    places = sorted((at, page) for page, at in pool.places.items())
+    queue = np.array([page for _, page in places], np.int32)
+    renumbered = table((page, pool.passed + i) for i, page in enumerate(queue.tolist()))
+    return pool._replace(queue=queue, places=renumbered)
 
 
-def _check(pool: PagePool, pages: np.ndarray) -> None:
-    if len(pages) and (pages.min() < 1 or pages.max() >= len(pool.holders)):
-        raise ValueError(f"pages {pages.tolist()}: expected 1 to {len(pool.holders) - 1}")
-    if len(np.unique(pages)) != len(pages):
-        raise ValueError(f"pages {pages.tolist()}: some are named twice")
+def _numbers(keys: np.ndarray) -> list[int]:
+    """Each key as one number."""
+    raw = keys.tobytes()
+    return [
+        int.from_bytes(raw[at : at + KEY_BYTES], "little") for at in range(0, len(raw), KEY_BYTES)
+    ]
+
+
+def _joined(array: np.ndarray, more: list[int]) -> np.ndarray:
+    return np.concatenate([array, np.array(more, np.int32)]) if more else array
+
+
+def _checked(pool: PagePool, pages: np.ndarray) -> list[int]:
+    """The pages as numbers."""
+    some = pages.tolist()
+    if some and (min(some) < 1 or max(some) >= len(pool.holders)):
+        raise ValueError(f"pages {some}: expected 1 to {len(pool.holders) - 1}")
+    if len(set(some)) != len(some):
+        raise ValueError(f"pages {some}: some are named twice")
+    return some
 
 
 def _sealed(pool: PagePool) -> PagePool:
-    for value in pool:
-        if isinstance(value, np.ndarray):
-            value.flags.writeable = False
+    for array in (pool.holders, pool.spare, pool.queue):
+        array.setflags(write=False)
     return pool

@@ -26,7 +26,8 @@ from jaxinfer.cache import PagedCache
 from jaxinfer.config import BatcherConfig, ModelConfig
 from jaxinfer.errors import CapacityError, JaxinferError
 from jaxinfer.eventlog import EVENTS
-from jaxinfer.pages import PagePool
+from jaxinfer.pages import PagePool, kept
+from jaxinfer.persistent import Table, table
 from jaxinfer.plans import SequenceSpec
 from jaxinfer.sampling import PenaltyState, SamplingRows
 from jaxinfer.types import SamplingParams
@@ -160,7 +161,7 @@ def keep_running(
 ) -> Running:
     """Host copies of what an engine needs to go on where it stands."""
     pool = scheduler.pool
-    ids = np.flatnonzero((pool.holders > 0) | (pool.keys[:, 0] != 0)).astype(np.int32)
+    ids = kept(pool)
     # Picked on the host: the cache may have left the device no room.
     pages = jax.tree.map(lambda x: np.array(x) if x.ndim == 1 else np.asarray(x)[ids], cache)
     return Running(scheduler, tuple(events), jax.tree.map(np.array, seq), ids, pages)
@@ -247,6 +248,8 @@ def plain(x: Any) -> Any:
         return {"objects": [plain(one) for one in x]}
     if isinstance(x, np.ndarray):
         return {"dtype": str(x.dtype), "shape": list(x.shape), "values": x.ravel().tolist()}
+    if isinstance(x, Table):
+        return {"entries": sorted(x.items())}
     if isinstance(x, tuple) and hasattr(x, "_fields"):
         return {name: plain(getattr(x, name)) for name in x._fields}  # pyright: ignore
     return x.item() if isinstance(x, np.generic) else x
@@ -260,6 +263,8 @@ def record(kind: Any, fields: Mapping[str, Any]) -> Any:
 def _value(name: str, x: Any) -> Any:
     if not isinstance(x, dict):
         return x
+    if "entries" in x:
+        return table(x["entries"])
     if "objects" in x:
         found = batcher.objects([_value("", one) for one in x["objects"]])
     elif "dtype" in x:

@@ -274,7 +274,7 @@ class Host:
         granted = [pages.tolist() for pages in state.pages]
         assert state.rows.held.tolist() == [len(pages) for pages in granted]
         flat = [page for pages in granted for page in pages]
-        free = np.flatnonzero(state.pool.free).tolist()
+        free = np.flatnonzero(state.pool.holders == 0).tolist()
         assert sorted({*flat, *free}) == list(range(1, config.num_pages))
         check(state.pool, [np.array(pages, int) for pages in granted])
         rows = state.rows

@@ -30,7 +30,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         },
         set(),
     ),
-    "pages": ({"jaxinfer.pages"}, {"data"}),
+    "pages": ({"jaxinfer.pages", "jaxinfer.persistent"}, {"data"}),
     "batcher": ({"jaxinfer.batcher", "jaxinfer.eventlog", "jaxinfer.metrics"}, {"pages"}),
     "buckets": ({"jaxinfer.buckets"}, {"pages"}),
     "quant": ({"jaxinfer.quant"}, {"kernels", "data"}),

@@ -32,7 +32,7 @@ class Model:
 
     def __init__(self, num_pages):
         self.held = []  # pages of each sequence
-        self.blank = set(range(1, num_pages))
+        self.blank = list(range(num_pages - 1, 0, -1))  # granted from the end on
         self.known = {}  # key -> page
         self.order = []  # pages known and not held, the next to go first
 
@@ -43,10 +43,9 @@ class Model:
         return next((key for key, other in self.known.items() if other == page), None)
 
     def allocate(self, count):
-        blank = sorted(self.blank)[:count]
+        blank = [self.blank.pop() for _ in range(min(count, len(self.blank)))]
         evicted = self.order[: count - len(blank)]
         self.order = self.order[len(evicted) :]
-        self.blank -= set(blank)
         self.known = {key: page for key, page in self.known.items() if page not in evicted}
         return blank + evicted
 
@@ -59,7 +58,7 @@ class Model:
         for page in reversed(pages):
             if not self.holders(page):
                 if self.key_of(page) is None:
-                    self.blank.add(page)
+                    self.blank.append(page)
                 else:
                     self.order.append(page)
 
