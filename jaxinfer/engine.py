@@ -20,6 +20,7 @@ from jaxinfer.config import BatcherConfig, ModelConfig
 from jaxinfer.errors import JaxinferError
 from jaxinfer.metrics import Metrics
 from jaxinfer.models.decoder import Params
+from jaxinfer.packing import pack
 from jaxinfer.pages import page_keys, pages_for
 from jaxinfer.plans import (
     Kind,
@@ -422,9 +423,8 @@ class Engine:
         return _InFlight(action, key, self._dispatch(key, plan))
 
     def _dispatch(self, key: StepKey, plan: Plan) -> Sampled:
-        # A plan of NumPy arrays would take jax's slow path, which waits for the device.
         self._cache, self._seq, sampled = self.compiler.run(
-            key, self._params, self._cache, self._seq, jax.device_put(plan)
+            key, self._params, self._cache, self._seq, pack(plan)
         )
         for leaf in jax.tree.leaves(sampled):
             leaf.copy_to_host_async()

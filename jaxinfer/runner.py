@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +21,7 @@ from jaxinfer.batch import MIN_ROWS, Plan, SeqState, assemble, prepare
 from jaxinfer.cache import PagedCache
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.decoder import AttentionOptions, Params, forward, logits
+from jaxinfer.packing import Packed, pack, unpack
 from pallas_kernels.paged_attention import Backend
 
 logger = logging.getLogger(__name__)
@@ -249,7 +249,7 @@ class StepCompiler:
         missing = [key for key in keys if (key, penalised) not in self._compiled]
         with ThreadPoolExecutor() as pool:
             # Tracing holds the interpreter, compiling does not.
-            lowered = ((key, self._lower(key, *args, plans(key))) for key in missing)
+            lowered = ((key, self._lower(key, *args, pack(plans(key)))) for key in missing)
             found = [(key, pool.submit(self._finish, key, low)) for key, low in lowered]
             for key, compiled in found:
                 self._compiled[key, penalised] = compiled.result()
@@ -261,9 +261,12 @@ class StepCompiler:
         params: Params,
         cache: PagedCache,
         seq: SeqState,
-        plan: Plan,
+        plan: Packed,
     ) -> tuple[PagedCache, SeqState, Sampled]:
-        """Runs a step, compiling it first if need be. `cache` and `seq` are donated."""
+        """Runs a step, compiling it first if need be. `cache` and `seq` are donated.
+
+        `plan` is a `Plan`, packed.
+        """
         # Penalties change the state's structure, and with it the program.
         lookup = (key, seq.penalties is not None)
         if lookup not in self._compiled:
@@ -273,8 +276,10 @@ class StepCompiler:
         return self._compiled[lookup](params, cache, seq, plan)
 
     def _lower(self, key: StepKey, *args: Any) -> Any:
-        fn = jax.jit(partial(run_step, config=self._config, key=key), donate_argnums=(1, 2))
-        return fn.lower(*args)
+        def step(params: Params, cache: PagedCache, seq: SeqState, plan: Packed) -> Any:
+            return run_step(params, cache, seq, unpack(plan), config=self._config, key=key)
+
+        return jax.jit(step, donate_argnums=(1, 2)).lower(*args)
 
     def _finish(self, key: StepKey, lowered: Any) -> Any:
         begin = time.perf_counter()
