@@ -12,9 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+
+FLAG = np.dtype(bool)
+WORDS = {np.dtype(t) for t in (np.int32, np.uint32, np.float32)}
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Layout:
     """Of a pytree. `leaves`: shape and dtype of each."""
 
     tree: Any
-    leaves: tuple[tuple[tuple[int, ...], str], ...]
+    leaves: tuple[tuple[tuple[int, ...], np.dtype], ...]
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def pack(tree: Any) -> Packed:
     """
     leaves, structure = jax.tree.flatten(tree)
     arrays = [np.asarray(leaf) for leaf in leaves]
-    layout = Layout(structure, tuple((x.shape, x.dtype.name) for x in arrays))
+    layout = Layout(structure, tuple((x.shape, x.dtype) for x in arrays))
     # What NumPy arrays a compiled program is given, it waits for: the transfer is asked for here.
     return Packed(jax.device_put(np.concatenate([_words(x) for x in arrays])), layout)
 
@@ -55,18 +57,18 @@ def unpack(packed: Packed) -> Any:
     for shape, dtype in packed.layout.leaves:
         size = math.prod(shape)
         words = packed.words[at : at + size].reshape(shape)
-        leaves.append(words != 0 if dtype == "bool" else _as(words, dtype))
+        leaves.append(words != 0 if dtype == FLAG else _as(words, dtype))
         at += size
     return jax.tree.unflatten(packed.layout.tree, leaves)
 
 
 def _words(x: np.ndarray) -> np.ndarray:
-    if x.dtype == bool:
+    if x.dtype == FLAG:
         return x.ravel().astype(np.uint32)
-    if x.dtype.name not in ("int32", "uint32", "float32"):
+    if x.dtype not in WORDS:
         raise ValueError(f"{x.dtype} {x.shape}: expected bool, int32, uint32 or float32")
-    return np.ascontiguousarray(x).ravel().view(np.uint32)
+    return x.ravel().view(np.uint32)
 
 
-def _as(words: Array, dtype: str) -> Array:
-    return lax.bitcast_convert_type(words, jnp.dtype(dtype))
+def _as(words: Array, dtype: np.dtype) -> Array:
+    return lax.bitcast_convert_type(words, dtype)
