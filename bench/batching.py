@@ -1,4 +1,4 @@
-"""All that is measured of batching, most of it in one process on one LLM.
+"""All that is measured of batching, in a process for each kind of LLM.
 
     python -m bench.batching --shape llama-3.1-8b
     python -m bench.batching --measure throughput,serve,waste --seconds 60 --no-hf
@@ -25,15 +25,14 @@ from bench.parts import Part
 
 HF_S = 180.0
 
-# In order of what matters most; `waste` runs the same list as `throughput`, and warms it up.
+# Those that share an LLM follow one another; `waste` warms up what `throughput` measures.
 MEASUREMENTS = {
     **waste.MEASUREMENTS,
-    "throughput": throughput.MEASUREMENTS["throughput"],
+    **throughput.MEASUREMENTS,
     **serve.MEASUREMENTS,
-    **prefix.MEASUREMENTS,
     **steady.MEASUREMENTS,
+    **prefix.MEASUREMENTS,
     **soak.MEASUREMENTS,
-    "static": throughput.MEASUREMENTS["static"],
 }
 
 

@@ -24,6 +24,7 @@ from bench import parts, record, shapes, start
 from bench.parts import Part, emit
 from bench.record import Record
 from bench.workloads import Scale, scale_of
+from jaxinfer.config import Policy
 
 if TYPE_CHECKING:
     from jaxinfer.llm import LLM
@@ -61,14 +62,17 @@ class Measurement:
         run: yields its records.
         limit_s: it is ended after this; `soak`'s own seconds come on top.
         kinds: what its steps must be able to do; see `start.warm_up`.
-        options: of the scale, to those of LLM that it needs beside the usual ones. Measurements
-            that follow one another with the same options share an LLM.
+        options: of the scale, to those of LLM that it takes where the command line names no others:
+            the fewer rows and tokens, the fewer programs to compile. Measurements that follow one
+            another with the same options share an LLM.
+        policy: of the scheduler, without which it would measure something else.
     """
 
     run: Callable[[LLM, Setup], Iterator[Record]]
     limit_s: float
     kinds: tuple[str, ...] = (start.GREEDY,)
     options: Callable[[Scale], dict[str, Any]] = lambda _: {}
+    policy: Policy = "continuous"
 
 
 @contextmanager
@@ -100,23 +104,23 @@ def guarded(path: Path | None, name: str, seconds: float, found: Iterator[Record
         emit(path, Record(f"{name}.failed", None, "", {"output_tail": text[-TAIL:]}, said))
 
 
-def llm_options(scale: Scale, own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Of the LLM: the scale's, then those of the command line, then a measurement's own, without
-    which it would measure something else."""
+def llm_options(scale: Scale, own: Measurement, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the LLM: the scale's, then a measurement's own, then those of the command line; and the
+    measurement's policy."""
     usual = {
         "max_num_seqs": scale.rows,
         "max_model_len": scale.max_model_len,
         "page_size": scale.page_size,
         "kv_cache_bytes": scale.kv_cache_bytes,
     }
-    return {**usual, **given, **own}
+    return {**usual, **own.options(scale), **given, "policy": own.policy}
 
 
 def run_part(measurements: Mapping[str, Measurement], args: argparse.Namespace) -> None:
     """One process: the measurements of `args.measure`, which share the first one's LLM."""
     scale = scale_of(args.shape)
     chosen = {name: measurements[name] for name in args.measure}
-    options = llm_options(scale, next(iter(chosen.values())).options(scale), args.llm)
+    options = llm_options(scale, next(iter(chosen.values())), args.llm)
     model = start.load(args.shape)
     llm = start.start(model, options)
     start.warm_up(llm, sorted({kind for m in chosen.values() for kind in m.kinds}))
@@ -140,7 +144,11 @@ def make_parts(
     """A process for each run of measurements with the same options."""
     scale = scale_of(args.shape)
     made = []
-    for _, same in groupby(args.measure, lambda name: str(measurements[name].options(scale))):
+
+    def shared(name: str) -> str:
+        return str(llm_options(scale, measurements[name], args.llm))
+
+    for _, same in groupby(args.measure, shared):
         names = list(same)
         words = ("--part", "--measure", ",".join(names), "--shape", args.shape)
         words += ("--llm", json.dumps(args.llm), "--rate", str(args.rate))

@@ -57,7 +57,7 @@ def measure(llm: LLM, setup: Setup) -> Iterator[Record]:
     yield Record(f"prefix.{setup.name}.identical", sum(same) / n, "ratio", detail)
 
 
-MEASUREMENTS = {"prefix": Measurement(measure, 90.0, (start.LOGPROBS,))}
+MEASUREMENTS = {"prefix": Measurement(measure, 90.0, (start.LOGPROBS,), workloads.for_soak)}
 
 
 if __name__ == "__main__":

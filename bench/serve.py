@@ -100,7 +100,7 @@ def measure(llm: LLM, setup: Setup) -> Iterator[Record]:
     yield from records(f"serve.{setup.name}.{setup.rate:g}rps", seen, detail)
 
 
-MEASUREMENTS = {"serve": Measurement(measure, 200.0)}
+MEASUREMENTS = {"serve": Measurement(measure, 200.0, options=workloads.for_latency)}
 
 
 if __name__ == "__main__":

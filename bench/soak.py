@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from bench import inside, measuring, outcome, soak_requests, start
+from bench import inside, measuring, outcome, soak_requests, start, workloads
 from bench.measuring import Measurement, Setup
 from bench.record import Record
 from bench.soak_requests import Ask
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from jaxinfer.requests import Request
 
 SEED = 600
+KINDS = (start.LOGPROBS,)  # the programs that these need serve all others too
 OVERCOMMIT = 2.0
 SAMPLE = 24  # of the requests run again; as many as fit in SAMPLE_S
 SAMPLE_S = 25.0
@@ -184,7 +185,7 @@ def _shown(ask: Ask) -> str:
 
 
 MEASUREMENTS = {
-    "soak": Measurement(measure, 120.0, (start.LOGPROBS,)),  # what these need serves all
+    "soak": Measurement(measure, 120.0, KINDS, workloads.for_soak),
 }
 
 

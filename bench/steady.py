@@ -130,8 +130,10 @@ def measure_sampled(llm: LLM, setup: Setup) -> Iterator[Record]:
 
 
 MEASUREMENTS = {
-    "steady": Measurement(measure_steady, 120.0),
-    "sampled": Measurement(measure_sampled, 90.0, (start.GREEDY, start.SAMPLED)),
+    "steady": Measurement(measure_steady, 120.0, options=workloads.for_latency),
+    "sampled": Measurement(
+        measure_sampled, 90.0, (start.GREEDY, start.SAMPLED), workloads.for_latency
+    ),
 }
 
 

@@ -20,6 +20,9 @@ class Scale:
 
     Attributes:
         rows, max_model_len, page_size, kv_cache_bytes: options of the LLM that most of them share.
+        few_rows, few_tokens: max_num_seqs and max_num_batched_tokens where latency counts.
+        soak_rows, soak_cache_bytes: of the soak and of shared prefixes, few enough that sequences
+            are preempted.
         requests: of the lognormal list; `shrink` divides its lengths.
         static_rows, static_requests: a batch of static batching, and the first requests so served.
         first: the first requests, that HF transformers serve too.
@@ -36,6 +39,10 @@ class Scale:
     max_model_len: int = 2304
     page_size: int = 64
     kv_cache_bytes: int | None = None
+    few_rows: int = 128
+    few_tokens: int = 512
+    soak_rows: int = 64
+    soak_cache_bytes: int = 4_000_000_000
     requests: int = 1000
     shrink: int = 1
     static_rows: int = 32
@@ -58,7 +65,8 @@ class Scale:
 
 FULL = Scale()
 TINY = Scale(
-    rows=16, max_model_len=160, page_size=8, kv_cache_bytes=96 << 11, requests=24, shrink=32,
+    rows=16, max_model_len=160, page_size=8, kv_cache_bytes=96 << 11, few_rows=16, few_tokens=64,
+    soak_rows=16, soak_cache_bytes=96 << 11, requests=24, shrink=32,
     static_rows=4, static_requests=8, first=8, serve_seconds=0.5, prefix=60, suffix=8,
     prefix_requests=6, prefix_tokens=4, prefix_control=3, steady=(4, 32), sampled=(4, 16),
     short=9, long=41, soak_prompt=24, soak_tokens=16, soak_longest=64,
@@ -92,6 +100,20 @@ class Workload:
     def first(self, n: int) -> Workload:
         """The first `n` requests."""
         return Workload(self.prompts[:n], self.tokens[:n])
+
+
+def for_latency(scale: Scale) -> dict[str, int]:
+    """Options of an LLM with few rows and short steps."""
+    return {"max_num_seqs": scale.few_rows, "max_num_batched_tokens": scale.few_tokens}
+
+
+def for_soak(scale: Scale) -> dict[str, int]:
+    """Options of an LLM whose cache is full at once."""
+    return {
+        "max_num_seqs": scale.soak_rows,
+        "max_num_batched_tokens": scale.few_tokens,
+        "kv_cache_bytes": scale.soak_cache_bytes,
+    }
 
 
 def lengths(n: int = 1000) -> tuple[list[int], list[int]]:

@@ -168,7 +168,7 @@ def test_measurements_with_other_options_get_a_process_of_their_own() -> None:
     assert [part.name for part in options("--measure", "serve,prefix,static,soak")] == [
         "serve.prefix", "static", "soak",
     ]  # fmt: skip
-    assert len(options()) == 2
+    assert len(options()) == 3
 
 
 def test_the_scheduler_is_timed() -> None:
