@@ -399,18 +399,21 @@ def _admit(state: BatcherState, config: BatcherConfig, budget: int) -> BatcherSt
         if not len(free):
             break
         sequence, prompt, limit, rank = (int(a[0]) for a in state.waiting[:4])
-        wanted = pages_for(prompt, config.page_size)
+        keys, wanted = state.waiting.keys[0], pages_for(prompt, config.page_size)
+        # Held before others are granted, which may be taken from what nobody holds.
+        found = _known(state.pool, keys, prompt, config)
+        pool = share(state.pool, found)
         # A page more for each that runs already: to admit one only to preempt it is no gain.
-        if wanted + len(rows.id) - len(free) > state.pool.available:
+        if wanted - len(found) + len(rows.id) - len(free) > pool.available:
             break
-        pool, pages = allocate(state.pool, wanted)
+        pool, pages = allocate(pool, wanted - len(found))
         row, unread = int(free[0]), unread + prompt
         new = (sequence, prompt, limit, rank, 0, 0, wanted)  # in the order of Rows
         state = state._replace(
             waiting=Submit(*(a[1:] for a in state.waiting)),
             rows=Rows(*(_with(a, row, value) for a, value in zip(rows, new, strict=True))),
-            pages=_with(state.pages, row, _frozen(pages)),
-            keys=_with(state.keys, row, state.waiting.keys[0]),
+            pages=_with(state.pages, row, _frozen(np.concatenate([found, pages]))),
+            keys=_with(state.keys, row, keys),
             pool=pool,
         )
     return state
@@ -476,12 +479,9 @@ def _chunk(
 
 
 def _share(state: BatcherState, row: int, config: BatcherConfig) -> BatcherState:
-    """Takes the pages of a prompt's beginning that others have filled, for the row's own.
-
-    The last token is computed in any case: what follows it is wanted.
-    """
-    most = (int(state.rows.prompt[row]) - 1) // config.page_size
-    found = find(state.pool, state.keys[row][:most])
+    """Takes the pages of a prompt's beginning that others have filled, since it was admitted too,
+    for the row's own."""
+    found = _known(state.pool, state.keys[row], int(state.rows.prompt[row]), config)
     if not len(found):
         return state
     own = state.pages[row]
@@ -493,6 +493,12 @@ def _share(state: BatcherState, row: int, config: BatcherConfig) -> BatcherState
         pages=_with(state.pages, row, pages),
         pool=pool,
     )
+
+
+def _known(pool: PagePool, keys: np.ndarray, prompt: int, config: BatcherConfig) -> np.ndarray:
+    """The pages that hold a prompt's beginning already, int32. The last token is computed in any
+    case: what follows it is wanted."""
+    return find(pool, keys[: (prompt - 1) // config.page_size])
 
 
 def _with(array: np.ndarray, index: int, value: int | np.ndarray | None) -> np.ndarray:

@@ -537,6 +537,18 @@ def test_a_prefix_is_shared_while_the_first_prompt_with_it_is_still_read():
     assert state.pool.holders[state.pages[0]].tolist() == [2, 2, 1]
 
 
+def test_what_a_prompt_begins_with_is_held_before_its_other_pages_are_granted():
+    """All six pages are remembered, those of the first prompt for the longest time."""
+    config = BatcherConfig(7, 4, 2, 16, max_num_batched_tokens=16)
+    keys = [page_keys(np.arange(12) + i, 4) for i in (0, 100)]
+    state, _ = actions_of(config, (submit((0, 12, 13), keys=keys[:1]),))
+    state, _ = step(state, (finished(0, keys=keys[:1]), submit((1, 12, 13), keys=keys[1:])), config)
+    again = (finished(1, keys=keys[1:]), submit((2, 12, 13), keys=keys[:1]))
+    state, [action] = step(state, again, config)
+    assert [(c.id, c.start, c.stop) for c in action.chunks] == [(2, 8, 12)]
+    assert state.pool.available == 3
+
+
 def test_a_prefix_is_shared_within_one_step():
     config = BatcherConfig(
         num_pages=9, page_size=4, max_num_seqs=4, max_model_len=16, max_num_batched_tokens=16
