@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax import Array, lax
+from jax import lax
 
 FLAG = np.dtype(bool)
 WORDS = {np.dtype(t) for t in (np.int32, np.uint32, np.float32)}
@@ -57,7 +57,7 @@ def unpack(packed: Packed) -> Any:
     for shape, dtype in packed.layout.leaves:
         size = math.prod(shape)
         words = packed.words[at : at + size].reshape(shape)
-        leaves.append(words != 0 if dtype == FLAG else _as(words, dtype))
+        leaves.append(words != 0 if dtype == FLAG else lax.bitcast_convert_type(words, dtype))
         at += size
     return jax.tree.unflatten(packed.layout.tree, leaves)
 
@@ -68,7 +68,3 @@ def _words(x: np.ndarray) -> np.ndarray:
     if x.dtype not in WORDS:
         raise ValueError(f"{x.dtype} {x.shape}: expected bool, int32, uint32 or float32")
     return x.ravel().view(np.uint32)
-
-
-def _as(words: Array, dtype: np.dtype) -> Array:
-    return lax.bitcast_convert_type(words, dtype)

@@ -93,6 +93,8 @@ def share(pool: PagePool, pages: np.ndarray) -> PagePool:
         ValueError: a page that is out of range or the trash page, or that nobody holds and that
             remembers nothing.
     """
+    if not len(pages):
+        return pool
     some = _checked(pool, pages)
     back = [page for page, n in zip(some, pool.holders[pages].tolist(), strict=True) if not n]
     if any(pool.names.find(page) is None for page in back):

@@ -117,11 +117,7 @@ def forward(
         pools[index] = kv_write(*pools[index], k, v, batch.kv_index, backend=others)
         return _attend(q, pools[index], batch, config.layers[index].window, attention, plans)
 
-    def norm(
-        x: jax.Array, weight: jax.Array, delta: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        return norms.rms_norm(x, weight, config.norm_eps, delta, backend=others)
-
+    norm = _norm(config, others)
     ops = Ops(attend, norm)
     last, resid = _decode(params, config, batch.tokens, batch.positions, ops, axis)
     wanted = jax.tree.map(lambda x: x[batch.logit_rows], last)
@@ -202,15 +198,17 @@ def apply(
                 local_window_size=None if window is None else (window - 1, 0),
             )  # fmt: skip
 
-    def norm(
-        x: jax.Array, weight: jax.Array, delta: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        return norms.reference(x, weight, config.norm_eps, delta)  # the kernel has no gradient
-
+    norm = _norm(config, "reference")  # the kernel has no gradient
     positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
     last, resid = _decode(params, config, tokens, positions, Ops(attend, norm), None)
     out = logits(params, norm(last.x, params["final_norm"], last.delta)[1]).astype(jnp.float32)
     return (out, {"resid": jnp.stack(resid)}) if "resid" in capture else out
+
+
+def _norm(config: ModelConfig, backend: norms.Backend) -> Norm:
+    return lambda x, weight, delta: norms.rms_norm(
+        x, weight, config.norm_eps, delta, backend=backend
+    )
 
 
 def _decode(
