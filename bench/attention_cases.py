@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 
 L2_BYTES = 50 << 20  # the largest L2 of the GPUs that are measured
 MOST_SETS = 16
@@ -104,7 +104,7 @@ CASES = (
     Case("chunk.512at8192", (Group(1, 8704, 512),)),
 )
 LAUNCH = _decode((1, 1), name="launch")  # one token against itself: what a launch alone takes
-KV_WRITE = "kv_write.64"
+KV_WRITE = "qkv_write.64"
 KV_WRITE_TOKENS = 64
 
 
@@ -123,8 +123,12 @@ def select(only: Sequence[str] | None, cases: Sequence[Case] = CASES) -> list[Ca
     return [case for case in cases if case.name.startswith(tuple(only))]
 
 
-def kv_write_bytes(kv: str, tokens: int, kv_heads: int = 8, head_dim: int = 128) -> int:
-    """Read: new keys and values in bf16. Written: the same as pages hold them, and scales."""
-    numbers = 2 * prod((tokens, kv_heads, head_dim))
+def kv_write_bytes(
+    kv: str, tokens: int, heads: int = 32, kv_heads: int = 8, head_dim: int = 128
+) -> int:
+    """Read: a product of queries, keys and values in bf16, and the rotations. Written: queries, and
+    keys and values as pages hold them, with their scales."""
+    queries = tokens * heads * head_dim
+    numbers = 2 * tokens * kv_heads * head_dim
     scales = 0 if kv == "bf16" else 2 * tokens * kv_heads * 4
-    return numbers * (2 + WIDTHS[kv]) + scales
+    return 4 * queries + numbers * (2 + WIDTHS[kv]) + scales + tokens * head_dim * 4

@@ -252,7 +252,8 @@ def check(case: Case, arrays: dict[str, Any], out: np.ndarray) -> float:
 
 
 def prepare_kv_write(kv: str) -> Callable[[], list[Record]]:
-    """64 tokens into a pool, in place: every call updates what the call before it returned.
+    """Heads of 64 tokens rotated, and keys and values put into a pool, in place: every call updates
+    what the call before it returned.
 
     Raises:
         RuntimeError: what is written differs from what the reference writes.
@@ -260,38 +261,41 @@ def prepare_kv_write(kv: str) -> Callable[[], list[Record]]:
     import jax
     import jax.numpy as jnp
 
-    from pallas_kernels.kv_write import kv_write, reference
+    from pallas_kernels.qkv_heads import Heads
+    from pallas_kernels.qkv_write import qkv_write
 
     tokens, inner = attention_cases.KV_WRITE_TOKENS, 16
     case = replace(attention_cases.CASES[0], groups=(Group(16, 4096),), kv=kv)
     arrays = make_inputs(case, 0)
-    pools = [arrays.get(name) for name in ("k_pages", "v_pages", "k_scales", "v_scales")]
+    pools = tuple(arrays.get(name) for name in ("k_pages", "v_pages", "k_scales", "v_scales"))
     slots = pools[0].shape[0] * case.page_size  # type: ignore
-    keys = jax.random.split(jax.random.key(1), 2 * inner)
-    shape = (tokens, case.kv_heads, case.head_dim)
-    new = [jax.random.normal(key, shape, jnp.bfloat16) for key in keys]
+    width = (case.heads + 2 * case.kv_heads) * case.head_dim
+    keys = jax.random.split(jax.random.key(1), inner)
+    new = [jax.random.normal(key, (tokens, width), jnp.bfloat16) for key in keys]
+    angles = jax.random.normal(keys[0], (tokens, case.head_dim // 2))
+    heads = Heads(rope=(jnp.cos(angles), jnp.sin(angles)))
     rng = np.random.default_rng(0)
     index = [jnp.asarray(rng.choice(slots, tokens, False), jnp.int32) for _ in range(inner)]
 
-    def chain(write, pools, new, index):
-        for i, at in enumerate(index):
-            pools = write(*pools, new[2 * i], new[2 * i + 1], at)
-        return pools
+    def chain(backend, pools, new, index):
+        for x, at in zip(new, index, strict=True):
+            q, pools = qkv_write(pools, x, at, heads, backend=backend)
+        return q, pools  # of all queries the last: results cost the host time
 
-    got = jax.jit(partial(chain, kv_write))(pools, new, index)
-    want = jax.jit(partial(chain, reference))(pools, new, index)
+    got = jax.jit(partial(chain, "auto"))(pools, new, index)
+    want = jax.jit(partial(chain, "reference"))(pools, new, index)
     page, slot = jnp.divmod(jnp.concatenate(index), case.page_size)
-    for g, w in zip(got, want, strict=True):
-        if g is not None and w is not None:
-            a, b = (np.asarray(x[page, :, slot].astype(jnp.float32)) for x in (g, w))
-            if not np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(b):
-                raise RuntimeError("kv_write and its reference differ")
-    del got, want
-    run = jax.jit(partial(chain, kv_write), donate_argnums=0)
+    here = [[q, *(p[page, :, slot] for p in pools if p is not None)] for q, pools in (got, want)]
+    for g, w in zip(*here, strict=True):
+        a, b = (np.asarray(x.astype(jnp.float32)) for x in (g, w))
+        if not np.linalg.norm(a - b) <= 1e-2 * np.linalg.norm(b):
+            raise RuntimeError("qkv_write and its reference differ")
+    del got, want, here
+    run = jax.jit(partial(chain, "auto"), donate_argnums=0)
     held = [run(pools, new, index)]
 
     def step(_: int) -> Any:
-        held[0] = run(held[0], new, index)
+        held[0] = run(held[0][1], new, index)
         return held[0]
 
     def timed() -> list[Record]:

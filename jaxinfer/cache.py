@@ -26,7 +26,7 @@ class PagedCache(NamedTuple):
 
     `k_scales`, `v_scales`: of quantised pages (int8, float8_e4m3fn), one float32 array a layer:
     [num_pages, kv_heads, page_size], or [kv_heads] where the scales were calibrated beforehand
-    (`pallas_kernels.kv_write`). None for float pages.
+    (`pallas_kernels.qkv_write`). None for float pages.
     """
 
     k: tuple[jax.Array, ...]
@@ -66,7 +66,7 @@ def init_cache(
 
 
 def split_layers(cache: PagedCache) -> list[Pools]:
-    """(k, v, k_scales, v_scales) of each layer, as `kv_write` takes and returns them."""
+    """(k, v, k_scales, v_scales) of each layer, as `qkv_write` takes and returns them."""
     none = [None] * len(cache.k)
     scales = (cache.k_scales or none, cache.v_scales or none)
     return list(zip(cache.k, cache.v, *scales, strict=True))

@@ -60,23 +60,6 @@ def rope_tables(
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x [..., heads, D] (Su et al. 2021; dimension i is paired with i + D/2)."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def split_qkv(
-    qkv: jax.Array, num_heads: int, head_dim: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[..., (H + 2K) · D] → q [..., H, D], k and v [..., K, D]."""
-    heads = qkv.reshape(*qkv.shape[:-1], -1, head_dim)
-    kv = (heads.shape[-2] - num_heads) // 2
-    q, k, v = jnp.split(heads, [num_heads, num_heads + kv], axis=-2)
-    return q, k, v
-
-
 def gated_mlp(
     x: jax.Array, layer: dict[str, Any], activation: str, axis: str | None = None
 ) -> jax.Array:

@@ -21,7 +21,7 @@ from jax import lax
 from pallas_kernels.attention_plan import Work
 from pallas_kernels.device import capability, has_kernels, target_device
 from pallas_kernels.kv_quantise import LARGEST
-from pallas_kernels.kv_write import check_scales
+from pallas_kernels.qkv_write import check_scales
 
 Backend = Literal["auto", "reference", "sm90", "sm80"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "sm90", "sm80")

@@ -11,15 +11,14 @@ import pytest
 
 from jaxinfer.config import RopeConfig
 from jaxinfer.layers import (
-    apply_rope,
     embed,
     gated_mlp,
     linear,
     rope_tables,
-    split_qkv,
     unembed,
 )
 from jaxinfer.rope import rope_frequencies
+from pallas_kernels.qkv_heads import Heads, prepare, rotate
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-6}
 
@@ -46,7 +45,7 @@ def tables(positions, head_dim, rope=RopeConfig()):  # noqa: B008
 def test_rope_rotates_pairs():
     D, positions = 8, np.array([0, 1, 7, 100])
     x = normal(0, 4, 3, D)
-    got = wide(jax.jit(apply_rope)(x, *tables(positions, D)))
+    got = wide(jax.jit(rotate)(x, *tables(positions, D)))
     angle = positions[:, None] * 10000.0 ** (-np.arange(0, D, 2) / D)
     pairs = wide(x)[..., : D // 2] + 1j * wide(x)[..., D // 2 :]
     want = pairs * np.exp(1j * angle)[:, None]
@@ -56,7 +55,7 @@ def test_rope_rotates_pairs():
 
 def test_rope_keeps_norms_and_leaves_position_0_alone():
     x = normal(0, 50, 2, 16)
-    got = apply_rope(x, *tables(np.arange(50), 16))
+    got = rotate(x, *tables(np.arange(50), 16))
     np.testing.assert_array_equal(got[0], x[0])
     norms = [np.linalg.norm(wide(a), axis=-1) for a in (got, x)]
     np.testing.assert_allclose(*norms, rtol=1e-6)
@@ -69,7 +68,7 @@ def test_rope_scores_depend_on_distance_alone(shift):
 
     def scores(first):
         at = tables(np.arange(first, first + 20), 16)
-        return np.einsum("ihd,jhd->ij", wide(apply_rope(q, *at)), wide(apply_rope(k, *at)))
+        return np.einsum("ihd,jhd->ij", wide(rotate(q, *at)), wide(rotate(k, *at)))
 
     np.testing.assert_allclose(scores(shift), scores(0), atol=2e-3)
     assert np.ptp(scores(0)) > 1  # or there is nothing to compare
@@ -79,15 +78,15 @@ def test_rope_factor_scales_what_is_rotated():
     x, D = normal(0, 3, 2, 8), 8
     frequencies, _ = rope_frequencies(RopeConfig(), D)
     plain, scaled = (
-        apply_rope(x, *rope_tables(jnp.arange(3), frequencies, factor)) for factor in (1.0, 1.5)
+        rotate(x, *rope_tables(jnp.arange(3), frequencies, factor)) for factor in (1.0, 1.5)
     )
     np.testing.assert_allclose(scaled, 1.5 * wide(plain), **CLOSE)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (5, 1)])
-def test_split_qkv(heads, kv_heads):
+def test_heads_are_split(heads, kv_heads):
     D, x = 4, normal(0, 7, (heads + 2 * kv_heads) * 4)
-    q, k, v = split_qkv(x, heads, D)
+    q, k, v = prepare(x, heads, kv_heads, Heads())
     assert (q.shape, k.shape, v.shape) == ((7, heads, D), *[(7, kv_heads, D)] * 2)
     np.testing.assert_array_equal(np.concatenate([q, k, v], axis=1).reshape(7, -1), x)
 

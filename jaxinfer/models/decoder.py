@@ -15,28 +15,27 @@ from jaxinfer.batch import Batch, Ragged
 from jaxinfer.cache import PagedCache, join_layers, split_layers
 from jaxinfer.config import LayerConfig, ModelConfig, RopeConfig
 from jaxinfer.layers import (
-    apply_rope,
     embed,
     gated_mlp,
     linear,
     reduce_shards,
     rope_tables,
-    split_qkv,
     unembed,
 )
 from jaxinfer.rope import rope_frequencies
 from pallas_kernels import rms_norm as norms
 from pallas_kernels.kv_quantise import Pools
-from pallas_kernels.kv_write import kv_write
 from pallas_kernels.paged_attention import (
     Backend,
     paged_attention,
     plan_attention,
 )
+from pallas_kernels.qkv_heads import Heads, prepare
+from pallas_kernels.qkv_write import qkv_write
 
 Params = dict[str, Any]
-# (q [..., H, D], k [..., K, D], v [..., K, D], layer index) -> [..., H, D]
-Attend = Callable[[jax.Array, jax.Array, jax.Array, int], jax.Array]
+# (qkv [..., (H + 2K) * D], what its heads still need, layer index) -> [..., H, D]
+Attend = Callable[[jax.Array, Heads, int], jax.Array]
 # (x [..., E], weight [E], delta [..., E] or None) -> (x + delta, its norm)
 Norm = Callable[[jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
 RopeTables = dict[RopeConfig, tuple[jax.Array, jax.Array]]
@@ -113,8 +112,8 @@ def forward(
     others = "reference" if attention.backend == "reference" else "auto"
     plans: Plans = {}
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, index: int) -> jax.Array:
-        pools[index] = kv_write(*pools[index], k, v, batch.kv_index, backend=others)
+    def attend(qkv: jax.Array, heads: Heads, index: int) -> jax.Array:
+        q, pools[index] = qkv_write(pools[index], qkv, batch.kv_index, heads, backend=others)
         return _attend(q, pools[index], batch, config.layers[index].window, attention, plans)
 
     norm = _norm(config, others)
@@ -190,7 +189,8 @@ def apply(
         logits float32 [B, T, V]; with `capture`, (logits, {"resid": [L, B, T, E]}).
     """
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, index: int) -> jax.Array:
+    def attend(qkv: jax.Array, heads: Heads, index: int) -> jax.Array:
+        q, k, v = prepare(qkv, config.num_heads, config.num_kv_heads, heads)
         window = config.layers[index].window
         with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else None):
             return jax.nn.dot_product_attention(
@@ -243,14 +243,10 @@ def _layer(
     index: int,
     axis: str | None,
 ) -> Residual:
-    D = config.head_dim
     x, h = ops.norm(stream.x, w["attn_norm"], stream.delta)
-    q, k, v = split_qkv(linear(h, w["qkv"], w.get("qkv_bias")), w["o"].shape[1] // D, D)
-    if config.qk_norm:
-        q, k = ops.norm(q, w["q_norm"], None)[1], ops.norm(k, w["k_norm"], None)[1]
-    if layer.rope is not None:
-        q, k = apply_rope(q, *ropes[layer.rope]), apply_rope(k, *ropes[layer.rope])
-    out = ops.attend(q, k, v, index)
+    rope = None if layer.rope is None else ropes[layer.rope]
+    heads = Heads(w.get("qkv_bias"), w.get("q_norm"), w.get("k_norm"), config.norm_eps, rope)
+    out = ops.attend(linear(h, w["qkv"]), heads, index)
     out = reduce_shards(linear(out.reshape(*x.shape[:-1], -1), w["o"]), axis)
     out = out if "o_bias" not in w else out + w["o_bias"]
     x, h = ops.norm(x, w["mlp_norm"], out)

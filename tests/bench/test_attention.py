@@ -31,7 +31,7 @@ def test_bytes_and_flops() -> None:
     assert chunk.flops == 4 * sum(range(8193, 8705)) * 32 * 128
     mixed = BY_NAME["decode.mixed"]
     assert (mixed.new_tokens, mixed.max_query, len(mixed.lengths())) == (64, 1, 64)
-    assert kv_write_bytes("int8", 64) == 2 * 64 * 8 * (128 * 3 + 4)
+    assert kv_write_bytes("int8", 64) == 64 * (2 * 8 * (128 * 3 + 4) + 32 * 128 * 4 + 128 * 4)
 
 
 def test_rotated_inputs_are_far_larger_than_the_cache() -> None:
@@ -41,7 +41,7 @@ def test_rotated_inputs_are_far_larger_than_the_cache() -> None:
 def test_select() -> None:
     assert select(None) == list(CASES)
     assert [c.name for c in select(["decode.16", "chunk"])] == ["decode.16x4096", "chunk.512at8192"]
-    assert select(["kv_write"]) == []
+    assert select(["qkv_write"]) == []
     with pytest.raises(ValueError, match="no case 'deocde'"):
         select(["deocde"])
 

@@ -1,6 +1,6 @@
-"""What `test_kv_write.py` compiles for GPUs that are not there.
+"""What `test_qkv_write.py` compiles for GPUs that are not there.
 
-    python -m tests.pallas_kernels.kv_write_cases
+    python -m tests.pallas_kernels.qkv_write_cases
 
 prints what a step that writes and then reads the pools, inside a loop as the decode steps do, needs
 beside its arguments: one JSON object a case. A pool that is copied would show there.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.kv_write import kv_write
+from pallas_kernels.qkv_heads import Heads
+from pallas_kernels.qkv_write import qkv_write
 from tests.pallas_kernels.aot import SPECS, TARGETS
 from tests.pallas_kernels.aot_cases import Case
 
@@ -30,43 +30,50 @@ FORMATS = {
     "int8 static": (jnp.int8, "static"),
     "fp8 static": (jnp.float8_e4m3fn, "static"),
 }
-SHAPES = ((8, 128), (1, 64), (2, 256), (5, 128), (32, 128))  # K, D
+SHAPES = ((8, 128), (1, 64), (2, 256), (5, 128), (32, 128), (3, 32))  # K, D
+GROUP = 4  # query heads of one of keys and values
 PAGES, PAGE_SIZE = 1000, 64
 
 
 def arguments(K: int, D: int, name: str, tokens: int = 16) -> tuple[Any, ...]:
-    """Of `kv_write`, as shapes."""
+    """Of `qkv_write` with all that is done to heads, as shapes."""
     dtype, scaling = FORMATS[name]
     pages = jax.ShapeDtypeStruct((PAGES, K, PAGE_SIZE, D), dtype)
     scales = None
     if scaling is not None:
         shape = (PAGES, K, PAGE_SIZE) if scaling == "dynamic" else (K,)
         scales = jax.ShapeDtypeStruct(shape, jnp.float32)
-    new = jax.ShapeDtypeStruct((tokens, K, D), jnp.bfloat16)
-    return pages, pages, scales, scales, new, new, jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    qkv = jax.ShapeDtypeStruct((tokens, (GROUP + 2) * K * D), jnp.bfloat16)
+    norm = jax.ShapeDtypeStruct((D,), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct(qkv.shape[1:], jnp.bfloat16)
+    table = jax.ShapeDtypeStruct((tokens, D // 2), jnp.float32)
+    slots = jax.ShapeDtypeStruct((tokens,), jnp.int32)
+    return (pages, pages, scales, scales), qkv, slots, (bias, norm, norm), (table, table)
+
+
+def write(pools: Any, qkv: Any, slots: Any, weights: Any, rope: Any) -> Any:
+    heads = Heads(*weights, eps=1e-5, rope=rope)
+    return qkv_write(pools, qkv, slots, heads, backend="mosaic")
 
 
 def cases(arch: str) -> list[Case]:
     """Every format at one shape, every shape at one format."""
     wanted = [(*SHAPES[0], name) for name in FORMATS] + [(*s, "fp8") for s in SHAPES[1:]]
-    write = partial(kv_write, backend="mosaic")
     return [
-        Case(f"kv_write {name} K={K} D={D}", write, arguments(K, D, name)) for K, D, name in wanted
+        Case(f"qkv_write {name} K={K} D={D}", write, arguments(K, D, name)) for K, D, name in wanted
     ]
 
 
-def steps(
-    k_pages: Any, v_pages: Any, k_scales: Any, v_scales: Any, k: Any, v: Any, slots: Any, n: Any
-) -> Any:
+def steps(pools: Any, qkv: Any, slots: Any, weights: Any, rope: Any, n: Any) -> Any:
     """Writes, and reads what it wrote for the next write, n times."""
 
     def body(carry: Any) -> Any:
         i, pools, x = carry
-        pools = kv_write(*pools, k + x, v, slots, backend="mosaic")
+        _, pools = write(pools, qkv + x, slots, weights, rope)
         read = sum(p[slots // PAGE_SIZE, :, slots % PAGE_SIZE].astype(x.dtype) for p in pools[:2])
-        return i + 1, pools, read
+        return i + 1, pools, jnp.mean(read.reshape(len(slots), -1), 1, keepdims=True)
 
-    start = (jnp.int32(0), (k_pages, v_pages, k_scales, v_scales), k)
+    start = (jnp.int32(0), pools, qkv[:, :1])
     return lax.while_loop(lambda carry: carry[0] < n, body, start)
 
 
@@ -78,7 +85,7 @@ def memory() -> Iterator[dict[str, Any]]:
     topology = topologies.get_topology_desc(platform="cuda", target_config=spec, topology="1x1x1")
     mesh = jax.sharding.Mesh(np.array(topology.devices), ("gpu",))
     there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    run = jax.jit(steps, in_shardings=there, out_shardings=there, donate_argnums=(0, 1, 2, 3))
+    run = jax.jit(steps, in_shardings=there, out_shardings=there, donate_argnums=0)
     for name in FORMATS:
         args = arguments(8, 128, name)
         with jax.default_device(topology.devices[0]):
@@ -86,7 +93,7 @@ def memory() -> Iterator[dict[str, Any]]:
         needs = compiled.memory_analysis()
         yield {
             "name": name,
-            "pool_bytes": sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(args[:4])),
+            "pool_bytes": sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(args[0])),
             "donated_bytes": needs.alias_size_in_bytes,
             "other_bytes": needs.temp_size_in_bytes,
         }

@@ -1,4 +1,4 @@
-"""Both backends of `kv_write` against NumPy, the rounding of both quantised types, and what the
+"""Both backends of `qkv_write` against NumPy, the rounding of both quantised types, and what the
 kernel compiles to on the GPUs that it is for."""
 
 from __future__ import annotations
@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from functools import partial
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -18,9 +17,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pallas_kernels import kv_write as op
+from pallas_kernels import qkv_write as op
 from pallas_kernels.kv_quantise import calibrate, quantise
-from pallas_kernels.kv_write import BACKENDS, kv_write
+from pallas_kernels.qkv_heads import Heads, prepare
+from pallas_kernels.qkv_write import BACKENDS, qkv_write
 from tests.pallas_kernels.aot import ROOT, compile_in_subprocess, plugin_path
 
 E4M3 = jnp.float8_e4m3fn
@@ -30,22 +30,39 @@ SLOTS = [9, 0, 17, 0, 31, 14]  # two inert tokens share slot 0 of the trash page
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA plugin is for Linux")
 
 
-def case(K, D, dtype, scaling=None, new_dtype=jnp.bfloat16, seed=0):
-    """Arguments of `kv_write`; the pools hold random numbers before."""
+def case(K, D, dtype, scaling=None, new_dtype=jnp.bfloat16, seed=0, group=2):
+    """Pools, which hold random numbers before, and `group` query heads a head of keys and values,
+    unless queries are left out: (pools, qkv, kv_index)."""
     rng = np.random.default_rng(seed)
     pages = [jnp.asarray(rng.normal(size=(PAGES, K, PAGE_SIZE, D)), dtype) for _ in "kv"]
-    new = [jnp.asarray(rng.normal(size=(len(SLOTS), K, D)), new_dtype) for _ in "kv"]
-    new[0] = new[0].at[2, 0].set(0)  # an all-zero head
+    qkv = jnp.asarray(rng.normal(size=(len(SLOTS), K * (group + 2), D)), new_dtype)
+    qkv = qkv.at[2, group * K].set(0)  # an all-zero head of keys
     scales: list = [None, None]
     if scaling == "dynamic":
         scales = [jnp.asarray(rng.random((PAGES, K, PAGE_SIZE)), jnp.float32) for _ in "kv"]
     elif scaling == "static":  # some of it saturates
         scales = [jnp.asarray((1 + rng.random(K)) / LARGEST[dtype], jnp.float32) for _ in "kv"]
-    return (*pages, *scales, *new, jnp.asarray(SLOTS, jnp.int32))
+    return (*pages, *scales), qkv.reshape(len(SLOTS), -1), jnp.asarray(SLOTS, jnp.int32)
 
 
-def write(args, backend):
-    run = jax.jit(partial(kv_write, backend=backend))
+def every_kind(qkv, D, K, seed=1):
+    """All that can be done to heads."""
+    rng = np.random.default_rng(seed)
+    angles = rng.normal(size=(len(qkv), D // 2)) * 3
+    bias, q_norm, k_norm = (
+        jnp.asarray(rng.normal(size=n) * 0.5, qkv.dtype) for n in (qkv.shape[1], D, D)
+    )
+    rope = jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
+    return Heads(bias, q_norm, k_norm, 1e-5, rope)
+
+
+def write(args, backend, heads=Heads()):  # noqa: B008
+    eps = heads.eps
+
+    def run(pools, qkv, kv_index, heads):
+        return qkv_write(pools, qkv, kv_index, heads._replace(eps=eps), backend=backend)
+
+    run, args = jax.jit(run), (*args, heads._replace(eps=0.0))
     if backend == "reference" or jax.default_backend() == "gpu":
         return run(*args)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
@@ -56,12 +73,17 @@ def real(x):
     return np.asarray(x).astype(np.float64)
 
 
-def check(args, got):
+def check(args, found):
     """Written slots hold what they should, up to rounding; every other slot keeps its bits."""
+    pools, qkv, _ = args
+    q_found, got = found
+    K, D = pools[0].shape[1], pools[0].shape[3]
+    q, *news = prepare(qkv, qkv.shape[1] // D - 2 * K, K, Heads())
+    np.testing.assert_array_equal(real(q_found), real(q))
     untouched = np.ones((PAGES, PAGE_SIZE), bool)
     untouched.flat[SLOTS] = False
     for pages, scales, new, wrote, chose in zip(
-        args[:2], args[2:4], args[4:6], got[:2], got[2:4], strict=True
+        pools[:2], pools[2:], news, got[:2], got[2:], strict=True
     ):
         assert (wrote.dtype, wrote.shape) == (pages.dtype, pages.shape)
         before, after = (np.moveaxis(np.asarray(p), 2, 1)[untouched] for p in (pages, wrote))
@@ -117,8 +139,8 @@ def test_a_token_with_many_heads_takes_several_blocks():
 def test_head_dims_that_no_warp_divides():
     args = case(2, 24, jnp.int8, "dynamic")
     check(args, write(args, "reference"))
-    with pytest.raises(ValueError, match="backend='mosaic': k_new has D=24, expected"):
-        kv_write(*args, backend="mosaic")
+    with pytest.raises(ValueError, match="backend='mosaic': the pages have D=24, expected"):
+        qkv_write(*args, backend="mosaic")
 
 
 @pytest.mark.parametrize(
@@ -128,20 +150,76 @@ def test_head_dims_that_no_warp_divides():
 def test_auto_takes_the_kernel_where_it_runs(capability, D, kernel, monkeypatch):
     monkeypatch.setattr(op, "capability", lambda: capability)
     args = case(2, D, jnp.int8, "dynamic")
-    jaxpr = str(jax.make_jaxpr(lambda *args: kv_write(*args))(*args))
+    jaxpr = str(jax.make_jaxpr(lambda *args: qkv_write(*args))(*args))
     assert ("Ref<gmem>" in jaxpr) == kernel  # pools as references, written in place
 
 
 def test_a_row_does_not_depend_on_its_neighbours():
     args = case(2, 64, E4M3, "dynamic")
-    together = write(args, "mosaic")
+    heads = every_kind(args[1], 64, 2)
+    q_together, together = write(args, "mosaic", heads)
     for token, slot in enumerate(SLOTS):
         if slot:
-            rows = [x[token : token + 1] for x in args[4:]]
-            alone = write((*args[:4], *rows), "mosaic")
+            only = slice(token, token + 1)
+            own = heads._replace(rope=tuple(x[only] for x in heads.rope))
+            q, alone = write((args[0], args[1][only], args[2][only]), "mosaic", own)
+            assert np.array_equal(q[0], q_together[token])
             page, at = divmod(slot, PAGE_SIZE)
             for a, b in zip(alone, together, strict=True):
                 assert np.array_equal(a[page, :, at], b[page, :, at])
+
+
+# -- what is done to heads ----------------------------------------------------------------------
+
+
+def exact(qkv, H, K, heads):
+    """`prepare` in float64."""
+    x = real(qkv) + (0 if heads.bias is None else real(heads.bias))
+    x = x.reshape(len(x), H + 2 * K, -1)
+    half = x.shape[-1] // 2
+
+    def made(x, weight):
+        if weight is not None:
+            x = x / np.sqrt((x**2).mean(-1, keepdims=True) + heads.eps) * real(weight)
+        if heads.rope is not None:
+            cos, sin = (real(t)[:, None] for t in heads.rope)
+            turned = (x[..., :half] + 1j * x[..., half:]) * (cos + 1j * sin)
+            x = np.concatenate([turned.real, turned.imag], -1)
+        return x
+
+    return made(x[:, :H], heads.q_norm), made(x[:, H : H + K], heads.k_norm), x[:, H + K :]
+
+
+@pytest.mark.parametrize("backend", ["reference", "mosaic"])
+@pytest.mark.parametrize(
+    ("K", "D", "group", "without"),
+    [
+        (2, 64, 3, ()), (8, 128, 4, ("bias", "q_norm", "k_norm")), (1, 32, 7, ("bias",)),
+        (3, 32, 1, ("rope",)), (2, 256, 4, ("q_norm", "k_norm")), (2, 64, 1, ("bias", "rope")),
+        (10, 128, 8, ()),
+    ],
+)  # fmt: skip
+def test_what_is_done_to_heads(K, D, group, without, backend):
+    args = case(K, D, jnp.float32, None, jnp.float32, group=group)
+    heads = every_kind(args[1], D, K)._replace(**dict.fromkeys(without))
+    q, pools = write(args, backend, heads)
+    page, at = np.divmod(SLOTS, PAGE_SIZE)
+    wrote = [np.asarray(pool)[page, :, at] for pool in pools[:2]]
+    for got, want in zip((q, *wrote), exact(args[1], group * K, K, heads), strict=True):
+        some = np.asarray(SLOTS) != 0
+        np.testing.assert_allclose(real(got)[some], want[some], rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "mosaic"])
+def test_16_bits_are_as_exact_as_they_can_be(backend):
+    args = case(2, 64, jnp.bfloat16)
+    heads = every_kind(args[1], 64, 2)
+    q, pools = write(args, backend, heads)
+    page, at = np.divmod(SLOTS, PAGE_SIZE)
+    for got, want in zip((q, pools[0][page, :, at]), exact(args[1], 4, 2, heads)[:2], strict=True):
+        some = np.asarray(SLOTS) != 0
+        error = np.linalg.norm(real(got)[some] - want[some], axis=-1)
+        assert (error < 2**-7 * np.linalg.norm(want[some], axis=-1)).all()
 
 
 # -- quantise -----------------------------------------------------------------------------------
@@ -217,9 +295,16 @@ S = jax.ShapeDtypeStruct
         ({"backend": "triton"}, f"backend='triton': expected one of {BACKENDS}"),
         ({"k_pages": S((4, 8, 64), jnp.int8)}, "k_pages [N, K, page_size, D]"),
         ({"v_pages": S((4, 2, 8, 64), jnp.bfloat16)}, "k_pages and v_pages must have one shape"),
-        ({"v_new": S((6, 2, 32), jnp.bfloat16)}, "k_new and v_new must have one shape"),
-        ({"k_new": S((6, 3, 64), jnp.bfloat16), "v_new": S((6, 3, 64), jnp.bfloat16)}, "[T, 2, 64"),
-        ({"k_new": S((6, 2, 64), jnp.int8), "v_new": S((6, 2, 64), jnp.int8)}, "k_new is int8"),
+        ({"qkv": S((6, 8, 64), jnp.bfloat16)}, "qkv [T, (H + 2K) * D]; got"),
+        ({"qkv": S((6, 256), jnp.bfloat16)}, "qkv is (6, 256): expected [T, (H + 4) * 64]"),
+        ({"qkv": S((6, 520), jnp.bfloat16)}, "qkv is (6, 520): expected [T, (H + 4) * 64]"),
+        ({"qkv": S((6, 512), jnp.int8)}, "qkv is int8"),
+        ({"heads": Heads(q_norm=S((64,), jnp.bfloat16))}, "q_norm and k_norm, or neither"),
+        (
+            {"heads": Heads(bias=S((64,), jnp.bfloat16))},
+            "bias is bfloat16 (64,): expected",
+        ),
+        ({"heads": Heads(rope=(S((6, 64), jnp.float32),) * 2)}, "cos is float32 (6, 64): expected"),
         ({"kv_index": S((6,), jnp.int16)}, "kv_index is int16 (6,): expected int32 [6]"),
         ({"kv_index": S((5,), jnp.int32)}, "kv_index is int32 (5,): expected int32 [6]"),
         ({"k_scales": None}, "pages of int8 need k_scales and v_scales"),
@@ -231,10 +316,12 @@ S = jax.ShapeDtypeStruct
     ],
 )
 def test_bad_arguments_are_named(change, message):
-    names = ("k_pages", "v_pages", "k_scales", "v_scales", "k_new", "v_new", "kv_index")
-    args = dict(zip(names, case(2, 64, jnp.int8, "dynamic"), strict=True))
+    names = ("k_pages", "v_pages", "k_scales", "v_scales")
+    pools, qkv, kv_index = case(2, 64, jnp.int8, "dynamic")
+    given = {"qkv": qkv, "kv_index": kv_index, **dict(zip(names, pools, strict=True))} | change
+    pools = tuple(given.pop(name) for name in names)
     with pytest.raises(ValueError, match=r".") as raised:
-        kv_write(**(args | change))
+        qkv_write(pools, **given)
     assert message in str(raised.value)
 
 
@@ -244,7 +331,7 @@ def test_bad_arguments_are_named(change, message):
 @linux
 @pytest.mark.parametrize("arch", ["sm80", "sm90"])
 def test_it_compiles_without_spills(arch):
-    rows = compile_in_subprocess(arch, "tests.pallas_kernels.kv_write_cases:cases")
+    rows = compile_in_subprocess(arch, "tests.pallas_kernels.qkv_write_cases:cases")
     assert rows
     assert not [row for row in rows if row["problem"]]
 
@@ -253,7 +340,7 @@ def test_it_compiles_without_spills(arch):
 def test_the_pools_are_written_in_place():
     path = os.pathsep.join(filter(None, (str(ROOT), plugin_path())))
     env = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.pallas_kernels.kv_write_cases"]
+    command = [sys.executable, "-m", "tests.pallas_kernels.qkv_write_cases"]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
