@@ -278,6 +278,7 @@ def prepare_kv_write(kv: str) -> Callable[[], list[Record]]:
     index = [jnp.asarray(rng.choice(slots, tokens, False), jnp.int32) for _ in range(inner)]
 
     def chain(backend, pools, new, index):
+        q = None
         for x, at in zip(new, index, strict=True):
             q, pools = qkv_write(pools, x, at, heads, backend=backend)
         return q, pools  # of all queries the last: results cost the host time
