@@ -48,8 +48,8 @@ def make_parts(
     ours_env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # they share the GPU's memory
     options = ("--backend", backend, *(("--config", config) if config else ()))
     names = [attention_cases.LAUNCH.name, *(case.name for case in attention_cases.select(only))]
-    if only is None or any(attention_cases.KV_WRITE.startswith(word) for word in only):
-        names += [f"{attention_cases.KV_WRITE}.{kv}" for kv in attention_cases.WIDTHS]
+    if only is None or any(attention_cases.QKV_WRITE.startswith(word) for word in only):
+        names += [f"{attention_cases.QKV_WRITE}.{kv}" for kv in attention_cases.WIDTHS]
     ours = [
         Part(f"attention.{name}", "bench.attention", ("--part", name, *options), 300, ours_env)
         for name in names
@@ -137,9 +137,9 @@ def main() -> None:
 
 
 def _time_ours(args: argparse.Namespace) -> list[Record]:
-    if args.part.startswith(attention_cases.KV_WRITE):
-        timed = attention_parts.prepare_kv_write(
-            args.part.removeprefix(f"{attention_cases.KV_WRITE}.")
+    if args.part.startswith(attention_cases.QKV_WRITE):
+        timed = attention_parts.prepare_qkv_write(
+            args.part.removeprefix(f"{attention_cases.QKV_WRITE}.")
         )
     else:
         config = json.loads(args.config) if args.config else None

@@ -104,8 +104,8 @@ CASES = (
     Case("chunk.512at8192", (Group(1, 8704, 512),)),
 )
 LAUNCH = _decode((1, 1), name="launch")  # one token against itself: what a launch alone takes
-KV_WRITE = "qkv_write.64"
-KV_WRITE_TOKENS = 64
+QKV_WRITE = "qkv_write.64"
+QKV_WRITE_TOKENS = 64
 
 
 def select(only: Sequence[str] | None, cases: Sequence[Case] = CASES) -> list[Case]:
@@ -116,14 +116,14 @@ def select(only: Sequence[str] | None, cases: Sequence[Case] = CASES) -> list[Ca
     """
     if only is None:
         return list(cases)
-    names = [case.name for case in cases] + [KV_WRITE]
+    names = [case.name for case in cases] + [QKV_WRITE]
     for word in only:
         if not any(name.startswith(word) for name in names):
             raise ValueError(f"no case {word!r}: there are {', '.join(names)}")
     return [case for case in cases if case.name.startswith(tuple(only))]
 
 
-def kv_write_bytes(
+def qkv_write_bytes(
     kv: str, tokens: int, heads: int = 32, kv_heads: int = 8, head_dim: int = 128
 ) -> int:
     """Read: a product of queries, keys and values in bf16, and the rotations. Written: queries, and

@@ -251,7 +251,7 @@ def check(case: Case, arrays: dict[str, Any], out: np.ndarray) -> float:
     return error
 
 
-def prepare_kv_write(kv: str) -> Callable[[], list[Record]]:
+def prepare_qkv_write(kv: str) -> Callable[[], list[Record]]:
     """Heads of 64 tokens rotated, and keys and values put into a pool, in place: every call updates
     what the call before it returned.
 
@@ -264,7 +264,7 @@ def prepare_kv_write(kv: str) -> Callable[[], list[Record]]:
     from pallas_kernels.qkv_heads import Heads
     from pallas_kernels.qkv_write import qkv_write
 
-    tokens, inner = attention_cases.KV_WRITE_TOKENS, 16
+    tokens, inner = attention_cases.QKV_WRITE_TOKENS, 16
     case = replace(attention_cases.CASES[0], groups=(Group(16, 4096),), kv=kv)
     arrays = make_inputs(case, 0)
     pools = tuple(arrays.get(name) for name in ("k_pages", "v_pages", "k_scales", "v_scales"))
@@ -301,8 +301,8 @@ def prepare_kv_write(kv: str) -> Callable[[], list[Record]]:
 
     def timed() -> list[Record]:
         seconds = seconds_per_call(step, jax.block_until_ready, **CALLS) / inner
-        moved = attention_cases.kv_write_bytes(kv, tokens)
-        name = f"attention.{attention_cases.KV_WRITE}.{kv}.us"
+        moved = attention_cases.qkv_write_bytes(kv, tokens)
+        name = f"attention.{attention_cases.QKV_WRITE}.{kv}.us"
         return [Record(name, 1e6 * seconds, "us", {"bytes_per_step": moved, "chained": inner})]
 
     return timed

@@ -66,6 +66,7 @@ class Measurement:
             the fewer rows and tokens, the fewer programs to compile. Measurements that follow one
             another with the same options share an LLM.
         policy: of the scheduler, without which it would measure something else.
+        start_s: what its process may take before: the more programs, the longer.
     """
 
     run: Callable[[LLM, Setup], Iterator[Record]]
@@ -73,6 +74,7 @@ class Measurement:
     kinds: tuple[str, ...] = (start.GREEDY,)
     options: Callable[[Scale], dict[str, Any]] = lambda _: {}
     policy: Policy = "continuous"
+    start_s: float = START_S
 
 
 @contextmanager
@@ -153,7 +155,8 @@ def make_parts(
         words = ("--part", "--measure", ",".join(names), "--shape", args.shape)
         words += ("--llm", json.dumps(args.llm), "--rate", str(args.rate))
         words += ("--seconds", str(args.seconds), "--repeats", str(args.repeats))
-        timeout_s = START_S + sum(measurements[name].limit_s for name in names)
+        timeout_s = max(measurements[name].start_s for name in names)
+        timeout_s += sum(measurements[name].limit_s for name in names)
         timeout_s += args.seconds if "soak" in names else 0
         made.append(Part(".".join(names), module, words, timeout_s, start.ENV))
     return made

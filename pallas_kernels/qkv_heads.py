@@ -7,7 +7,7 @@ Shapes: T tokens, H query heads, K key/value heads, D head dim.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +15,22 @@ import jax.numpy as jnp
 from pallas_kernels import rms_norm
 
 
-class Heads(NamedTuple):
-    """What is done to queries and keys; to leave out what is None. Arrays may be traced.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Heads:
+    """What is done to queries, keys and values; what is None is left out. A pytree of its arrays.
 
     Attributes:
         bias: [(H + 2K) * D], as qkv; added to all three.
         q_norm, k_norm: [D], as qkv: weights of an RMS norm of every head; both or neither.
-        eps: of those norms.
+        eps: of those norms; static under `jit`.
         rope: cos and sin, float32 [T, D/2]: dimension i is rotated with i + D/2 (Su et al. 2021).
     """
 
     bias: jax.Array | None = None
     q_norm: jax.Array | None = None
     k_norm: jax.Array | None = None
-    eps: float = 0.0
+    eps: float = field(default=0.0, metadata={"static": True})
     rope: tuple[jax.Array, jax.Array] | None = None
 
 

@@ -61,7 +61,7 @@ def qkv_write(
         return reference(pools, qkv, kv_index, heads)
     from pallas_kernels import qkv_write_mosaic  # importing Mosaic changes the environment
 
-    return qkv_write_mosaic.write(pools, qkv, kv_index, heads._replace(eps=float(heads.eps)))
+    return qkv_write_mosaic.write(pools, qkv, kv_index, heads)
 
 
 def _choose(backend: Backend, D: int) -> Backend:

@@ -19,9 +19,7 @@ from jax import lax
 from pallas_kernels.kv_quantise import Pools, choose_scale, to_page_type
 from pallas_kernels.qkv_heads import Heads
 
-BLOCK_ELEMENTS = (
-    2048  # of a block of 128 threads: 16 registers each, so that one token is soon done
-)
+BLOCK_ELEMENTS = 2048  # of a block of 128 threads: 16 each, so that one token is soon done
 WARPS, LANES = 4, 32
 
 Halves = tuple[Any, Any]  # [heads, D/2] each: what is rotated together lies in one thread
@@ -32,19 +30,20 @@ class Inputs(NamedTuple):
 
     qkv: Any
     kv_index: Any
-    bias: Any
-    q_norm: Any
-    k_norm: Any
-    cos: Any
-    sin: Any
-    k_scale: Any  # given ones, [K]
-    v_scale: Any
+    bias: Any = None
+    q_norm: Any = None
+    k_norm: Any = None
+    cos: Any = None
+    sin: Any = None
+    k_scale: Any = None  # given ones, [K]
+    v_scale: Any = None
 
 
-@partial(jax.jit, static_argnames="eps")  # so that a model's layers, which are alike, lower once
-def _write(
-    pools: Pools, qkv: jax.Array, kv_index: jax.Array, heads: Heads, *, eps: float
+@jax.jit  # so that a model's layers, which are alike, are lowered once
+def write(
+    pools: Pools, qkv: jax.Array, kv_index: jax.Array, heads: Heads
 ) -> tuple[jax.Array, Pools]:
+    """As `qkv_write`, whose checks have passed."""
     k_pages, v_pages, k_scales, v_scales = pools
     (T, width), (_, K, _, D) = qkv.shape, k_pages.shape
     H = width // D - 2 * K
@@ -63,7 +62,7 @@ def _write(
     refs = [jax.new_ref(array) for array in arrays]
     parts = block_count(H, K, D)
     (q,) = plgpu.kernel(
-        partial(_block, there=there, H=H, K=K, parts=parts, eps=eps),
+        partial(_block, there=there, H=H, K=K, parts=parts, eps=heads.eps),
         out_type=[jax.ShapeDtypeStruct((T, H, D), qkv.dtype)],
         grid=(T, parts),
         grid_names=("token", "part"),
@@ -75,13 +74,6 @@ def _write(
     return q, (written[0], written[1], k_scales, v_scales)
 
 
-def write(
-    pools: Pools, qkv: jax.Array, kv_index: jax.Array, heads: Heads
-) -> tuple[jax.Array, Pools]:
-    """As `qkv_write`, whose checks have passed."""
-    return _write(pools, qkv, kv_index, heads._replace(eps=0.0), eps=heads.eps)
-
-
 def block_count(H: int, K: int, D: int) -> int:
     """Blocks of a token: each takes as many heads of each of the three kinds as the others."""
     even = [p for p in range(1, K + 1) if H % p == K % p == 0]
@@ -90,48 +82,44 @@ def block_count(H: int, K: int, D: int) -> int:
 
 def _block(*refs: Any, there: list[str], H: int, K: int, parts: int, eps: float) -> None:
     """Block (t, p): the p-th heads of token t, of queries, keys and values."""
-    given = dict(zip(there, refs, strict=False))
-    x = Inputs(**{name: given.get(name) for name in Inputs._fields})
+    x = Inputs(**dict(zip(there, refs, strict=False)))
     *pools, q_out = refs[len(there) :]
     pages, scales = pools[:2], pools[2:] or (x.k_scale, x.v_scale)
     token, part = lax.axis_index("token"), lax.axis_index("part")
     index, size = x.kv_index[token], pages[0].shape[2]
     page, slot = lax.div(index, size), lax.rem(index, size)
-
-    def some(kind: int, count: int) -> Any:  # of qkv's heads
-        return pl.ds((0, H, H + K)[kind] + part * (count // parts), count // parts)
-
-    counts = (H, K, K)
-    # All are loaded before anything is computed: none then waits for another.
-    loaded = [_load(x.qkv.at[token, some(i, n)], n // parts) for i, n in enumerate(counts)]
+    q_rows, kv_rows = H // parts, K // parts
+    of_q, of_kv = pl.ds(part * q_rows, q_rows), pl.ds(part * kv_rows, kv_rows)
+    some = (of_q, *(pl.ds(first + part * kv_rows, kv_rows) for first in (H, H + K)))  # of qkv
+    # These are loaded before anything is computed: none then waits for another.
+    loaded = [_load(x.qkv.at[token, at]) for at in some]
     tables = [
-        [_load_row(table.at[token], n // parts) for table in (x.cos, x.sin) if table is not None]
-        for n in (H, K)
+        [_load_row(table.at[token], n) for table in (x.cos, x.sin) if table is not None]
+        for n in (q_rows, kv_rows)
     ]
     if x.bias is not None:
-        biases = [_load(x.bias.at[some(i, n)], n // parts) for i, n in enumerate(counts)]
+        biases = [_load(x.bias.at[at]) for at in some]
         loaded = [(a + c, b + d) for (a, b), (c, d) in zip(loaded, biases, strict=True)]
     q, k, v = loaded
     if x.q_norm is not None:
         q, k = _normed(q, x.q_norm, eps), _normed(k, x.k_norm, eps)
     if x.cos is not None:
         q, k = _rotated(q, *tables[0]), _rotated(k, *tables[1])
-    _store(q_out.at[token, pl.ds(part * (H // parts), H // parts)], q)
-    ours = pl.ds(part * (K // parts), K // parts)
+    _store(q_out.at[token, of_q], q)
     for new, pool, scale in zip((k, v), pages, scales, strict=True):
-        at = pool.at[page, ours, slot]
+        at = pool.at[page, of_kv, slot]
         if scale is None:
             _store(at, new)
             continue
         a, b = (half.astype(jnp.float32) for half in new)
         if len(scale.shape) == 1:
             layout = half_layout(*a.shape).reduce(1)
-            by = plgpu.load(scale.at[ours], layout=layout, optimized=False)
+            by = plgpu.load(scale.at[of_kv], layout=layout, optimized=False)
         else:
             peak = jnp.maximum(jnp.max(jnp.abs(a), axis=1), jnp.max(jnp.abs(b), axis=1))
             by = choose_scale(peak, pool.dtype)
-            scale[page, ours, slot] = by
-        by = _spread(by, a, 0)
+            scale[page, of_kv, slot] = by
+        by = _spread(by, a.shape, 0)
         _store(at, (to_page_type(a / by, pool.dtype), to_page_type(b / by, pool.dtype)))
 
 
@@ -139,7 +127,7 @@ def _normed(x: Halves, weight: Any, eps: float) -> Halves:
     """As `rms_norm.reference`, over both halves of each head."""
     a, b = (half.astype(jnp.float32) for half in x)
     mean = (jnp.sum(a * a, axis=1) + jnp.sum(b * b, axis=1)) / weight.shape[0]
-    by = _spread(lax.rsqrt(mean + eps), a, 0)
+    by = _spread(lax.rsqrt(mean + eps), a.shape, 0)
     rows, half = a.shape
     scales = [_load_row(weight.at[pl.ds(i * half, half)], rows) for i in (0, 1)]
     return (a * by).astype(x[0].dtype) * scales[0], (b * by).astype(x[0].dtype) * scales[1]
@@ -153,9 +141,9 @@ def _rotated(x: Halves, cos: Any, sin: Any) -> Halves:
 # -- halves of heads in registers ---------------------------------------------------------------
 
 
-def _load(ref: Any, rows: int) -> Halves:
+def _load(ref: Any) -> Halves:
     """[rows, D]"""
-    half = ref.shape[1] // 2
+    rows, half = ref.shape[0], ref.shape[1] // 2
     layout = half_layout(rows, half)
     a, b = (
         plgpu.load(ref.at[:, pl.ds(i * half, half)], layout=layout, optimized=False) for i in (0, 1)
@@ -165,9 +153,9 @@ def _load(ref: Any, rows: int) -> Halves:
 
 def _load_row(ref: Any, rows: int) -> Any:
     """[D/2] → [rows, D/2], all rows alike."""
-    layout = half_layout(rows, ref.shape[0])
-    row = plgpu.load(ref, layout=layout.reduce(0), optimized=False)
-    return plgpu.layout_cast(lax.broadcast_in_dim(row, (rows, ref.shape[0]), (1,)), layout)
+    shape = (rows, ref.shape[0])
+    row = plgpu.load(ref, layout=half_layout(*shape).reduce(0), optimized=False)
+    return _spread(row, shape, 1)
 
 
 def _store(ref: Any, x: Halves) -> None:
@@ -176,9 +164,9 @@ def _store(ref: Any, x: Halves) -> None:
         ref[:, pl.ds(i * half, half)] = values.astype(ref.dtype)
 
 
-def _spread(vector: Any, like: Any, axis: int) -> Any:
-    wide = lax.broadcast_in_dim(vector, like.shape, (axis,))
-    return plgpu.layout_cast(wide, half_layout(*like.shape))
+def _spread(vector: Any, shape: tuple[int, int], axis: int) -> Any:
+    """A vector along `axis` of an array of that shape."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, shape, (axis,)), half_layout(*shape))
 
 
 def half_layout(rows: int, columns: int) -> Any:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from bench import attention, attention_parts, bars, tune_attention
-from bench.attention_cases import CASES, Case, Group, kv_write_bytes, select
+from bench.attention_cases import CASES, Case, Group, qkv_write_bytes, select
 from bench.record import Record
 from bench.tune_attention import Key
 
@@ -31,7 +31,7 @@ def test_bytes_and_flops() -> None:
     assert chunk.flops == 4 * sum(range(8193, 8705)) * 32 * 128
     mixed = BY_NAME["decode.mixed"]
     assert (mixed.new_tokens, mixed.max_query, len(mixed.lengths())) == (64, 1, 64)
-    assert kv_write_bytes("int8", 64) == 64 * (2 * 8 * (128 * 3 + 4) + 32 * 128 * 4 + 128 * 4)
+    assert qkv_write_bytes("int8", 64) == 64 * (2 * 8 * (128 * 3 + 4) + 32 * 128 * 4 + 128 * 4)
 
 
 def test_rotated_inputs_are_far_larger_than_the_cache() -> None:

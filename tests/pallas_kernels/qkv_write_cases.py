@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax
@@ -48,28 +49,25 @@ def arguments(K: int, D: int, name: str, tokens: int = 16) -> tuple[Any, ...]:
     bias = jax.ShapeDtypeStruct(qkv.shape[1:], jnp.bfloat16)
     table = jax.ShapeDtypeStruct((tokens, D // 2), jnp.float32)
     slots = jax.ShapeDtypeStruct((tokens,), jnp.int32)
-    return (pages, pages, scales, scales), qkv, slots, (bias, norm, norm), (table, table)
-
-
-def write(pools: Any, qkv: Any, slots: Any, weights: Any, rope: Any) -> Any:
-    heads = Heads(*weights, eps=1e-5, rope=rope)
-    return qkv_write(pools, qkv, slots, heads, backend="mosaic")
+    heads = Heads(bias, norm, norm, 1e-5, (table, table))
+    return (pages, pages, scales, scales), qkv, slots, heads
 
 
 def cases(arch: str) -> list[Case]:
     """Every format at one shape, every shape at one format."""
+    write = partial(qkv_write, backend="mosaic")
     wanted = [(*SHAPES[0], name) for name in FORMATS] + [(*s, "fp8") for s in SHAPES[1:]]
     return [
         Case(f"qkv_write {name} K={K} D={D}", write, arguments(K, D, name)) for K, D, name in wanted
     ]
 
 
-def steps(pools: Any, qkv: Any, slots: Any, weights: Any, rope: Any, n: Any) -> Any:
+def steps(pools: Any, qkv: Any, slots: Any, heads: Any, n: Any) -> Any:
     """Writes, and reads what it wrote for the next write, n times."""
 
     def body(carry: Any) -> Any:
         i, pools, x = carry
-        _, pools = write(pools, qkv + x, slots, weights, rope)
+        _, pools = qkv_write(pools, qkv + x, slots, heads, backend="mosaic")
         read = sum(p[slots // PAGE_SIZE, :, slots % PAGE_SIZE].astype(x.dtype) for p in pools[:2])
         return i + 1, pools, jnp.mean(read.reshape(len(slots), -1), 1, keepdims=True)
 

@@ -7,6 +7,8 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -31,8 +33,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="the CUDA plugin is f
 
 
 def case(K, D, dtype, scaling=None, new_dtype=jnp.bfloat16, seed=0, group=2):
-    """Pools, which hold random numbers before, and `group` query heads a head of keys and values,
-    unless queries are left out: (pools, qkv, kv_index)."""
+    """(pools, qkv, kv_index): pools, which hold random numbers before, and `group` query heads a
+    head of keys and values."""
     rng = np.random.default_rng(seed)
     pages = [jnp.asarray(rng.normal(size=(PAGES, K, PAGE_SIZE, D)), dtype) for _ in "kv"]
     qkv = jnp.asarray(rng.normal(size=(len(SLOTS), K * (group + 2), D)), new_dtype)
@@ -57,12 +59,7 @@ def every_kind(qkv, D, K, seed=1):
 
 
 def write(args, backend, heads=Heads()):  # noqa: B008
-    eps = heads.eps
-
-    def run(pools, qkv, kv_index, heads):
-        return qkv_write(pools, qkv, kv_index, heads._replace(eps=eps), backend=backend)
-
-    run, args = jax.jit(run), (*args, heads._replace(eps=0.0))
+    run, args = jax.jit(partial(qkv_write, backend=backend)), (*args, heads)
     if backend == "reference" or jax.default_backend() == "gpu":
         return run(*args)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
@@ -161,7 +158,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
     for token, slot in enumerate(SLOTS):
         if slot:
             only = slice(token, token + 1)
-            own = heads._replace(rope=tuple(x[only] for x in heads.rope))
+            own = replace(heads, rope=tuple(x[only] for x in heads.rope))
             q, alone = write((args[0], args[1][only], args[2][only]), "mosaic", own)
             assert np.array_equal(q[0], q_together[token])
             page, at = divmod(slot, PAGE_SIZE)
@@ -201,7 +198,7 @@ def exact(qkv, H, K, heads):
 )  # fmt: skip
 def test_what_is_done_to_heads(K, D, group, without, backend):
     args = case(K, D, jnp.float32, None, jnp.float32, group=group)
-    heads = every_kind(args[1], D, K)._replace(**dict.fromkeys(without))
+    heads = replace(every_kind(args[1], D, K), **dict.fromkeys(without))
     q, pools = write(args, backend, heads)
     page, at = np.divmod(SLOTS, PAGE_SIZE)
     wrote = [np.asarray(pool)[page, :, at] for pool in pools[:2]]
