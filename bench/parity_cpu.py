@@ -37,7 +37,7 @@ def measure(directory: Path) -> tuple[float, int]:
     golden = load_file(directory / "golden.safetensors")
     config = read_config(directory)
     params = load_params(directory, declare(config), dtype=jnp.float32)
-    logits = jax.jit(lambda p, t: apply(p, config, t))(params, jnp.asarray(golden["tokens"]))
+    logits = jax.jit(lambda p, t: apply(p, config, t).logits)(params, jnp.asarray(golden["tokens"]))
     prompt, position = golden["logit_rows"].T
     error = np.abs(np.asarray(logits)[prompt, position] - golden["logits"]).max()
     rows = list(zip(golden["tokens"].tolist(), golden["prompt_lengths"].tolist(), strict=True))

@@ -88,7 +88,7 @@ def run_jaxinfer(folder: Path) -> None:
         )
     config = read_config(folder / "model")
     params = load_weights(folder / "model", config, jnp.bfloat16)
-    score = jax.jit(lambda p, t: jax.nn.log_softmax(apply(p, config, t)))
+    score = jax.jit(lambda p, t: jax.nn.log_softmax(apply(p, config, t).logits))
     np.save(folder / "jaxinfer_apply.npy", score(params, jnp.asarray(tokens, jnp.int32)))
 
 

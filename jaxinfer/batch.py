@@ -121,6 +121,8 @@ class Plan(NamedTuple):
         count: int32; how many decode.
         steps: int32; decode steps to run.
         chunks: what is read of prompts; None in dispatches of several steps.
+        hooked: int32 [2, R + Q]; of each sequence, which of the step's hooks changes its
+            activations, and which its logits, -1: none does; None in a step without hooks.
     """
 
     released: Host
@@ -130,6 +132,7 @@ class Plan(NamedTuple):
     count: Host
     steps: Host
     chunks: Chunks | None
+    hooked: Host = None
 
 
 def init_state(max_num_seqs: int, max_pages: int, groups: int = 1) -> SeqState:

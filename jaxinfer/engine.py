@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -18,6 +19,8 @@ from jaxinfer.buckets import make_buckets
 from jaxinfer.cache import init_cache
 from jaxinfer.config import BatcherConfig, ModelConfig
 from jaxinfer.errors import JaxinferError
+from jaxinfer.hooked import NO_FAULT, HookTables, fault_sites
+from jaxinfer.hooks import Bound
 from jaxinfer.metrics import Metrics
 from jaxinfer.models.decoder import Params
 from jaxinfer.packing import pack
@@ -49,6 +52,9 @@ class Update(NamedTuple):
     `logprobs` describe `tokens`; `scores` the next prompt tokens, each given what comes before it.
     `cached`, with a sequence's first token: how many tokens of its prompt
     were not computed for it.
+    `activations`, by site: of the next tokens that went through the model, [n, width].
+    `fault`: the site at which the request's own function made something that is not finite; the
+    sequence has ended by it.
     """
 
     id: int
@@ -57,6 +63,8 @@ class Update(NamedTuple):
     scores: sampling.Logprobs | None
     finished: bool
     cached: int = 0
+    activations: dict[str, np.ndarray] | None = None
+    fault: str | None = None
 
 
 class _InFlight(NamedTuple):
@@ -98,10 +106,12 @@ class Engine:
         self._table_width = pages_for(limits.max_model_len, limits.page_size)
         self.compiler = StepCompiler(config, invariant=invariant, platform=platform)
         self.metrics = Metrics(clock, limits.page_size)
+        self._weights = b""  # what stands for them in the keys of pages
         self._warmed: tuple[SamplingParams, ...] = ()
         self._variants: tuple[Kind, ...] = ()  # of what was warmed up
         self._ids = itertools.count()
         self._cache = init_cache(config, limits.num_pages, limits.page_size, dtype)
+        self._hooks = HookTables(limits.max_num_seqs, self.compiler.forget)
         self._clear()
 
     def _clear(self) -> None:
@@ -113,6 +123,7 @@ class Engine:
         self._kinds: dict[int, Kind] = {}
         self._outputs: dict[int, list[int]] = {}
         self._scored: dict[int, int] = {}  # prompt tokens whose scores were given out
+        self._captured: dict[int, int] = {}  # tokens whose activations were given out
         self._preempted: set[int] = set()
         self._cached: dict[int, int] = {}  # from a sequence's first chunk to its last
         self._in_flight: deque[_InFlight] = deque()
@@ -125,6 +136,9 @@ class Engine:
 
     def submit(self, sequences: Iterable[SequenceSpec]) -> list[int]:
         """Queues sequences; returns their ids. The caller has validated them."""
+        sequences = list(sequences)
+        used = {bound.hook for s in self._live.values() for bound in _hooks(s)}
+        self._hooks.add((bound.hook for s in sequences for bound in _hooks(s)), used)
         new = {next(self._ids): sequence for sequence in sequences}
         self._live |= new
         self._kinds |= {i: Kind.of(s.params) for i, s in new.items()}
@@ -139,7 +153,8 @@ class Engine:
         ids, hashed = list(ids), {}
         for i in ids:
             # Samples of a request have one prompt.
-            what = (id(self._live[i].prompt), self._whole(self._live[i]), *self._outputs[i])
+            spec = self._live[i]
+            what = (id(spec.prompt), id(spec.inside), self._whole(spec), *self._outputs[i])
             hashed[i] = hashed[what] = hashed[what] if what in hashed else self._keys(i)
         specs = [self._live[i] for i in ids]
         ranks = [i + PRIORITY_ARRIVALS * s.priority for i, s in zip(ids, specs, strict=True)]
@@ -160,19 +175,27 @@ class Engine:
 
     @staticmethod
     def _whole(spec: SequenceSpec) -> bool:
-        """Whether it is computed whole: it is scored, or the device must see its tokens for a
-        penalty."""
-        return spec.score is not None or spec.params.penalised
+        """Whether it is computed whole: it is scored, its activations are wanted, or the device
+        must see its tokens for a penalty."""
+        captures = spec.inside is not None and bool(spec.inside.capture)
+        return captures or spec.score is not None or spec.params.penalised
 
     def _keys(self, sequence: int) -> np.ndarray:
         """Of the pages of its tokens; none where it is computed whole."""
-        tokens = self._tokens(sequence)
-        return self._page_keys(tokens[:0] if self._whole(self._live[sequence]) else tokens)
+        spec, tokens = self._live[sequence], self._tokens(sequence)
+        return self._page_keys(spec, tokens[:0] if self._whole(spec) else tokens)
 
-    def _page_keys(self, tokens: np.ndarray) -> np.ndarray:
+    def _page_keys(self, spec: SequenceSpec, tokens: np.ndarray) -> np.ndarray:
         """Of the pages that `tokens` fill; none where nothing is to be shared."""
         limits = self.limits
-        return page_keys(tokens if limits.prefix_caching else tokens[:0], limits.page_size)
+        shared = tokens if limits.prefix_caching else tokens[:0]
+        return page_keys(shared, limits.page_size, self._salt(spec))
+
+    def _salt(self, spec: SequenceSpec) -> bytes:
+        """Of what its keys and values depend on beside its tokens."""
+        if spec.inside is None or spec.inside.change is None:
+            return self._weights
+        return spec.inside.change.salt(self._hooks.number(spec.inside.change.hook), self._weights)
 
     def cancel(self, sequence: int, *, complete: bool = False) -> None:
         """Gives a sequence up; unknown or finished ones are left alone.
@@ -187,6 +210,7 @@ class Engine:
     def _forget(self, sequence: int) -> None:
         del self._outputs[sequence], self._kinds[sequence]
         self._scored.pop(sequence, None)
+        self._captured.pop(sequence, None)
         self._cached.pop(sequence, None)
         self._preempted.discard(sequence)
 
@@ -199,6 +223,29 @@ class Engine:
         self._cache = init_cache(
             self.config, self.limits.num_pages, self.limits.page_size, self._dtype
         )
+
+    def update_params(self, params: Params) -> None:
+        """Takes other weights, of the same shapes: nothing is compiled anew. Pages that are in the
+        cache are not found any more.
+
+        Arrays on the device are taken as they are: do not donate them to anything afterwards.
+        Others are transferred, one after the other, each into the place of the one that it
+        replaces.
+
+        Raises:
+            JaxinferError: something runs.
+        """
+        if self._live:
+            raise JaxinferError(f"{len(self._live)} sequences run: update an engine that is idle")
+        self._settle()
+        old, tree = jax.tree.flatten(self._params)
+        new = tree.flatten_up_to(params)
+        self._params = {}
+        for i, leaf in enumerate(new):
+            sharding, old[i] = old[i].sharding, None
+            new[i] = jax.device_put(leaf, sharding, may_alias=isinstance(leaf, jax.Array))
+        self._params = jax.tree.unflatten(tree, new)
+        self._weights = secrets.token_bytes(16)
 
     # -- to go on later ---------------------------------------------------------------------
 
@@ -221,6 +268,12 @@ class Engine:
             raise JaxinferError(
                 f"{len(self._in_flight)} dispatches are in flight: read them by "
                 "Engine.read before a snapshot"
+            )
+        hooked = [i for i, spec in self._live.items() if spec.inside is not None]
+        if hooked:
+            raise JaxinferError(
+                f"sequences {hooked} have functions of their own or capture activations, which "
+                "cannot be written: let them finish first"
             )
         next_id = next(self._ids)
         self._ids = itertools.count(next_id)
@@ -412,19 +465,24 @@ class Engine:
             self._count_penalties()
         kind = together(self._kinds[i] for i in _ids(action) if i in self._kinds)
         scores = [s.score for s in specs.values() if s.score is not None]
+        inside = {i: s for i in _ids(action) if (s := self._live.get(i)) and s.inside is not None}
         key = step_key(
             action,
             warmup.covering(self._variants, kind),
             top_bucket(max(scores, default=None)),
+            [s.inside for s in inside.values() if s.inside is not None],
             limits=self.limits, buckets=self._buckets, invariant=self._invariant,
         )  # fmt: skip
+        for chunk in action.chunks:
+            if chunk.first:
+                self._hooks.note(chunk.row, _hooks(specs[chunk.id]))
         known = {i: self._tokens(i) for i in reading}
-        plan = make_plan(action, key, specs, known, table_width=self._table_width)
+        plan = make_plan(action, key, inside | specs, known, table_width=self._table_width)
         return _InFlight(action, key, self._dispatch(key, plan))
 
     def _dispatch(self, key: StepKey, plan: Plan) -> Sampled:
         self._cache, self._seq, sampled = self.compiler.run(
-            key, self._params, self._cache, self._seq, pack(plan)
+            key, self._params, self._cache, self._seq, pack(plan), self._hooks.tables(key.hooks)
         )
         for leaf in jax.tree.leaves(sampled):
             leaf.copy_to_host_async()
@@ -437,16 +495,21 @@ class Engine:
         following = tokens[:, rows : rows + len(done.action.chunks)]
         self.metrics.observe(tokens[:, : len(done.action.ids)], following)
         columns = tokens.T.tolist()
-        updates = []
+        updates = self._fail(done)
         for place, sequence in enumerate(done.action.ids.tolist()):
             if sequence in self._live and columns[place][0] >= 0:  # neither given up nor ended
-                updates.append(self._update(sequence, columns[place], place, done.sampled))
+                at = len(self._live[sequence].prompt) + len(self._outputs[sequence]) - 1
+                update = self._update(sequence, columns[place], place, done.sampled)
+                count = len(update.tokens)
+                seen = self._seen(sequence, at, count, done, np.s_[:count, place])
+                updates.append(update._replace(activations=seen))
         for place, chunk in enumerate(done.action.chunks, done.key.rows):
             if chunk.id in self._live:
                 updates += self._read(chunk, columns[place], place, done)
-        finished = [u.id for u in updates if u.finished]
+        finished = [u.id for u in updates if u.finished and u.fault is None]
         if finished:
-            keys = batcher.objects([self._page_keys(self._tokens(i)[:-1]) for i in finished])
+            known = [self._page_keys(self._live[i], self._tokens(i)[:-1]) for i in finished]
+            keys = batcher.objects(known)
             self._events.append(batcher.Finished(np.array(finished, np.int64), keys))
         for sequence in finished:
             del self._live[sequence]
@@ -463,10 +526,65 @@ class Engine:
         if chunk.first:
             again = bool(self._outputs[chunk.id])
             self._cached[chunk.id] = 0 if again else chunk.start
+        count = chunk.stop - chunk.start
+        at = _start(done.action, chunk)
+        seen = self._seen(chunk.id, chunk.start, count, done, np.s_[0, at : at + count])
         if not chunk.last:
-            return [Update(chunk.id, [], None, scores, False)] if scores is not None else []
+            update = Update(chunk.id, [], None, scores, False, activations=seen)
+            return [update] if scores is not None or seen is not None else []
         update = self._update(chunk.id, column, place, done.sampled)
-        return [update._replace(scores=scores, cached=self._cached.pop(chunk.id))]
+        cached = self._cached.pop(chunk.id)
+        return [update._replace(scores=scores, cached=cached, activations=seen)]
+
+    def _seen(
+        self, id: int, start: int, count: int, done: _InFlight, where: Any
+    ) -> dict[str, np.ndarray] | None:
+        """A sequence's activations from position `start` on, which lie at `where`; what was given
+        out before a preemption is left out."""
+        inside = self._live[id].inside
+        if inside is None or not inside.capture:
+            return None
+        new = max(0, self._captured.get(id, 0) - start)
+        self._captured[id] = max(start + count, self._captured.get(id, 0))
+        # Copies: a view would keep all of the step in memory.
+        captured = done.sampled.captured
+        return {site: np.asarray(captured[site])[where][new:].copy() for site in inside.capture}
+
+    def _fail(self, done: _InFlight) -> list[Update]:
+        """Ends the sequences whose functions went wrong, and those that would have found the same
+        if they did not share pages."""
+        if done.sampled.faults is None:
+            return []
+        faults, sites = np.asarray(done.sampled.faults), fault_sites(done.key.hooks)
+        slots = (*done.action.ids.tolist(), *[-1] * (done.key.rows - len(done.action.ids)))
+        slots = (*slots, *(chunk.id for chunk in done.action.chunks))
+        updates = []
+        for slot, sequence in enumerate(slots):
+            first = int(np.argmin(faults[:, 1, slot]))
+            place, position = faults[first, :, slot].tolist()
+            if place == NO_FAULT or sequence not in self._live:
+                continue
+            for i in self._alike(sequence, position):
+                self.cancel(i)
+                updates.append(Update(i, [], None, None, True, fault=sites[place]))
+        return updates
+
+    def _alike(self, sequence: int, position: int) -> list[int]:
+        """Live sequences that go through an intervention as this one does up to `position`, itself
+        among them; what they wrote is not found again."""
+        spec, tokens = self._live[sequence], self._tokens(sequence)
+        new = position >= len(tokens)  # nobody shares what the host has not read yet
+        if new or spec.inside is None or spec.inside.change is None:
+            return [sequence]
+        salt, tokens = self._salt(spec), tokens[: position + 1]
+        found = [
+            i for i, other in self._live.items()
+            if other.inside is not None and other.inside.change is not None
+            and self._salt(other) == salt
+            and np.array_equal(self._tokens(i)[: position + 1], tokens)
+        ]  # fmt: skip
+        self._hooks.renumber(spec.inside.change.hook)
+        return found
 
     def _scores(self, chunk: batcher.Prefill, done: _InFlight) -> sampling.Logprobs | None:
         """Of the chunk's prompt tokens; those that were given out before a preemption are not given
@@ -479,7 +597,7 @@ class Engine:
         if begin >= end and before:
             return None
         self._scored[chunk.id] = max(before, end)
-        at = chunk_starts(done.action)[done.action.chunks.index(chunk)] - chunk.start
+        at = _start(done.action, chunk) - chunk.start
         return _take(done.sampled.scores, slice(at + begin, at + max(begin, end)), spec.score)
 
     def _update(self, id: int, column: list[int], place: int, sampled: Sampled) -> Update:
@@ -499,6 +617,15 @@ class Engine:
 def _ids(action: batcher.Run) -> list[int]:
     """Sequences of which an action brings results."""
     return action.ids.tolist() + [chunk.id for chunk in action.chunks]
+
+
+def _hooks(spec: SequenceSpec) -> list[Bound]:
+    return [] if spec.inside is None else spec.inside.hooks
+
+
+def _start(action: batcher.Run, chunk: batcher.Prefill) -> int:
+    """Where in the step's flat order a chunk begins."""
+    return chunk_starts(action)[[other.id for other in action.chunks].index(chunk.id)]
 
 
 def _take(logprobs: Any, index: Any, top: int) -> sampling.Logprobs:

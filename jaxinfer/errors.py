@@ -22,6 +22,22 @@ class InvalidRequest(JaxinferError, ValueError):  # noqa: N818
         self.message = message
 
 
+class FunctionFault(JaxinferError):  # noqa: N818
+    """A function that came with a request made something that is not finite. It ends that request.
+
+    Attributes:
+        index: position of the request in the list given by the caller.
+        request_id: of the request.
+        site: where; `logits` for what no token can be sampled from.
+    """
+
+    def __init__(self, site: str, *, index: int, request_id: str) -> None:
+        super().__init__(f"request {index}, {site}: its own function made NaN or infinity")
+        self.site = site
+        self.index = index
+        self.request_id = request_id
+
+
 class UnsupportedModel(JaxinferError):  # noqa: N818
     """The model's architecture or a field of its config is not one that jaxinfer computes."""
 

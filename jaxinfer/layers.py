@@ -60,13 +60,19 @@ def rope_tables(
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def gated_mlp(
-    x: jax.Array, layer: dict[str, Any], activation: str, axis: str | None = None
-) -> jax.Array:
-    """down(act(gate(x)) · up(x)) (Shazeer 2020), gate and up in one matrix."""
+def gated(x: jax.Array, layer: dict[str, Any], activation: str) -> jax.Array:
+    """The neurons of a gated MLP (Shazeer 2020), act(gate(x)) · up(x): [..., E] → [..., F].
+
+    Gate and up are one matrix.
+    """
     gate, up = jnp.split(linear(x, layer["gate_up"], layer.get("gate_up_bias")), 2, axis=-1)
     hidden = ACTIVATIONS[activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)
-    y = reduce_shards(linear(hidden.astype(x.dtype), layer["down"]), axis)
+    return hidden.astype(x.dtype)
+
+
+def down(hidden: jax.Array, layer: dict[str, Any], axis: str | None = None) -> jax.Array:
+    """What the neurons [..., F] of a gated MLP add to the residual stream: [..., E]."""
+    y = reduce_shards(linear(hidden, layer["down"]), axis)
     return y if "down_bias" not in layer else y + layer["down_bias"]
 
 

@@ -18,7 +18,14 @@ from jaxinfer import saving, warmup
 from jaxinfer.cache import resolve_kv_dtype
 from jaxinfer.config import EngineOptions, ModelConfig
 from jaxinfer.engine import Engine
-from jaxinfer.errors import CapacityError, InvalidRequest, JaxinferError, QueueFull
+from jaxinfer.errors import (
+    CapacityError,
+    FunctionFault,
+    InvalidRequest,
+    JaxinferError,
+    QueueFull,
+)
+from jaxinfer.hooks import Hook, Inside, Intervention, LogitsFn, Rows, bind, check
 from jaxinfer.loading import batcher_config, check_params, load_weights, plan, prepare_backend
 from jaxinfer.requests import (
     Request,
@@ -41,7 +48,15 @@ from jaxinfer.types import (
     SamplingParams,
     TokenLogprobs,
 )
-from jaxinfer.validation import as_list, as_prompts, one_each, validate, validate_prompt
+from jaxinfer.validation import (
+    as_list,
+    as_prompts,
+    next_version,
+    one_each,
+    one_or_each,
+    validate,
+    validate_prompt,
+)
 from jaxinfer.warmup import WarmUp
 
 if TYPE_CHECKING:
@@ -55,6 +70,7 @@ logger = logging.getLogger(__name__)
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 Encode = Callable[[Any], Any]
+LogitsFns = LogitsFn | Callable[[jax.Array, Rows, Any], jax.Array]
 
 
 class LLM:
@@ -188,8 +204,7 @@ class LLM:
         self._seeds = random.Random(options.seed)
         self._ids = itertools.count()
         self._owners: dict[int, tuple[Request, Sample]] = {}
-        # Whoever changes the weights raises this: answers of before are then not found any more.
-        self.params_version = 0
+        self.params_version: int | str = 0
         self.response_cache = ResponseCache(options.response_cache)
         limits = batcher_config(config, options, memory)
         kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)
@@ -271,6 +286,9 @@ class LLM:
         *,
         priority: int | Sequence[int] = 0,
         on_error: Literal["raise", "return"] = "raise",
+        capture: Sequence[str] = (),
+        intervene: Intervention | Sequence[Intervention | None] | None = None,
+        logits_fn: LogitsFns | Sequence[LogitsFns | None] | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts; results in the order of the prompts.
 
@@ -281,21 +299,38 @@ class LLM:
                 last where pages run out. Nobody waits for ever.
             on_error: `raise` refuses the whole call for one bad request, before any work;
                 `return` serves the others and gives the bad one's error in `RequestOutput.error`.
+            capture: sites whose activations come with each output, patterns among them:
+                `layers.*.resid`. See `models.sites`, or `jaxinfer info --sites`.
+            intervene: changes activations; for all prompts, or one for each. See `hooks`.
+            logits_fn: changes logits; likewise.
 
         Raises:
             InvalidRequest, QueueFull.
+            FunctionFault: an `intervene` or `logits_fn` made NaN or infinity.
         """
-        return self._complete(as_prompts(prompts), params, on_error, self._encode, priority)
+        several = as_prompts(prompts)
+        inside = self._inside(len(several), capture, intervene, logits_fn)
+        return self._complete(several, params, on_error, self._encode, priority, inside)
 
     def stream(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        capture: Sequence[str] = (),
+        intervene: Intervention | None = None,
+        logits_fn: LogitsFns | None = None,
     ) -> Iterator[Delta]:
         """Completes one prompt, yielding what is new as it comes; the last Delta has the result.
 
         The request is checked at once; it runs while the iterator is read. Closing the iterator
-        cancels it.
+        cancels it. See `generate`.
         """
-        request = self.prepare(prompt, params, priority=priority)
+        request = self.prepare(
+            prompt, params,
+            priority=priority, capture=capture, intervene=intervene, logits_fn=logits_fn,
+        )  # fmt: skip
         assert request.deltas is not None
         return self._stream(request, request.deltas)
 
@@ -319,25 +354,33 @@ class LLM:
         return self.tokenizer.apply_chat_template(messages)
 
     def logprobs(
-        self, sequences: Prompt | Sequence[Prompt], *, top: int = 0
+        self,
+        sequences: Prompt | Sequence[Prompt],
+        *,
+        top: int = 0,
+        capture: Sequence[str] = (),
+        intervene: Intervention | Sequence[Intervention | None] | None = None,
     ) -> list[TokenLogprobs]:
         """Log-probability of every token of each sequence after its first, given those before.
 
         Args:
             sequences: texts or lists of token ids.
             top: how many of the likeliest tokens to return at each position.
+            capture, intervene: as in `generate`.
 
         Raises:
-            InvalidRequest, QueueFull.
+            InvalidRequest, QueueFull, FunctionFault.
         """
         if not isinstance(top, int | np.integer) or not 0 <= top <= MAX_TOP_LOGPROBS:
             raise InvalidRequest(
                 f"{top!r} is not an integer from 0 to {MAX_TOP_LOGPROBS}", field="top"
             )
         params = SamplingParams(temperature=0.0, prompt_logprobs=int(top))
+        several = as_prompts(sequences)
+        inside = self._inside(len(several), capture, intervene, None)
         requests = [
-            self._prepare(sequence, params, index, generate=False)
-            for index, sequence in enumerate(as_prompts(sequences))
+            self._prepare(sequence, params, index, generate=False, inside=inside(index))
+            for index, sequence in enumerate(several)
         ]
         self._run(requests)
         return [token_logprobs(request) for request in requests]
@@ -345,15 +388,25 @@ class LLM:
     # -- for loops of one's own, as AsyncLLM's -------------------------------------------------
 
     def prepare(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        capture: Sequence[str] = (),
+        intervene: Intervention | None = None,
+        logits_fn: LogitsFns | None = None,
     ) -> Request:
         """A checked request, for `submit`; what comes of it is added to its `deltas`.
+
+        See `generate`.
 
         Raises:
             InvalidRequest.
         """
         params = SamplingParams() if params is None else params
-        request = self._prepare(prompt, params, 0, priority=priority)
+        inside = self._inside(1, capture, intervene, logits_fn)
+        request = self._prepare(prompt, params, 0, priority=priority, inside=inside(0))
         request.deltas = deque()
         return request
 
@@ -364,7 +417,7 @@ class LLM:
             QueueFull: all of them were left out.
         """
         for request in requests:
-            request.key = self._key(request)
+            request.key, request.params_version = self._key(request), self.params_version
         known = [self.response_cache.get(request.key) for request in requests]
         queued = [r for r, found in zip(requests, known, strict=True) if found is None]
         self._queue(queued)
@@ -398,6 +451,12 @@ class LLM:
                 if owner is None:  # given up meanwhile
                     continue
                 request, sample = owner
+                if update.fault is not None:
+                    request.failed = FunctionFault(
+                        update.fault, index=request.index, request_id=request.id
+                    )
+                    self.cancel([request])
+                    continue
                 try:
                     take(request, sample, update, self.tokenizer)
                     self._keep(request)
@@ -420,6 +479,48 @@ class LLM:
         for sample in (s for request in requests for s in request.samples):
             if sample.sequence is not None and self._owners.pop(sample.sequence, None):
                 self.engine.cancel(sample.sequence)
+
+    def update_params(
+        self,
+        params: Params,
+        *,
+        version: int | str | None = None,
+        in_flight: Literal["drain", "abort"] = "drain",
+    ) -> None:
+        """Takes other weights, without compiling anything: see `Engine.update_params`.
+
+        Cached prefixes and answers of before are not used any more.
+
+        Args:
+            params: a tree like that of the model, in its dtype; arrays on the device, which are
+                taken as they are, or NumPy arrays.
+            version: name of the weights, which results carry as `params_version`; None: the number
+                after the one before.
+            in_flight: `drain` lets all requests finish first, `abort` fails them.
+
+        Raises:
+            CheckpointError: the tree is not the model's; lists what differs. Nothing has changed.
+            ValueError: `in_flight` or `version` is something else.
+            JaxinferError: the weights could not be transferred; the LLM is then closed.
+        """
+        if in_flight not in ("drain", "abort"):
+            raise ValueError(f"in_flight={in_flight!r}: expected 'drain' or 'abort'")
+        version = next_version(self.params_version, version)
+        check_params(params, self.config, jnp.dtype(self._options.dtype))
+        if in_flight == "abort":
+            owners = saving.distinct(request for request, _ in self._owners.values())
+            self.cancel(owners)
+            for request in owners:
+                request.failed = JaxinferError("given up: the weights were updated")
+        while self._owners:
+            self.pump()
+        try:
+            self.engine.update_params(params)
+        except BaseException as error:
+            self.close()
+            raise JaxinferError(f"the update broke off, the LLM is closed: {error}") from error
+        self.params_version = version
+        self.response_cache.clear()
 
     # -- to go on later ---------------------------------------------------------------------
 
@@ -461,7 +562,7 @@ class LLM:
         self._ids = itertools.count(max(saved.next_id, next(self._ids)))
         self._seeds.setstate(saved.seeds)
         for request in saved.requests:
-            request.key = self._key(request)
+            request.key, request.params_version = self._key(request), self.params_version
             for sample in request.samples:
                 if sample.sequence is not None and sample.finish_reason is None:
                     self._owners[sample.sequence] = (request, sample)
@@ -476,30 +577,49 @@ class LLM:
         on_error: Literal["raise", "return"],
         encode: Encode,
         priority: int | Sequence[int] = 0,
+        inside: Callable[[int], Inside | None] = lambda _: None,
     ) -> list[RequestOutput]:
         if on_error not in ("raise", "return"):
             raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'return'")
         each = one_each(params, len(prompts))
-        several = isinstance(priority, list | tuple | np.ndarray)
-        places: list[Any] = list(priority) if several else [priority] * len(prompts)
-        if len(places) != len(prompts):
-            raise InvalidRequest(
-                f"{len(places)} for {len(prompts)} prompts: give one, or one for each",
-                field="priority",
-            )
+        places = one_or_each(priority, len(prompts), "priority")
         requests: list[Request | RequestOutput] = []
         for index, prompt in enumerate(prompts):
             try:
                 request = self._prepare(
-                    prompt, each[index], index, encode=encode, priority=places[index]
-                )
+                    prompt, each[index], index,
+                    encode=encode, priority=places[index], inside=inside(index),
+                )  # fmt: skip
                 requests.append(request)
             except InvalidRequest as error:
                 if on_error == "raise":
                     raise
-                requests.append(refused(prompt, error, next(self._ids)))
-        self._run([r for r in requests if isinstance(r, Request)])
-        return [r if isinstance(r, RequestOutput) else finish(r, self.tokenizer) for r in requests]
+                requests.append(refused(prompt, error, str(next(self._ids))))
+        self._run([r for r in requests if isinstance(r, Request)], on_error)
+        return [r if isinstance(r, RequestOutput) else self._result(r) for r in requests]
+
+    def _result(self, request: Request) -> RequestOutput:
+        if request.failed is None:
+            return finish(request, self.tokenizer)
+        return refused(request.prompt or request.prompt_ids, request.failed, request.id)
+
+    def _inside(
+        self, count: int, capture: Any, intervene: Any, logits_fn: Any
+    ) -> Callable[[int], Inside | None]:
+        """What each of `count` requests wants of the inside, checked when it is asked for."""
+        changes = one_or_each(intervene, count, "intervene")
+        logits = one_or_each(logits_fn, count, "logits_fn")
+        checked: set[Hook] = set()
+
+        def of(index: int) -> Inside | None:
+            found = bind(capture, changes[index], logits[index], self.config, index=index)
+            new = {bound.hook for bound in (found.hooks if found else ())} - checked
+            for hook in new:
+                check(hook, self.config, jnp.dtype(self._options.dtype), index=index)
+            checked.update(new)
+            return found
+
+        return of
 
     def _encode(self, prompt: Any) -> Any:
         """Token ids of text; what is not text is taken for token ids, and checked later."""
@@ -518,6 +638,7 @@ class LLM:
         encode: Encode | None = None,
         generate: bool = True,
         priority: int = 0,
+        inside: Inside | None = None,
     ) -> Request:
         """Checks a request and tokenises it; touches nothing else."""
         validate(params, index=index, vocab_size=self.config.vocab_size)
@@ -550,22 +671,23 @@ class LLM:
             eos_ids=self.config.eos_token_ids,
             samples=[Sample(i) for i in range(params.n)],
             priority=int(priority),
+            inside=inside,
+            index=index,
         )
 
-    def _run(self, requests: Sequence[Request]) -> None:
-        """Runs requests to their end."""
+    def _run(
+        self, requests: Sequence[Request], on_error: Literal["raise", "return"] = "raise"
+    ) -> None:
+        """Runs requests to their end; `return` leaves those that fail alone as they are."""
         try:
             self.submit(requests)
             for request in requests:  # each turn of the engine serves them all
-                self._wait(request)
+                while not (request.finished or request.failed):
+                    self.pump()
+                if request.failed and on_error == "raise":
+                    raise request.failed
         finally:
             self.cancel(requests)
-
-    def _wait(self, request: Request) -> None:
-        while not request.finished:
-            if request.failed:
-                raise request.failed
-            self.pump()
 
     def _stream(self, request: Request, deltas: deque[Delta]) -> Iterator[Delta]:
         try:
@@ -584,6 +706,8 @@ class LLM:
     def _key(self, request: Request) -> Key | None:
         """None where no answer is to be kept, as for a request that only scores its prompt."""
         if not self.response_cache.entries or request.limit == len(request.prompt_ids):
+            return None
+        if request.inside is not None:
             return None
         return response_key(request.prompt_ids, request.params, self.params_version)
 

@@ -164,6 +164,6 @@ class _Intake:
         except InvalidRequest as error:
             # `prepare` does not know which of many requests it checks
             named = InvalidRequest(error.message, index=job.index, field=error.field)
-            return job.index, refused(job.prompt, named, job.index)
+            return job.index, refused(job.prompt, named, str(job.index))
         request.deltas = None  # nobody reads before the end
         return job.index, request

@@ -13,6 +13,7 @@ from jaxinfer import batcher, sampling
 from jaxinfer.batch import MIN_ROWS, Chunks, Plan
 from jaxinfer.buckets import Buckets, fit
 from jaxinfer.config import BatcherConfig
+from jaxinfer.hooks import Inside
 from jaxinfer.pages import pages_for
 from jaxinfer.runner import StepKey
 from jaxinfer.types import MAX_TOP_LOGPROBS, SamplingParams
@@ -32,6 +33,7 @@ class SequenceSpec:
         stop_ids: tokens at which it ends, the model's own included.
         score: how many of the likeliest tokens to return after each prompt token; None: no
             prompt log-probabilities at all.
+        inside: what it wants of the model's inside; None: nothing.
     """
 
     prompt: np.ndarray
@@ -42,6 +44,7 @@ class SequenceSpec:
     priority: int = 0
     stop_ids: tuple[int, ...] = ()
     score: int | None = None
+    inside: Inside | None = None
 
 
 class Kind(NamedTuple):
@@ -79,6 +82,7 @@ def step_key(
     action: batcher.Run,
     kind: Kind,
     score: int | None,
+    inside: Iterable[Inside] = (),
     *,
     limits: BatcherConfig,
     buckets: Buckets,
@@ -90,9 +94,10 @@ def step_key(
         action: of the scheduler.
         kind: of all its sequences together.
         score: the most of the likeliest tokens that a chunk wants after its prompt tokens.
+        inside: what any of its sequences wants of the model's inside.
         limits, buckets, invariant: the engine's.
     """
-    count = len(action.rows)
+    count, inside = len(action.rows), list(inside)
     tokens = sum(chunk.stop - chunk.start for chunk in action.chunks)
     size = fit(buckets.tokens, count + tokens) if tokens else 0
     rows = fit(buckets.mixed_rows(size) if tokens else buckets.rows, count)
@@ -108,6 +113,9 @@ def step_key(
         truncated=kind.truncated,
         top=kind.top,
         score=score,
+        capture=tuple(sorted({site for wanted in inside for site in wanted.capture})),
+        # A dict keeps the order of the sequences, a set would not.
+        hooks=tuple(dict.fromkeys(bound.hook for wanted in inside for bound in wanted.hooks)),
     )
 
 
@@ -129,16 +137,18 @@ def make_plan(
     Args:
         action: of the scheduler.
         key: of `step_key`.
-        specs: at least the sequences of the action's chunks.
+        specs: at least the sequences of the action's chunks, and those that have hooks.
         known: all tokens of those sequences, int32: prompt, and what was sampled before.
         table_width: columns of the device's page table.
     """
     M = len(action.released)
     rows = np.full(key.rows, M, np.int32)
     rows[: len(action.rows)] = action.rows
-    chunks = None
+    chunks, hooked = None, None
     if key.chunks:
         chunks = _chunks(action, key, specs, known, table_width)
+    if key.hooks:
+        hooked = _hooked(action, key, specs)
     return Plan(
         released=action.released,
         columns=action.columns,
@@ -147,7 +157,22 @@ def make_plan(
         count=np.int32(len(action.rows)),
         steps=np.int32(action.steps),
         chunks=chunks,
+        hooked=hooked,
     )
+
+
+def _hooked(action: batcher.Run, key: StepKey, specs: Mapping[int, SequenceSpec]) -> np.ndarray:
+    """Which of the key's hooks are for each sequence; see `Plan`."""
+    found = np.full((2, key.rows + key.chunks), -1, np.int32)
+    places = {hook: place for place, hook in enumerate(key.hooks)}
+    reading = [chunk.id for chunk in action.chunks]
+    for start, ids in ((0, action.ids.tolist()), (key.rows, reading)):
+        for slot, sequence in enumerate(ids, start):
+            inside = specs[sequence].inside if sequence in specs else None
+            for kind, bound in enumerate(inside[1:] if inside is not None else ()):
+                if bound is not None:
+                    found[kind, slot] = places[bound.hook]
+    return found
 
 
 def chunk_starts(action: batcher.Run) -> list[int]:

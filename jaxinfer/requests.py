@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from jaxinfer import detokenizer
+from jaxinfer.hooks import Inside
 from jaxinfer.plans import SequenceSpec
 from jaxinfer.types import (
     CompletionOutput,
@@ -25,7 +26,7 @@ from jaxinfer.types import (
 
 if TYPE_CHECKING:
     from jaxinfer.engine import Update
-    from jaxinfer.errors import InvalidRequest, JaxinferError
+    from jaxinfer.errors import JaxinferError
     from jaxinfer.response_cache import Key
     from jaxinfer.tokenizer import Tokenizer
 
@@ -46,6 +47,7 @@ class Sample:
     detok: detokenizer.DetokState | None = None
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: int | str | None = None
+    activations: list[dict[str, np.ndarray]] = field(default_factory=list)
 
 
 @dataclass
@@ -62,6 +64,9 @@ class Request:
         cached: prompt tokens that were not computed, of all samples.
         key: under which its answer is kept, where it is to be kept.
         answer: the result, where it is not to be made of the samples.
+        inside: what it wants of the model's inside.
+        params_version: of the weights that serve it.
+        index: position among those of the same call.
     """
 
     id: str
@@ -79,6 +84,9 @@ class Request:
     cached: int = 0
     key: Key | None = None
     answer: RequestOutput | None = None
+    inside: Inside | None = None
+    params_version: int | str = 0
+    index: int = 0
     unfinished: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -103,6 +111,8 @@ def take(request: Request, sample: Sample, update: Update, tokenizer: Tokenizer 
     """
     if update.scores is not None:
         request.scores.append(update.scores)
+    if update.activations is not None:
+        sample.activations.append(update.activations)
     if not update.tokens and not update.finished:
         return
     request.cached += update.cached
@@ -134,16 +144,16 @@ def finish(request: Request, tokenizer: Tokenizer | None) -> RequestOutput:
     """The request's result so far."""
     if request.answer is not None:
         return request.answer
-    params = request.params
     return RequestOutput(
         request_id=request.id,
         prompt=request.prompt,
         prompt_token_ids=request.prompt_ids,
-        outputs=tuple(_completion(sample, params) for sample in request.samples),
+        outputs=tuple(_completion(sample, request) for sample in request.samples),
         finished=request.finished,
         seed=request.seed,
         prompt_logprobs=_prompt_logprobs(request, tokenizer),
         num_cached_tokens=request.cached,
+        params_version=request.params_version,
     )
 
 
@@ -173,10 +183,10 @@ def merged_scores(request: Request) -> Any:
     return type(request.scores[0])(*(np.concatenate(part) for part in parts))
 
 
-def refused(prompt: Any, error: InvalidRequest, number: int) -> RequestOutput:
-    """The result of a prompt that was not served."""
+def refused(prompt: Any, error: JaxinferError, request_id: str) -> RequestOutput:
+    """The result of a prompt that was not served, or not to its end."""
     return RequestOutput(
-        request_id=str(number),
+        request_id=request_id,
         prompt=prompt if isinstance(prompt, str) else None,
         prompt_token_ids=(),
         outputs=(),
@@ -198,6 +208,7 @@ def sequences(request: Request) -> list[SequenceSpec]:
             stop_ids=request.stop_ids,
             # The prompt is the same for every sample: one scores it for all.
             score=request.params.prompt_logprobs if sample.index == 0 else None,
+            inside=request.inside,
         )
         for sample in request.samples
     ]
@@ -211,7 +222,18 @@ def token_logprobs(request: Request) -> TokenLogprobs:
         logprobs=scores.logprob,
         top_ids=scores.top_ids,
         top_logprobs=scores.top_logprobs,
+        activations=_activations(request.samples[0], len(request.prompt_ids)),
+        params_version=request.params_version,
     )
+
+
+def _activations(sample: Sample, count: int) -> dict[str, np.ndarray] | None:
+    """Of the first `count` tokens: of what came after a stop string nothing was asked."""
+    if not sample.activations:
+        return None
+    sites = sample.activations[0]
+    parts = {site: [part[site] for part in sample.activations] for site in sites}
+    return {site: np.concatenate(found)[:count] for site, found in parts.items()}
 
 
 def _detokenise(
@@ -267,8 +289,8 @@ def _logprob_entry(
     return {token: chosen} | {i: entry for i, entry in top.items() if i != token}
 
 
-def _completion(sample: Sample, params: SamplingParams) -> CompletionOutput:
-    wanted = params.logprobs is not None
+def _completion(sample: Sample, request: Request) -> CompletionOutput:
+    wanted = request.params.logprobs is not None
     return CompletionOutput(
         index=sample.index,
         text=sample.text,
@@ -277,6 +299,7 @@ def _completion(sample: Sample, params: SamplingParams) -> CompletionOutput:
         logprobs=tuple(sample.logprobs) if wanted else None,
         finish_reason=sample.finish_reason,
         stop_reason=sample.stop_reason,
+        activations=_activations(sample, len(request.prompt_ids) + len(sample.tokens) - 1),
     )
 
 

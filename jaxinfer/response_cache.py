@@ -21,11 +21,11 @@ class Key(NamedTuple):
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     seed: int | None
-    params_version: int
+    params_version: int | str
 
 
 def response_key(
-    prompt_ids: tuple[int, ...], params: SamplingParams, params_version: int
+    prompt_ids: tuple[int, ...], params: SamplingParams, params_version: int | str
 ) -> Key | None:
     """The key of a valid request; None where it is not to be repeated: it asks for a fresh seed.
 

@@ -20,7 +20,9 @@ from jaxinfer import sampling
 from jaxinfer.batch import MIN_ROWS, Plan, SeqState, assemble, prepare
 from jaxinfer.cache import PagedCache
 from jaxinfer.config import ModelConfig
-from jaxinfer.models.decoder import AttentionOptions, Params, forward, logits
+from jaxinfer.hooked import change_logits, changes, faults, hook_up
+from jaxinfer.hooks import Hook, Rows, wanted_sites
+from jaxinfer.models.decoder import NO_CHANGE, AttentionOptions, Params, forward, logits
 from jaxinfer.packing import Packed, pack, unpack
 from pallas_kernels.paged_attention import Backend
 
@@ -56,6 +58,8 @@ class StepKey:
         top: None without log-probabilities, else how many of the likeliest to return.
         score: how many of the likeliest to return after every token of the chunks; None: nothing
             is scored.
+        capture: sites whose activations are returned.
+        hooks: users' functions; each token is for one of them at most.
     """
 
     rows: int
@@ -70,6 +74,8 @@ class StepKey:
     truncated: bool = False
     top: int | None = None
     score: int | None = None
+    capture: tuple[str, ...] = ()
+    hooks: tuple[Hook, ...] = ()
 
 
 class Sampled(NamedTuple):
@@ -79,11 +85,15 @@ class Sampled(NamedTuple):
         tokens: int32 [K, R + Q]; -1 where a row has ended or a prompt goes on.
         logprobs: [K, R + Q, …], or None.
         scores: [T, …]; of the targets of chunks, or None.
+        captured: by site, [K, T, width]: of all tokens of each step, in their flat order.
+        faults: int32 [K, 2, R + Q]; see `hooked.faults`; None without hooks.
     """
 
     tokens: Array
     logprobs: sampling.Logprobs | None
     scores: sampling.Logprobs | None
+    captured: dict[str, Array]
+    faults: Array | None
 
 
 def run_step(
@@ -91,11 +101,12 @@ def run_step(
     cache: PagedCache,
     seq: SeqState,
     plan: Plan,
+    tables: tuple[Any, ...] = (),
     *,
     config: ModelConfig,
     key: StepKey,
 ) -> tuple[PagedCache, SeqState, Sampled]:
-    """One dispatch: what `plan` says, in the shapes that `key` says.
+    """One dispatch: what `plan` says, in the shapes that `key` says. `tables`: of its hooks.
 
     Of several decode steps all `key.steps` are computed, those without a row to run too: a loop
     that ends early would make the host wait for the device at every look, and then the device for
@@ -103,15 +114,16 @@ def run_step(
     """
     seq = prepare(seq, plan)
     if key.steps == 1:
-        cache, seq, sampled = _step(params, cache, seq, plan, config, key)
-        tokens, logprobs = jax.tree.map(lambda x: x[None], (sampled.tokens, sampled.logprobs))
-        return cache, seq, Sampled(tokens, logprobs, sampled.scores)
+        cache, seq, sampled = _step(params, cache, seq, plan, tables, config, key)
+        scores = sampled.scores
+        sampled = jax.tree.map(lambda x: x[None], sampled._replace(scores=None))
+        return cache, seq, sampled._replace(scores=scores)
 
     def step(carry: tuple[PagedCache, SeqState], i: Array) -> Any:
         cache, seq = carry
         running, due = seq.active, i < plan.steps
         paused = seq._replace(active=running & due)
-        cache, seq, sampled = _step(params, cache, paused, plan, config, key)
+        cache, seq, sampled = _step(params, cache, paused, plan, tables, config, key)
         return (cache, seq._replace(active=jnp.where(due, seq.active, running))), sampled
 
     (cache, seq), sampled = lax.scan(step, (cache, seq), jnp.arange(key.steps))
@@ -123,6 +135,7 @@ def _step(
     cache: PagedCache,
     seq: SeqState,
     plan: Plan,
+    tables: tuple[Any, ...],
     config: ModelConfig,
     key: StepKey,
 ) -> tuple[PagedCache, SeqState, Sampled]:
@@ -134,7 +147,13 @@ def _step(
     if key.score is not None:
         batch = batch._replace(logit_rows=jnp.arange(T, dtype=jnp.int32))
     options = AttentionOptions(key.backend, key.invariant)
-    out, cache = forward(params, config, batch, cache, attention=options)
+    hooked = hook_up(key.hooks, tables, plan, batch) if key.hooks else None
+    out, cache = forward(
+        params, config, batch, cache,
+        attention=options,
+        capture=(*key.capture, *wanted_sites(key.hooks)),
+        change=NO_CHANGE if hooked is None else changes(hooked),
+    )  # fmt: skip
     hidden = out.hidden
     if key.score is not None:
         assert plan.chunks is not None, "only prompts are scored"
@@ -142,13 +161,19 @@ def _step(
         hidden = hidden[sampled_at]
 
     row, length, wanted, done = _outcome(seq, plan)
-    at = jnp.minimum(row, M - 1)
-    view = jax.tree.map(lambda x: x[at], (seq.rows, seq.penalties))
-    raw = logits(params, hidden)[: len(row)]
+    rows = jnp.minimum(row, M - 1)
+    view = jax.tree.map(lambda x: x[rows], (seq.rows, seq.penalties))
+    raw, found = logits(params, hidden)[: len(row)], None
+    changed = raw
+    if hooked is not None:
+        at = sampled_at[: len(row)]
+        seen = {site: out.activations[site][at] for site in wanted_sites(key.hooks)}
+        changed, unfit = change_logits(hooked, raw, Rows(view[0], length, batch.tokens[at], seen))
+        found = faults(hooked, unfit & wanted, done, length)
     token = sampling.sample(
-        raw, view[0], length, view[1], truncated=key.truncated, random=key.random
+        changed, view[0], length, view[1], truncated=key.truncated, random=key.random
     )
-    going = wanted & ~_ends(token, length, seq.limits[at], view[0].stop_ids)
+    going = wanted & ~_ends(token, length, seq.limits[rows], view[0].stop_ids)
     to = jnp.where(done, row, M)  # past the end: dropped
     seq = seq._replace(
         tokens=seq.tokens.at[to].set(token, mode="drop"),
@@ -159,7 +184,8 @@ def _step(
     logprobs = None
     if key.top is not None:
         logprobs = sampling.token_logprobs(raw, token, top=key.top)
-    return cache, seq, Sampled(jnp.where(wanted, token, -1), logprobs, scores)
+    captured = {site: out.activations[site] for site in key.capture}
+    return cache, seq, Sampled(jnp.where(wanted, token, -1), logprobs, scores, captured, found)
 
 
 def _outcome(seq: SeqState, plan: Plan) -> tuple[Array, Array, Array, Array]:
@@ -243,13 +269,13 @@ class StepCompiler:
         Args:
             keys: of the steps; what is compiled already is left alone.
             plans: makes a plan in a key's shapes.
-            args: params, cache and state, or their shapes.
+            args: params, cache and state, or their shapes. Keys with hooks are not for this.
         """
         begin, penalised = time.perf_counter(), args[-1].penalties is not None
         missing = [key for key in keys if (key, penalised) not in self._compiled]
         with ThreadPoolExecutor() as pool:
             # Tracing holds the interpreter, compiling does not.
-            lowered = ((key, self._lower(key, *args, pack(plans(key)))) for key in missing)
+            lowered = ((key, self._lower(key, *args, pack(plans(key)), ())) for key in missing)
             found = [(key, pool.submit(self._finish, key, low)) for key, low in lowered]
             for key, compiled in found:
                 self._compiled[key, penalised] = compiled.result()
@@ -262,22 +288,31 @@ class StepCompiler:
         cache: PagedCache,
         seq: SeqState,
         plan: Packed,
+        tables: tuple[Any, ...] = (),
     ) -> tuple[PagedCache, SeqState, Sampled]:
         """Runs a step, compiling it first if need be. `cache` and `seq` are donated.
 
-        `plan` is a `Plan`, packed.
+        `plan` is a `Plan`, packed; `tables` are those of the key's hooks.
         """
         # Penalties change the state's structure, and with it the program.
         lookup = (key, seq.penalties is not None)
         if lookup not in self._compiled:
             begin = time.perf_counter()
-            self._compiled[lookup] = self._finish(key, self._lower(key, params, cache, seq, plan))
+            lowered = self._lower(key, params, cache, seq, plan, tables)
+            self._compiled[lookup] = self._finish(key, lowered)
             self.compile_seconds += time.perf_counter() - begin
-        return self._compiled[lookup](params, cache, seq, plan)
+        return self._compiled[lookup](params, cache, seq, plan, tables)
+
+    def forget(self, hook: Hook) -> None:
+        """Lets go of the programs that have a hook in them."""
+        for key in [key for key in self._compiled if hook in key[0].hooks]:
+            del self._compiled[key]
 
     def _lower(self, key: StepKey, *args: Any) -> Any:
-        def step(params: Params, cache: PagedCache, seq: SeqState, plan: Packed) -> Any:
-            return run_step(params, cache, seq, unpack(plan), config=self._config, key=key)
+        def step(
+            params: Params, cache: PagedCache, seq: SeqState, plan: Packed, tables: Any
+        ) -> Any:
+            return run_step(params, cache, seq, unpack(plan), tables, config=self._config, key=key)
 
         return jax.jit(step, donate_argnums=(1, 2)).lower(*args)
 

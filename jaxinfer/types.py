@@ -90,7 +90,11 @@ class Logprob:
 
 @dataclass(frozen=True)
 class CompletionOutput:
-    """One sample of a request. `logprobs[i]` maps token ids to `Logprob` at output position i."""
+    """One sample of a request. `logprobs[i]` maps token ids to `Logprob` at output position i.
+
+    `activations`, by site: [prompt + output - 1, width] in the model's dtype, of every token but
+    the last, which went through the model no more.
+    """
 
     index: int
     text: str
@@ -99,13 +103,15 @@ class CompletionOutput:
     logprobs: tuple[dict[int, Logprob], ...] | None = None
     finish_reason: Literal["stop", "length"] | None = None
     stop_reason: int | str | None = None
+    activations: dict[str, np.ndarray] | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
 class RequestOutput:
     """A request's result, with the fields of vLLM's and the seed that repeats it.
 
-    `error` is set, and `outputs` empty, for a request refused under `on_error="return"`.
+    `error` is set, and `outputs` empty, for a request refused under `on_error="return"`, and for
+    one whose own function went wrong. `params_version`: of the weights that served it.
     `num_cached_tokens`: prompt tokens, of all samples together, that were found in the cache.
     """
 
@@ -118,6 +124,7 @@ class RequestOutput:
     prompt_logprobs: tuple[dict[int, Logprob] | None, ...] | None = None
     error: JaxinferError | None = None
     num_cached_tokens: int = 0
+    params_version: int | str = 0
 
 
 @dataclass(frozen=True)
@@ -143,9 +150,13 @@ class TokenLogprobs:
         logprobs: float32 [N-1]; entry i is log p(token i+1 | tokens 0..i).
         top_ids: int32 [N-1, top], likeliest first.
         top_logprobs: float32 [N-1, top].
+        activations: by site, [N, width] in the model's dtype; None: none were wanted.
+        params_version: of the weights.
     """
 
     token_ids: tuple[int, ...]
     logprobs: np.ndarray
     top_ids: np.ndarray = field(repr=False)
     top_logprobs: np.ndarray = field(repr=False)
+    activations: dict[str, np.ndarray] | None = field(default=None, repr=False, compare=False)
+    params_version: int | str = 0

@@ -154,6 +154,33 @@ def one_each(
     return several
 
 
+def one_or_each(value: Any, count: int, field: str) -> Sequence[Any]:
+    """`value` for each of `count` prompts, if it is not a list of them already.
+
+    Raises:
+        InvalidRequest: a list of another length.
+    """
+    if not isinstance(value, list | tuple | np.ndarray):
+        return [value] * count
+    if len(value) != count:
+        message = f"{len(value)} for {count} prompts: give one, or one for each"
+        raise InvalidRequest(message, field=field)
+    return list(value)
+
+
+def next_version(before: int | str, wanted: Any) -> int | str:
+    """The name of new weights: the one that is wanted, or the number after the one before.
+
+    Raises:
+        ValueError: it is not an integer or a string; or none was given, and the last is no number.
+    """
+    if wanted is None and isinstance(before, int):
+        return before + 1
+    if isinstance(wanted, bool) or not isinstance(wanted, int | str):
+        raise ValueError(f"version={wanted!r}: expected an integer or a string, after {before!r}")
+    return wanted
+
+
 def _integer(low: float, high: float) -> Callable[[Any], bool]:
     return lambda v: _is(v, Integral) and low <= v <= high
 

@@ -217,17 +217,20 @@ def run_jaxinfer(
     from jaxinfer.llm import LLM
     from jaxinfer.loading import load_weights
     from jaxinfer.models import decoder
+    from jaxinfer.models.sites import layer_site
     from jaxinfer.types import SamplingParams
 
     reserve_memory(0.9)
     params = load_weights(directory, config, jnp.dtype(dtype))
-    run = jax.jit(lambda params, tokens: decoder.apply(params, config, tokens, capture=("resid",)))
+    residuals = tuple(layer_site(i, "resid") for i in range(config.num_layers))
+    run = jax.jit(lambda params, tokens: decoder.apply(params, config, tokens, capture=residuals))
     found = []
     for sequence in sequences:
         padded = np.zeros((1, -(-len(sequence) // COMPILED_LENGTH) * COMPILED_LENGTH), np.int32)
         padded[0, : len(sequence)] = sequence
         logits, captured = run(params, padded)
-        resid = np.asarray(captured["resid"][:, 0, : len(sequence)], np.float32)
+        layers = [np.asarray(captured[site][0, : len(sequence)]) for site in residuals]
+        resid = np.stack(layers).astype(np.float32)
         found.append(Trace(resid, np.asarray(logits[0, : len(sequence)]), ()))
     with LLM.from_params(
         params,

@@ -11,8 +11,9 @@ import pytest
 
 from jaxinfer.config import RopeConfig
 from jaxinfer.layers import (
+    down,
     embed,
-    gated_mlp,
+    gated,
     linear,
     rope_tables,
     unembed,
@@ -104,7 +105,12 @@ def test_gated_mlp(activation, biases):
     layer = {"gate_up": normal(1, 2 * F, E), "down": normal(2, E, F)}
     if biases:
         layer |= {"gate_up_bias": normal(3, 2 * F), "down_bias": normal(4, E)}
-    got = jax.jit(gated_mlp, static_argnames="activation")(x, layer, activation=activation)
+
+    @jax.jit
+    def mlp(x, layer):
+        return down(gated(x, layer, activation), layer)
+
+    got = mlp(x, layer)
     both = wide(x) @ wide(layer["gate_up"]).T + wide(layer.get("gate_up_bias", 0))
     gate, up = np.split(both, 2, axis=1)
     want = (activate(gate, activation) * up) @ wide(layer["down"]).T

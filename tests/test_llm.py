@@ -414,7 +414,7 @@ def reference_logits(tiny: TinyModel, ids: Sequence[int]) -> np.ndarray:
     """float32 [len(ids), V], without a cache; of a padded length, to compile once."""
     padded = np.zeros((1, 48), np.int32)
     padded[0, : len(ids)] = ids
-    return np.asarray(_apply(tiny.params, tiny.config, padded))[0, : len(ids)]
+    return np.asarray(_apply(tiny.params, tiny.config, padded).logits)[0, : len(ids)]
 
 
 _apply = jax.jit(decoder.apply, static_argnums=1)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,14 +15,17 @@ import jax.numpy as jnp
 from jaxinfer.batch import Batch, Ragged
 from jaxinfer.cache import PagedCache, join_layers, split_layers
 from jaxinfer.config import LayerConfig, ModelConfig, RopeConfig
+from jaxinfer.errors import InvalidRequest
 from jaxinfer.layers import (
+    down,
     embed,
-    gated_mlp,
+    gated,
     linear,
     reduce_shards,
     rope_tables,
     unembed,
 )
+from jaxinfer.models.sites import EMBED, FINAL_NORM, At, Change, layer_site, match, visit
 from jaxinfer.rope import rope_frequencies
 from pallas_kernels import rms_norm as norms
 from pallas_kernels.kv_quantise import Pools
@@ -56,13 +60,17 @@ class AttentionOptions:
 
 
 DEFAULT_ATTENTION = AttentionOptions()
+NO_CHANGE: Change = MappingProxyType({})
 
 
 class Ops(NamedTuple):
-    """What `forward` and `apply` compute in ways of their own."""
+    """What `forward` and `apply` compute in ways of their own. `at` is called at each of `sites`;
+    the sums of the residual stream are computed for it there, which are part of a norm else."""
 
     attend: Attend
     norm: Norm
+    at: At
+    sites: frozenset[str]
 
 
 class Residual(NamedTuple):
@@ -72,16 +80,20 @@ class Residual(NamedTuple):
     x: jax.Array
     delta: jax.Array | None
 
-    @property
-    def total(self) -> jax.Array:
-        return self.x if self.delta is None else self.x + self.delta
+
+class StepOutput(NamedTuple):
+    """`hidden` [R, E]: after the final norm, at `Batch.logit_rows`. `activations`: by site, of
+    all tokens: [T, width]."""
+
+    hidden: jax.Array
+    activations: dict[str, jax.Array]
 
 
 class ForwardOutput(NamedTuple):
-    """`hidden` [R, E]: after the final norm, at `Batch.logit_rows`. `taps`: site → activations."""
+    """`logits` float32 [..., T, V]. `activations`: by site, [..., T, width]."""
 
-    hidden: jax.Array
-    taps: dict[str, jax.Array]
+    logits: jax.Array
+    activations: dict[str, jax.Array]
 
 
 def forward(
@@ -92,8 +104,9 @@ def forward(
     *,
     attention: AttentionOptions = DEFAULT_ATTENTION,
     axis: str | None = None,
-    taps: Sequence[str] = (),
-) -> tuple[ForwardOutput, PagedCache]:
+    capture: Sequence[str] = (),
+    change: Change = NO_CHANGE,
+) -> tuple[StepOutput, PagedCache]:
     """Runs a flat batch of T new tokens of S sequences; their K/V go into the cache.
 
     Serves prefill, chunked prefill, decode and verification alike.
@@ -105,24 +118,32 @@ def forward(
         cache: donated by the compiled step; the returned one replaces it.
         attention: static choices of the attention op.
         axis: mesh axis of tensor parallelism when run under `shard_map`.
-        taps: names of activations to return; `resid` is the residual stream after each layer,
-            [L, T, E].
+        capture: sites whose activations to return, each by its name; see `models.sites`.
+        change: by site, what to make of x [T, width] there; before it is captured.
     """
     pools = split_layers(cache)
     others = "reference" if attention.backend == "reference" else "auto"
     plans: Plans = {}
 
     def attend(qkv: jax.Array, heads: Heads, index: int) -> jax.Array:
+        if change:  # What a function overflows must stay its own: a page outlives its sequence.
+            qkv = jnp.where(jnp.isfinite(qkv), qkv, 0)
         q, pools[index] = qkv_write(pools[index], qkv, batch.kv_index, heads, backend=others)
         return _attend(q, pools[index], batch, config.layers[index].window, attention, plans)
 
-    norm = _norm(config, others)
-    ops = Ops(attend, norm)
-    last, resid = _decode(params, config, batch.tokens, batch.positions, ops, axis)
-    wanted = jax.tree.map(lambda x: x[batch.logit_rows], last)
-    hidden = norm(wanted.x, params["final_norm"], wanted.delta)[1]
-    found = {"resid": jnp.stack(resid)} if "resid" in taps else {}
-    return ForwardOutput(hidden, found), join_layers(pools)
+    at, kept = visit(capture, change)
+    norm, sites = _norm(config, others), frozenset((*capture, *change))
+    ops = Ops(attend, norm, at, sites)
+    last = _decode(params, config, batch.tokens, batch.positions, ops, axis)
+
+    def finish(stream: Residual) -> jax.Array:
+        return norm(stream.x, params["final_norm"], stream.delta)[1]
+
+    if FINAL_NORM in sites:
+        hidden = at(FINAL_NORM, finish(last))[batch.logit_rows]
+    else:
+        hidden = finish(jax.tree.map(lambda x: x[batch.logit_rows], last))
+    return StepOutput(hidden, kept), join_layers(pools)
 
 
 def _attend(
@@ -173,24 +194,38 @@ def apply(
     config: ModelConfig,
     tokens: jax.Array,
     *,
+    positions: jax.Array | None = None,
     capture: Sequence[str] = (),
+    change: Change = NO_CHANGE,
+    axis: str | None = None,
     implementation: Literal["xla", "cudnn"] | None = None,
-) -> Any:
-    """Causal forward without a cache: works under `jit`, `grad` and `vmap`.
+) -> ForwardOutput:
+    """Causal forward without a cache: works under `jit`, `grad`, `vmap` and `shard_map`.
+
+    In float32 its logits are those of the engine but for rounding. In bfloat16 they differ by what
+    attention rounds: scores and probabilities stay float32 in the engine's kernels.
 
     Args:
         params: as for `forward`; the compute dtype is theirs.
         config: the model.
-        tokens: int32 [B, T]. Padding on the right does not change what comes before it.
-        capture: `resid` adds the residual stream after every layer.
+        tokens: int32 [..., T], with at most one axis before T. Padding on the right does not change
+            what comes before it.
+        positions: int32 [T] or as `tokens`; by what keys and queries are turned. None: 0 to T - 1.
+            What attends to what is decided by places, not by positions.
+        capture: sites whose activations to return, patterns among them: `layers.*.resid`; see
+            `models.sites`.
+        change: by site, what to make of x [..., T, width] there; before it is captured.
+        axis: mesh axis of tensor parallelism when run under `shard_map`.
         implementation: of `jax.nn.dot_product_attention`; `cudnn` needs a GPU and 16-bit params.
 
-    Returns:
-        logits float32 [B, T, V]; with `capture`, (logits, {"resid": [L, B, T, E]}).
+    Raises:
+        InvalidRequest: `capture` or `change` names no site.
     """
 
     def attend(qkv: jax.Array, heads: Heads, index: int) -> jax.Array:
-        q, k, v = prepare(qkv, config.num_heads, config.num_kv_heads, heads)
+        shards = 1 if axis is None else jax.lax.axis_size(axis)
+        counts = config.num_heads // shards, config.num_kv_heads // shards
+        q, k, v = prepare(qkv, *counts, heads)
         window = config.layers[index].window
         with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else None):
             return jax.nn.dot_product_attention(
@@ -198,11 +233,17 @@ def apply(
                 local_window_size=None if window is None else (window - 1, 0),
             )  # fmt: skip
 
+    wanted, changed = match(capture, config), match(change, config, field="change")
+    if set(changed) != set(change):
+        raise InvalidRequest(f"{set(change) - set(changed)}: name each site", field="change")
+    at, kept = visit(wanted, change)
     norm = _norm(config, "reference")  # the kernel has no gradient
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)
-    last, resid = _decode(params, config, tokens, positions, Ops(attend, norm), None)
-    out = logits(params, norm(last.x, params["final_norm"], last.delta)[1]).astype(jnp.float32)
-    return (out, {"resid": jnp.stack(resid)}) if "resid" in capture else out
+    if positions is None:
+        positions = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
+    ops = Ops(attend, norm, at, frozenset((*wanted, *changed)))
+    last = _decode(params, config, tokens, positions, ops, axis)
+    hidden = at(FINAL_NORM, norm(last.x, params["final_norm"], last.delta)[1])
+    return ForwardOutput(logits(params, hidden, axis=axis).astype(jnp.float32), kept)
 
 
 def _norm(config: ModelConfig, backend: norms.Backend) -> Norm:
@@ -218,19 +259,17 @@ def _decode(
     positions: jax.Array,
     ops: Ops,
     axis: str | None,
-) -> tuple[Residual, list[jax.Array]]:
-    """Embedding and layers, unrolled. Returns the last residual and that after each layer."""
+) -> Residual:
+    """Embedding and layers, unrolled."""
     ropes: RopeTables = {
         rope: rope_tables(positions, *rope_frequencies(rope, config.head_dim))
         for rope in {layer.rope for layer in config.layers}
         if rope is not None
     }
-    stream = Residual(embed(params["embed"], tokens, axis), None)
-    resid = []
+    stream = Residual(ops.at(EMBED, embed(params["embed"], tokens, axis)), None)
     for index, (weights, layer) in enumerate(zip(params["layers"], config.layers, strict=True)):
         stream = _layer(stream, weights, config, layer, ropes, ops, index, axis)
-        resid.append(stream.total)  # computed only where a tap wants it
-    return stream, resid
+    return stream
 
 
 def _layer(
@@ -243,11 +282,22 @@ def _layer(
     index: int,
     axis: str | None,
 ) -> Residual:
+    def at(name: str, x: jax.Array) -> jax.Array:
+        return ops.at(layer_site(index, name), x)
+
+    def stream_at(name: str, x: jax.Array, delta: jax.Array) -> Residual:
+        if layer_site(index, name) not in ops.sites:
+            return Residual(x, delta)
+        return Residual(at(name, x + delta), None)
+
     x, h = ops.norm(stream.x, w["attn_norm"], stream.delta)
     rope = None if layer.rope is None else ropes[layer.rope]
     heads = Heads(w.get("qkv_bias"), w.get("q_norm"), w.get("k_norm"), config.norm_eps, rope)
-    out = ops.attend(linear(h, w["qkv"]), heads, index)
-    out = reduce_shards(linear(out.reshape(*x.shape[:-1], -1), w["o"]), axis)
+    out = ops.attend(linear(at("attn_norm", h), w["qkv"]), heads, index)
+    out = at("attn_heads", out.reshape(*x.shape[:-1], -1))
+    out = reduce_shards(linear(out, w["o"]), axis)
     out = out if "o_bias" not in w else out + w["o_bias"]
-    x, h = ops.norm(x, w["mlp_norm"], out)
-    return Residual(x, gated_mlp(h, w, config.activation, axis))
+    middle = stream_at("resid_mid", x, at("attn_out", out))
+    x, h = ops.norm(middle.x, w["mlp_norm"], middle.delta)
+    hidden = at("mlp_hidden", gated(at("mlp_norm", h), w, config.activation))
+    return stream_at("resid", x, at("mlp_out", down(hidden, w, axis)))

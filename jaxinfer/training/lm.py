@@ -52,7 +52,7 @@ def log_probs(
 
     Computed in the dtype of `params`.
     """
-    return jax.nn.log_softmax(apply(params, config, tokens, implementation=attention))
+    return jax.nn.log_softmax(apply(params, config, tokens, implementation=attention).logits)
 
 
 def half(params: Params) -> Params:

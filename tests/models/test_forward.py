@@ -32,9 +32,10 @@ VARIANTS = {
     "a layer without rope": replace(BASE, layers=(LayerConfig(rope=None), LayerConfig())),
 }
 PAGES = 24
+RESID = ("layers.0.resid", "layers.1.resid")  # all variants have two layers or more
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
 
-run = jax.jit(forward, static_argnames=("config", "attention", "taps"))
+run = jax.jit(forward, static_argnames=("config", "attention", "capture"))
 alone = jax.jit(apply, static_argnames=("config", "capture"))
 
 
@@ -115,20 +116,21 @@ def test_a_mixed_batch_is_each_sequence_alone(name, page_size):
     def step(spans, cache):
         parts = [Part(t, *span, p) for (t, p), span in zip(found, spans, strict=True)]
         batch = build(parts, page_size, size=32, columns=columns)
-        return run(params, config, batch, cache, taps=("resid",))
+        return run(params, config, batch, cache, capture=RESID)
 
     cache = init_cache(config, PAGES, page_size, jnp.float32)
     _, cache = step([(0, start) for start, _ in new], cache)
     out, _ = step(new, cache)
     got = logits(params, out.hidden)
     padded = np.stack([np.pad(t, (0, 22 - len(t))) for t, _ in found])
-    want, taps = alone(params, config, padded, capture=("resid",))
+    want, resid = alone(params, config, padded, capture=RESID)
     at = 0
     for s, (start, stop) in enumerate(new):
         rows = slice(at, at + stop - start)
         np.testing.assert_allclose(got[rows], want[s, start:stop], **TOLERANCE)
-        resid = taps["resid"][:, s, start:stop]
-        np.testing.assert_allclose(out.taps["resid"][:, rows], resid, **TOLERANCE)
+        for site in RESID:
+            theirs = resid[site][s, start:stop]
+            np.testing.assert_allclose(out.activations[site][rows], theirs, **TOLERANCE)
         at = rows.stop
 
 
@@ -169,12 +171,12 @@ def test_a_quantised_cache(kv_dtype, static):
         assert np.array_equal(before, after) == static
 
 
-def test_no_taps_unless_asked_for():
+def test_no_activations_unless_asked_for():
     found = sequences(8, [3])
     batch = build([Part(found[0][0], 0, 3, found[0][1])], 8, size=8, columns=1)
     cache = init_cache(BASE, PAGES, 8, jnp.float32)
     out, _ = run(random_params(BASE), BASE, batch, cache)
-    assert out.taps == {}
+    assert out.activations == {}
 
 
 def test_logit_rows_choose_hidden_states():
@@ -307,7 +309,7 @@ def test_decode_rows_beside_chunks_are_each_sequence_alone(name):
     out, _ = run(params, config, batch, cache)
     got = logits(params, out.hidden)
     for at, which in [(0, 1), (1, 0), (4, 3), (5, 2)]:
-        want = alone(params, config, found[which][0][None])[0, -1]
+        want = alone(params, config, found[which][0][None]).logits[0, -1]
         np.testing.assert_allclose(got[at], want, **TOLERANCE)
 
 
@@ -339,7 +341,7 @@ def test_a_stopped_row_is_inert():
     out, after = run(params, BASE, batch, cache)
     got = logits(params, out.hidden)
     for row in (0, 2):
-        want = alone(params, BASE, found[row][0][None])[0, -1]
+        want = alone(params, BASE, found[row][0][None]).logits[0, -1]
         np.testing.assert_allclose(got[row], want, **TOLERANCE)
     written = {int(i) // 8 for i in np.asarray(batch.kv_index)} | {TRASH_PAGE}
     rest = sorted(set(range(PAGES)) - written)

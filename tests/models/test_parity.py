@@ -13,9 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from checkpoints.load import load_params
-from jaxinfer import LLM, RequestOutput, SamplingParams
+from jaxinfer import LLM, RequestOutput, SamplingParams, models
 from jaxinfer.config import ModelConfig
-from jaxinfer.models import decoder
 from jaxinfer.models.families import read_config
 from jaxinfer.models.weights import declare
 
@@ -56,10 +55,10 @@ def applied(name: str) -> tuple[np.ndarray, np.ndarray]:
     """float32 logits [B, T, V] and residuals [L, B, T, E] of all sequences, padded together."""
     g = golden(name)
     params = load_params(g.directory, declare(g.config), dtype=jnp.float32)
-    logits, found = decoder.apply(
-        params, g.config, jnp.asarray(g.arrays["tokens"]), capture=("resid",)
+    logits, found = models.apply(
+        params, g.config, jnp.asarray(g.arrays["tokens"]), capture=("layers.*.resid",)
     )
-    return np.asarray(logits), np.asarray(found["resid"])
+    return np.asarray(logits), np.stack(list(found.values()))
 
 
 def test_all_variants_have_goldens() -> None:
