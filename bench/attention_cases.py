@@ -42,7 +42,7 @@ class Case:
     kv_heads: int = 8
     group: int = 4
     head_dim: int = 128
-    page_size: int = 64
+    page_size: int = 32
 
     @property
     def heads(self) -> int:
@@ -84,10 +84,12 @@ class Case:
         return [(g.length, g.new) for g in self.groups for _ in range(g.batch)]
 
 
-def _decode(*sizes: tuple[int, int], name: str = "", kv: str = "bf16") -> Case:
+def _decode(*sizes: tuple[int, int], name: str = "", kv: str = "bf16", page_size: int = 32) -> Case:
     name = name or "x".join(map(str, sizes[0]))
     suffix = "" if kv == "bf16" else f".{kv}"
-    return Case(f"decode.{name}{suffix}", tuple(Group(*size) for size in sizes), kv)
+    suffix += "" if page_size == 32 else f".page{page_size}"
+    groups = tuple(Group(*size) for size in sizes)
+    return Case(f"decode.{name}{suffix}", groups, kv, page_size=page_size)
 
 
 PROMPTS = (Group(4, 4096, 4096),)
@@ -95,11 +97,14 @@ CASES = (
     _decode((64, 4096)),
     _decode((64, 4096), kv="int8"),
     _decode((64, 4096), kv="fp8"),
+    _decode((64, 4096), page_size=64),
+    _decode((64, 4096), kv="int8", page_size=64),
     _decode((256, 1024)),
     _decode((16, 4096)),
     _decode((1, 16384)),
     _decode((8, 32768), (56, 200), name="mixed"),
     Case("prefill.4x4096", PROMPTS),
+    Case("prefill.4x4096.page64", PROMPTS, page_size=64),
     Case("prefill.4x4096.free", PROMPTS, invariant=False),
     Case("chunk.512at8192", (Group(1, 8704, 512),)),
 )

@@ -1,6 +1,6 @@
 """KV memory granted and not used, while the lognormal requests of `bench.throughput` run.
 
-    python -m bench.waste --shape llama-3.1-8b --llm '{"page_size": 32}'
+    python -m bench.waste --shape llama-3.1-8b --llm '{"page_size": 64}'
 
 After every turn of the engine: (slots of granted pages − tokens in them) / slots; the mean of the
 turns is reported, from the first to the last in which any page is granted.
@@ -24,7 +24,7 @@ SEED = 200
 
 
 def measure(llm: LLM, setup: Setup) -> Iterator[Record]:
-    """`waste.8b.page64`, by the LLM's page size."""
+    """`waste.8b.page32`, by the LLM's page size."""
     load = workloads.lognormal(setup.scale, llm.config.vocab_size, SEED)
     requests = [
         llm.prepare(prompt, params)

@@ -37,7 +37,7 @@ class Scale:
 
     rows: int = 1024
     max_model_len: int = 2304
-    page_size: int = 64
+    page_size: int = 32
     kv_cache_bytes: int | None = None
     few_rows: int = 128
     few_tokens: int = 512

@@ -21,7 +21,7 @@ GPU_FEW, CPU_FEW = (64,), (8,)
 # `makespan` fills nearly every step up to a size, and reads a prompt or two in it: so sizes lie
 # close, and logits, of rows that decode and of chunks, are worth more sizes than the few prompts.
 MAKESPAN_TOKENS = (128, *range(256, 768, 64), 1024, *GPU_TOKENS[8:])
-MAKESPAN_FEW = (192, 384)
+MAKESPAN_FEW = (192, 384, 512, 640, 768)
 MOST_CHUNKS, MAKESPAN_CHUNKS = 32, 8
 CPU_CHUNKS = 4  # each costs as much as the longest
 GPU_SHORT = 8192  # tokens: page tables of sequences up to here are looked at as one size

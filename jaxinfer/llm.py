@@ -133,7 +133,7 @@ class LLM:
         seed: int = 0,
         invariant: bool = True,
         tensor_parallel_size: int = 1,
-        page_size: int = 64,
+        page_size: int = 32,
         max_num_batched_tokens: int | None = None,
         max_steps: int | None = None,
         max_waiting: int = 1_000_000,

@@ -65,6 +65,7 @@ def plan(
     tile_tokens: int,
     window: int | None = None,
     walked: int = 1,
+    rest: bool = True,
 ) -> Work:
     """Cuts a ragged batch into units.
 
@@ -80,10 +81,12 @@ def plan(
         tile_tokens: new tokens a tile.
         window: as in `paged_attention`.
         walked: the most splits of a tile that is not shared out, of `splits_walked`.
+        rest: whether rows that belong to nobody are written.
     """
     S = kv_lengths.shape[0]
     U = max_units(T, S, tile_tokens, max_kv, window)
-    starts = jnp.concatenate([query_starts, jnp.full((1,), T, jnp.int32)])
+    end = jnp.full((1,), T, jnp.int32) if rest else query_starts[-1:]
+    starts = jnp.concatenate([query_starts, end])
     new = starts[1:] - starts[:-1]  # [S + 1]: the last is what belongs to nobody
     lengths = jnp.concatenate([kv_lengths, jnp.zeros((1,), jnp.int32)])
 

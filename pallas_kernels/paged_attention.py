@@ -59,6 +59,7 @@ def paged_attention(
     backend: Backend = "auto",
     plan: Work | None = None,
     invariant: bool = True,
+    into: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention of each sequence's newest tokens over all of its tokens.
 
@@ -87,9 +88,11 @@ def paged_attention(
             Calls that share lengths, such as a model's layers, should share it.
         invariant: a token's output has the same bits whatever is in the batch and however its
             sequence is cut into calls. False may be faster in long prefill.
+        into: as q; what rows that belong to nobody are to hold. Its memory is that of the result
+            where nobody else needs it.
 
     Returns:
-        [T, H, D] in q's dtype; zero for rows that belong to nobody.
+        [T, H, D] in q's dtype; without `into` zero for rows that belong to nobody.
 
     Raises:
         ValueError: shapes, dtypes or options that do not fit, named with what would; a backend
@@ -97,6 +100,8 @@ def paged_attention(
     """
     _check(q, k_pages, v_pages, page_table, query_starts, kv_lengths, max_query, window, softcap)
     _check_sinks_and_scales(q, k_pages, sinks, k_scales, v_scales)
+    if into is not None and (into.shape, into.dtype) != (q.shape, q.dtype):
+        raise ValueError(f"into is {into.dtype} {into.shape}: expected {q.dtype} {q.shape}")
     scale = float(q.shape[-1] ** -0.5) if scale is None else scale
     if not scale > 0:
         raise ValueError(f"scale={scale}: expected more than 0")
@@ -112,14 +117,19 @@ def paged_attention(
         from pallas_kernels import paged_attention_sm90
 
         return paged_attention_sm90.attend(
-            *arrays, **options, plan=plan, invariant=invariant,
+            *arrays, **options, plan=plan, invariant=invariant, into=into,
             sm_count=getattr(target_device(), "core_count", 0) or paged_attention_sm90.FEWEST_SMS,
         )  # fmt: skip
     if chosen == "sm80":
         from pallas_kernels import paged_attention_sm80
 
-        return paged_attention_sm80.attend(*arrays, **options)
-    return reference(*arrays, **options)
+        out = paged_attention_sm80.attend(*arrays, **options)
+    else:
+        out = reference(*arrays, **options)
+    if into is None:
+        return out
+    owned = jnp.arange(q.shape[0]) < query_starts[-1]
+    return jnp.where(owned[:, None, None], out, into)
 
 
 def plan_attention(
@@ -132,10 +142,12 @@ def plan_attention(
     max_query: int,
     window: int | None = None,
     backend: Backend = "auto",
+    into: bool = False,
 ) -> Work | None:
     """What `paged_attention` needs to know of a batch's lengths; None if its backend needs nothing.
 
-    Arguments as there. Only the shapes and dtypes of q, k_pages and page_table matter.
+    Arguments as there; `into`: whether it will be given one. Only the shapes and dtypes of q,
+    k_pages and page_table matter.
     """
     if _choose(backend, q, k_pages) != "sm90":
         return None
@@ -145,7 +157,7 @@ def plan_attention(
     return paged_attention_sm90.make_plan(
         query_starts, kv_lengths, T=q.shape[0], H=q.shape[1], K=K, D=D,
         max_kv=page_table.shape[1] * page_size, max_query=max_query, window=window,
-        quantised=k_pages.dtype != q.dtype,
+        quantised=k_pages.dtype != q.dtype, into=into,
     )  # fmt: skip
 
 

@@ -76,16 +76,22 @@ def _quantised_config(max_query: int, G: int, D: int) -> Config:
 def make_plan(
     query_starts: jax.Array, kv_lengths: jax.Array, *, T: int, H: int, K: int, D: int,
     max_kv: int, max_query: int, window: int | None, quantised: bool = False,
-    config: Config | None = None,
+    config: Config | None = None, into: bool = False,
 ) -> Work:  # fmt: skip
     """The work list that `attend` walks; the layers of a step with the same window share one."""
     G = H // K
     config = config or default_config(max_query, G, D, quantised)
+    T = _planned(T, kv_lengths, max_query, into)
     return ap.plan(
         query_starts, kv_lengths, T=T, max_kv=max_kv,
         tile_tokens=config.consumers * (unit_rows(max_query, G, quantised, config) // G),
-        window=window, walked=ap.splits_walked(T, K),
+        window=window, walked=ap.splits_walked(T, K), rest=not into,
     )  # fmt: skip
+
+
+def _planned(T: int, kv_lengths: jax.Array, max_query: int, into: bool) -> int:
+    """Rows of q that may need work: with `into` those alone that belong to somebody."""
+    return min(T, kv_lengths.shape[0] * max_query) if into else T
 
 
 @partial(
@@ -118,6 +124,7 @@ def attend(
     v_scales: jax.Array | None = None,
     plan: Work | None = None,
     invariant: bool = True,
+    into: jax.Array | None = None,
     config: Config | None = None,
     sm_count: int = FEWEST_SMS,
     on_gpu: bool = True,
@@ -125,14 +132,16 @@ def attend(
     """As `paged_attention`, whose checks have passed.
 
     Args:
-        plan: of `make_plan`, for these lengths, `max_query` and window; built here if None.
+        plan: of `make_plan`, for these lengths, `max_query`, window and whether there is an
+            `into`; built here if None.
         invariant: False lets a unit of several splits run through them without merging.
         config: tuning; by the shapes if None.
         sm_count: multiprocessors of the device, at most: units wait for each other, so that all
             blocks must be resident at once.
         on_gpu: False runs what the interpreter can: one block, no semaphores.
     """
-    T, H, D = q.shape
+    _, H, D = q.shape
+    T = _planned(q.shape[0], kv_lengths, max_query, into is not None)
     _, K, page_size, _ = k_pages.shape
     P = page_table.shape[1]
     G = H // K
@@ -150,6 +159,7 @@ def attend(
         plan = make_plan(
             query_starts, kv_lengths, T=T, H=H, K=K, D=D, max_kv=P * page_size,
             max_query=max_query, window=window, quantised=quantised, config=config,
+            into=into is not None,
         )  # fmt: skip
     units = plan.units.shape[0]
     scratch_rows = 0
@@ -164,7 +174,7 @@ def attend(
         rows=rows, box=min(max_query, rows // G, T), whole=max_query > tile_tokens,
         merge=invariant and (max_query > tile_tokens or ap.splits_walked(T, K) > 1),
         blocks=min(sm_count, -(-units * K // config.teams)) if on_gpu else 1,
-        config=config, on_gpu=on_gpu,
+        config=config, on_gpu=on_gpu, into=into is not None,
     )  # fmt: skip
     if quantised and on_gpu:
         q = permuted(q)
@@ -174,7 +184,11 @@ def attend(
     if sinks is not None:  # one a row, in units of log2
         of_row = jnp.arange(ROWS) % G
         inputs.append((sinks * LOG2E).reshape(K, G)[:, of_row].astype(jnp.float32))
-    return _kernel(shape)(*inputs)[0]
+    if into is None:
+        return _kernel(shape)(*inputs)[0]
+    out = jax.new_ref(into)  # written in place
+    _kernel(shape)(*inputs, out)
+    return jax.freeze(out)
 
 
 def _box(s: Shape) -> list[Any]:
@@ -211,7 +225,7 @@ def _consumer_registers(workers: int, copiers: int, copier: int) -> int:
 
 def _kernel(s: Shape) -> Any:
     c = s.config
-    out_type = [jax.ShapeDtypeStruct((s.T, s.H, s.D), s.dtype)]
+    out_type = [] if s.into else [jax.ShapeDtypeStruct((s.T, s.H, s.D), s.dtype)]
     if s.scratch_rows:
         slots = (s.max_units, s.K)
         out_type += [

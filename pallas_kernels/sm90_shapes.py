@@ -89,6 +89,7 @@ class Shape:
     blocks: int
     config: Config
     on_gpu: bool
+    into: bool = False  # the output is there already
 
     @property
     def G(self) -> int:  # noqa: N802

@@ -925,8 +925,8 @@ def test_options_out_of_range(tiny: TinyModel, option: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ({"kv_cache_bytes": 100}, "no memory for one page of 64 tokens"),
-        ({"kv_cache_bytes": 3 * 16384, "max_model_len": 129}, "lower max_model_len to 128"),
+        ({"kv_cache_bytes": 100}, "no memory for one page of 32 tokens"),
+        ({"kv_cache_bytes": 3 * 8192, "max_model_len": 65}, "lower max_model_len to 64"),
     ],
 )
 def test_too_little_memory(tiny: TinyModel, option: dict[str, Any], words: str) -> None:

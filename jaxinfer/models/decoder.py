@@ -157,17 +157,18 @@ def _attend(
     """Attention of decode rows and of chunks, each in a call of its own: q [T, H, D] → the same."""
     k_pages, v_pages, k_scales, v_scales = pools
 
-    def call(part: str, q: jax.Array, ragged: Ragged) -> jax.Array:
+    def call(part: str, q: jax.Array, ragged: Ragged, into: jax.Array | None = None) -> jax.Array:
         lengths = (ragged.page_table[0], ragged.query_starts, ragged.kv_lengths)
         static: dict[str, Any] = {
             "max_query": 1 if part == "decode" else q.shape[0], "window": window,
             "backend": attention.backend,
         }  # fmt: skip
         if (part, window) not in plans:  # layers with the same window share one
-            plans[part, window] = plan_attention(q, k_pages, *lengths, **static)
+            beside = into is not None
+            plans[part, window] = plan_attention(q, k_pages, *lengths, **static, into=beside)
         return paged_attention(
             q, k_pages, v_pages, *lengths, **static, k_scales=k_scales, v_scales=v_scales,
-            plan=plans[part, window], invariant=attention.invariant,
+            plan=plans[part, window], invariant=attention.invariant, into=into,
         )  # fmt: skip
 
     decode, chunks = batch.decode, batch.chunks
@@ -177,11 +178,7 @@ def _attend(
         rows = q if chunks else q[: ragged.kv_lengths.shape[0]]
         out = call("chunks" if chunks else "decode", rows, ragged)
         return jnp.pad(out, ((0, q.shape[0] - rows.shape[0]), (0, 0), (0, 0)))
-    rows = decode.kv_lengths.shape[0]
-    theirs = jnp.arange(rows) < decode.query_starts[-1]
-    out = call("chunks", q, chunks)
-    own = jnp.where(theirs[:, None, None], call("decode", q[:rows], decode), out[:rows])
-    return jnp.concatenate([own, out[rows:]])
+    return call("decode", q, decode, into=call("chunks", q, chunks))
 
 
 def logits(params: Params, hidden: jax.Array, *, axis: str | None = None) -> jax.Array:

@@ -72,9 +72,11 @@ def attention_case(
     scales: Literal["token", "static"] | None = None,
     sinks: bool = False,
     sequences: int = 4,
+    others: int = 0,
     spill_bytes: int = 0,
 ) -> Case:
-    """Sequences of up to `max_kv` tokens, 2 KV heads, a pool of 600 pages.
+    """Sequences of up to `max_kv` tokens, 2 KV heads, a pool of 600 pages; with `others`, so many
+    rows of q that belong to none of them and keep what they hold.
 
     `attend` takes the arrays of `paged_attention`; sinks and scales by name.
     """
@@ -82,7 +84,7 @@ def attention_case(
     pool = (600, kv_heads, page, d)
     pages_dtype = dtype if pages is None else jnp.dtype(pages)
     shapes = [
-        ((sequences * max_query, kv_heads * group, d), dtype),
+        ((sequences * max_query + others, kv_heads * group, d), dtype),
         (pool, pages_dtype),
         (pool, pages_dtype),
         ((sequences, max_kv // page), jnp.int32),
@@ -96,6 +98,9 @@ def attention_case(
     if sinks:
         shapes.append(((kv_heads * group,), jnp.float32))
         names.append("sinks")
+    if others:
+        shapes.append(shapes[0])
+        names.append("into")
 
     def function(*args: jax.Array) -> Any:
         return attend(*args[:6], **dict(zip(names, args[6:], strict=True)))

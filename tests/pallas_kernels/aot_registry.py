@@ -18,14 +18,14 @@ QUICK_SM80 = (
 )  # fmt: skip
 QUICK_SM90 = (
     "sm90-d128-page64-prefill",
-    "sm90-int8-token-d128-decode", "sm90-many-decode",
+    "sm90-int8-token-d128-decode", "sm90-many-decode", "sm90-beside-decode",
 )  # fmt: skip
 
 
 def everything(arch: str) -> list[Any]:
     """What must compile for `arch` ("sm90" or "sm80"): objects with the fields of `Case`.
 
-    What `kv_write` compiles to has a test of its own.
+    What `qkv_write` compiles to has a test of its own.
     """
     attention = cases_sm80.cases("sm80") if arch == "sm80" else cases_sm90.cases()
     others = threshold_cases.cases(arch) + norm_cases.cases(arch)

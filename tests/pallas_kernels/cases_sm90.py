@@ -67,6 +67,7 @@ SPILL_ALLOWANCE: dict[str, int] = {
     "sm90-d64-page32-decode": 48,
     "sm90-free-prefill": 132,
     "sm90-many-decode": 32,
+    "sm90-beside-decode": 8,
 }
 
 
@@ -105,6 +106,9 @@ def cases() -> list[Case]:
               page=128, d=256),
         _case("sm90-many-decode", sequences=80),
         _case("sm90-int8-many-decode", sequences=80, pages="int8", scales="token"),
+        _case("sm90-beside-decode", others=100),
+        _case("sm90-beside-short-decode", others=100, max_kv=1024),  # no scratch memory
+        _case("sm90-int8-beside-decode", others=100, pages="int8", scales="token"),
         _case("sm90-free-prefill", mode="prefill", invariant=False),
         _case("sm90-window-decode", window=1000),
         _case("sm90-window-prefill", window=1000, mode="prefill"),
@@ -129,6 +133,7 @@ def _case(
     window: int | None = None,
     softcap: float | None = None,
     invariant: bool = True,
+    max_kv: int = 8192,
     **shape: Any,
 ) -> Case:
     attend = functools.partial(
@@ -136,6 +141,6 @@ def _case(
         softcap=softcap, invariant=invariant,
     )  # fmt: skip
     return attention_case(
-        name, attend, max_kv=8192, max_query=MODES[mode], d=d,
+        name, attend, max_kv=max_kv, max_query=MODES[mode], d=d,
         spill_bytes=SPILL_ALLOWANCE.get(name, 0), **shape,
     )  # fmt: skip

@@ -132,6 +132,11 @@ def numerics(backend: str, options: Options, batch: Sequence[tuple[int, int]]) -
     assert np.isfinite(got.astype(np.float32)).all(), _where("not finite", got, items)
     assert got.tobytes() == again.tobytes(), "two runs of the same call differ"
     assert not got[call.used_rows :].any(), "rows that belong to nobody are not zero"
+    if call.max_query == 1:
+        into = np.ones_like(call.arrays["q"])
+        beside = run(replace(call, arrays={**call.arrays, "into": into}), backend)
+        assert beside[: call.used_rows].tobytes() == got[: call.used_rows].tobytes(), "into: bits"
+        assert (beside[call.used_rows :] == 1).all(), "rows of nobody do not keep what they hold"
     want = truth(world, items)
     whole, worst = relative_errors(got[: call.used_rows], want)
     told = f"error {whole:.1e}, worst row {worst:.1e}"

@@ -82,6 +82,16 @@ def test_reference_is_attention(lengths, new, page_size):
     np.testing.assert_allclose(got, want, atol=3e-6)
 
 
+def test_rows_of_nobody_keep_what_they_hold():
+    (q, *rest), _, _ = case(1, [7, 40], [1, 1], 16)
+    q = jnp.pad(q, ((0, 3), (0, 0), (0, 0)))
+    got = attend(q, *rest, max_query=1, backend="reference", into=jnp.full_like(q, 5))
+    np.testing.assert_array_equal(got[:2], attend(q, *rest, max_query=1, backend="reference")[:2])
+    np.testing.assert_array_equal(got[2:], 5)
+    with pytest.raises(ValueError, match=r"into is float32 \(2, 6, 16\): expected float32 \(5, "):
+        attend(q, *rest, max_query=1, into=q[:2])
+
+
 @pytest.mark.parametrize(
     "options",
     [{"window": 5}, {"window": 300}, {"softcap": 2.0}, {"scale": 0.5}, {"sinks": SINKS},

@@ -119,6 +119,17 @@ def test_a_row_has_the_same_bits_everywhere(options: Options, length: int) -> No
     same(out[2:], end=length - 30)
 
 
+@pytest.mark.parametrize("items", [DECODE, SPLITS], ids=lambda x: NAMES[id(x)])
+def test_rows_of_nobody_keep_what_they_hold(items: tuple[Item, ...]) -> None:
+    """With and without scratch memory, which is what else the kernel writes."""
+    world = make_world(SMALL, [item.length for item in items])
+    call = make_call(world, items, spare_rows=9)
+    into = np.arange(call.arrays["q"].size).reshape(call.arrays["q"].shape).astype(SMALL.dtype)
+    out = attend(replace(call, arrays={**call.arrays, "into": into}))
+    assert out[: call.used_rows].tobytes() == attend(call)[: call.used_rows].tobytes()
+    assert out[call.used_rows :].tobytes() == into[call.used_rows :].tobytes()
+
+
 @slow
 @pytest.mark.parametrize("kv", ["", "int8"])
 def test_a_split_has_the_same_bits_shared_out_or_walked(kv: str) -> None:
