@@ -77,9 +77,9 @@ def device_seconds(llm: LLM, prompts: list[list[int]], tokens: int) -> float:
     compiler, run = engine.compiler, engine.compiler.run
     calls: list[tuple[Any, Any]] = []
 
-    def noted(key: Any, params: Any, cache: Any, seq: Any, plan: Any) -> Any:
+    def noted(key: Any, params: Any, cache: Any, seq: Any, plan: Any, tables: Any) -> Any:
         calls.append((key, plan))
-        return run(key, params, cache, seq, plan)
+        return run(key, params, cache, seq, plan, tables)
 
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     engine.reset()

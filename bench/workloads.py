@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -32,6 +32,8 @@ class Scale:
         prefix_control: of these prompts, those run without reuse as well.
         steady, sampled: batch and context of the decode steps.
         short, long: output tokens, between which the decode steps are timed.
+        scored: sequences whose tokens are scored, and tokens of each.
+        scoring_tokens: max_num_batched_tokens for it.
         soak_prompt, soak_tokens: mean prompt and output of the soak; `soak_longest` of either.
     """
 
@@ -61,6 +63,8 @@ class Scale:
     soak_prompt: int = 400
     soak_tokens: int = 400
     soak_longest: int = 1100
+    scored: tuple[int, int] = (256, 2048)
+    scoring_tokens: int = 8192
 
 
 FULL = Scale()
@@ -69,13 +73,19 @@ TINY = Scale(
     soak_rows=16, soak_cache_bytes=96 << 11, requests=24, shrink=32,
     static_rows=4, static_requests=8, first=8, serve_seconds=0.5, prefix=60, suffix=8,
     prefix_requests=6, prefix_tokens=4, prefix_control=3, steady=(4, 32), sampled=(4, 16),
-    short=9, long=41, soak_prompt=24, soak_tokens=16, soak_longest=64,
+    short=9, long=41, soak_prompt=24, soak_tokens=16, soak_longest=64, scored=(8, 120),
+    scoring_tokens=64,
+)  # fmt: skip
+# The demo model on a CPU: steps of some milliseconds.
+DEMO = replace(
+    TINY, max_model_len=512, page_size=32, soak_cache_bytes=32 << 20, scored=(8, 400),
+    scoring_tokens=256, short=9, long=73, steady=(8, 128),
 )  # fmt: skip
 
 
 def scale_of(shape: str) -> Scale:
-    """Of a shape of `bench.shapes`."""
-    return TINY if shape == "tiny" else FULL
+    """Of a shape of `bench.shapes`, or of `demo`."""
+    return {"tiny": TINY, "demo": DEMO}.get(shape, FULL)
 
 
 @dataclass(frozen=True)
@@ -113,6 +123,15 @@ def for_soak(scale: Scale) -> dict[str, int]:
         "max_num_seqs": scale.soak_rows,
         "max_num_batched_tokens": scale.few_tokens,
         "kv_cache_bytes": scale.soak_cache_bytes,
+    }
+
+
+def for_scoring(scale: Scale) -> dict[str, int]:
+    """Options of an LLM with long steps and few rows, and room for other weights beside its own."""
+    return {
+        "max_num_seqs": scale.few_rows,
+        "max_num_batched_tokens": scale.scoring_tokens,
+        "kv_cache_bytes": 2 * scale.soak_cache_bytes,
     }
 
 

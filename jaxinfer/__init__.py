@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from jaxinfer.errors import (
         CapacityError,
         CheckpointError,
+        FunctionFault,
         InvalidRequest,
         JaxinferError,
         QueueFull,
         UnsupportedModel,
     )
+    from jaxinfer.hooks import Chain, Intervention, LogitsFn
     from jaxinfer.llm import LLM
     from jaxinfer.types import (
         CompletionOutput,
@@ -40,6 +42,7 @@ _WHERE = {
         (
             "CapacityError",
             "CheckpointError",
+            "FunctionFault",
             "InvalidRequest",
             "JaxinferError",
             "QueueFull",
@@ -47,6 +50,7 @@ _WHERE = {
         ),
         "errors",
     ),
+    **dict.fromkeys(("Chain", "Intervention", "LogitsFn"), "hooks"),
     **dict.fromkeys(
         (
             "CompletionOutput",
@@ -64,11 +68,15 @@ __all__ = [
     "LLM",
     "AsyncLLM",
     "CapacityError",
+    "Chain",
     "CheckpointError",
     "CompletionOutput",
     "Delta",
+    "FunctionFault",
+    "Intervention",
     "InvalidRequest",
     "JaxinferError",
+    "LogitsFn",
     "Logprob",
     "ModelConfig",
     "QueueFull",

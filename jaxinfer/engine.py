@@ -224,6 +224,11 @@ class Engine:
             self.config, self.limits.num_pages, self.limits.page_size, self._dtype
         )
 
+    @property
+    def params(self) -> Params:
+        """The model's weights. They are not to be donated to anything."""
+        return self._params
+
     def update_params(self, params: Params) -> None:
         """Takes other weights, of the same shapes: nothing is compiled anew. Pages that are in the
         cache are not found any more.

@@ -23,7 +23,8 @@ class InvalidRequest(JaxinferError, ValueError):  # noqa: N818
 
 
 class FunctionFault(JaxinferError):  # noqa: N818
-    """A function that came with a request made something that is not finite. It ends that request.
+    """A function that came with a request made NaN, infinity or something huge. It ends that
+    request.
 
     Attributes:
         index: position of the request in the list given by the caller.

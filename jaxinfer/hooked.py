@@ -21,6 +21,9 @@ from jaxinfer.models.sites import Change
 
 NO_FAULT = np.int32(2**30)
 KEPT_HOOKS = 16  # with their programs
+# Of what an intervention makes. From there on nothing overflows in float32 or bfloat16, so that no
+# NaN is written to a page, which outlives its sequence.
+LARGEST = 1e15
 LOGITS = "logits"  # where a fault is found that no site has
 
 
@@ -45,8 +48,8 @@ class Hooked(NamedTuple):
         slots: int32 [T]; the sequence of each token, -1: of padding.
         sequences, tokens: whom the hooks are for, [S] and [T].
         positions: int32 [T].
-        bad: filled while the forward is traced: by site, the tokens of which something is not
-            finite, bool [T].
+        bad: filled while the forward is traced: by site, the tokens of which something is beyond
+            `LARGEST`, bool [T].
     """
 
     hooks: tuple[Hook, ...]
@@ -130,7 +133,8 @@ def hook_up(hooks: tuple[Hook, ...], tables: Sequence[Any], plan: Plan, batch: B
 
 
 def changes(hooked: Hooked) -> Change:
-    """What the forward is to do at each site. It notes in `hooked.bad` what was not finite."""
+    """What the forward is to do at each site. It notes in `hooked.bad` what is not fit, which
+    stays as it was."""
 
     def at(site: str, x: Array) -> Array:
         # A fusion with what comes before or after could round otherwise than without the hook.
@@ -140,8 +144,9 @@ def changes(hooked: Hooked) -> Change:
                 continue
             mine = hooked.tokens.change == place
             made = hook.fn(Where(site, hooked.positions), x, _aux(hooked, place, hooked.tokens.row))
-            fault |= mine & ~jnp.all(jnp.isfinite(made), axis=-1)
-            x = jnp.where(mine[:, None], made, x)
+            fit = jnp.all(jnp.abs(made) <= LARGEST, axis=-1)  # NaN is not
+            fault |= mine & ~fit
+            x = jnp.where((mine & fit)[:, None], made, x)
         hooked.bad[site] = fault
         return jax.lax.optimization_barrier(x)
 
@@ -161,8 +166,8 @@ def change_logits(hooked: Hooked, logits: Array, rows: Rows) -> tuple[Array, Arr
             made = hook.fn(logits, rows._replace(activations=own), aux)
             logits = jnp.where((sequences.logits == place)[:, None], made, logits)
     theirs = (sequences.change >= 0) | (sequences.logits >= 0)
-    none = jnp.any(jnp.isnan(logits), axis=-1) | (jnp.max(logits, axis=-1) == -jnp.inf)
-    return logits, theirs & none
+    highest = jnp.max(logits, axis=-1)  # NaN if any is
+    return logits, theirs & (jnp.isnan(highest) | (highest == -jnp.inf))
 
 
 def faults(hooked: Hooked, unfit: Array, done: Array, length: Array) -> Array:

@@ -249,6 +249,15 @@ class LLM:
         """
         return self.engine.metrics
 
+    @property
+    def params(self) -> Params:
+        """The model's weights, on the device. They are not to be donated to anything.
+
+        Raises:
+            JaxinferError: the LLM has been closed.
+        """
+        return self.engine.params
+
     def warm_up(self, params: Sequence[SamplingParams] = (warmup.GREEDY, warmup.SAMPLED)) -> WarmUp:
         """Compiles, several at a time, every program that requests like these may need.
 

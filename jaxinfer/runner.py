@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ from pallas_kernels.paged_attention import Backend
 
 logger = logging.getLogger(__name__)
 
-SCORE_BLOCK = 64  # rows of logits at once when a whole prompt is scored
+SCORE_BLOCK = 256  # rows of logits at once, at most, when a prompt is scored: enough for a matmul
 
 # A row's bits must not depend on how many rows it is computed with. cuBLAS by its own heuristics
 # gives that from 8 rows on; autotuning and Triton's matmul do not (ADR 003). Excess precision would
@@ -225,7 +226,7 @@ def _count(
 def _score(params: Params, hidden: Array, targets: Array, *, top: int) -> sampling.Logprobs:
     """Log-probabilities of `targets` [C] given hidden [C, E], a block of logits at a time."""
     C, E = hidden.shape
-    block = min(C, SCORE_BLOCK)
+    block = math.gcd(C, SCORE_BLOCK)
 
     def score(part: tuple[Array, Array]) -> sampling.Logprobs:
         return sampling.token_logprobs(logits(params, part[0]), part[1], top=top)

@@ -126,7 +126,7 @@ def forward(
     plans: Plans = {}
 
     def attend(qkv: jax.Array, heads: Heads, index: int) -> jax.Array:
-        if change:  # What a function overflows must stay its own: a page outlives its sequence.
+        if change and qkv.dtype == jnp.float16:  # may overflow; see `hooked.LARGEST`
             qkv = jnp.where(jnp.isfinite(qkv), qkv, 0)
         q, pools[index] = qkv_write(pools[index], qkv, batch.kv_index, heads, backend=others)
         return _attend(q, pools[index], batch, config.layers[index].window, attention, plans)
