@@ -246,6 +246,8 @@ def _bind(
 
 def _as_jax(x: np.ndarray) -> np.ndarray:
     """In the dtype that JAX would give it: 64 bits become 32."""
+    if not (jnp.issubdtype(x.dtype, np.number) or x.dtype == bool):
+        raise TypeError(f"{x.dtype} {x.shape}")
     return x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
 
 

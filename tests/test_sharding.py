@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxinfer.batch import Batch, Ragged
 from jaxinfer.cache import PagedCache, init_cache
 from jaxinfer.config import LayerConfig, ModelConfig
-from jaxinfer.models.decoder import forward, logits
+from jaxinfer.models.decoder import apply, forward, logits
 from jaxinfer.models.weights import Weight, declare
 from jaxinfer.sharding import TENSOR, partition_spec, shardings
 
@@ -83,8 +83,20 @@ def both_chunks(params, cache: PagedCache, *, config: ModelConfig, axis: str | N
     return hidden, scores, cache
 
 
+def applied(params, *, config: ModelConfig, axis: str | None):
+    """Logits of `apply` on the whole sequence, and how they change with the final norm's weight."""
+    tokens = jnp.arange(SPANS[-1][1]) * 7 % config.vocab_size
+    found = apply(params, config, tokens, axis=axis, capture=("layers.1.mlp_hidden",))
+
+    def loss(scale):
+        scaled = {**params, "final_norm": params["final_norm"] * scale}
+        return apply(scaled, config, tokens, axis=axis).logits[:, 3].sum()
+
+    return found.logits, jax.grad(loss)(1.0)
+
+
 def sharded(config: ModelConfig, shards: int):
-    """`both_chunks` on `shards` devices, twice; results have a leading axis of shards."""
+    """`both_chunks` and `applied` on `shards` devices, twice; results have an axis of shards."""
     mesh = Mesh(np.array(jax.devices()[:shards]), (TENSOR,))
     declared = declare(config, shards)
     params = jax.device_put(lay_out(config, shards), shardings(declared, mesh))
@@ -97,14 +109,15 @@ def sharded(config: ModelConfig, shards: int):
 
     def local(params, cache):
         hidden, scores, cache = both_chunks(params, cache, config=config, axis=TENSOR)
-        return hidden[None], scores[None], cache
+        whole, gradient = applied(params, config=config, axis=TENSOR)
+        return hidden[None], scores[None], cache, whole[None], gradient[None]
 
     run = jax.jit(
         jax.shard_map(
             local,
             mesh=mesh,
             in_specs=(jax.tree.map(partition_spec, declared), heads),
-            out_specs=(each, each, heads),
+            out_specs=(each, each, heads, each, each),
             check_vma=False,  # the point is to look at what each shard has
         )
     )
@@ -115,8 +128,9 @@ def main(path: str) -> None:
     assert jax.device_count() == 4
     arrays = {}
     for name, case in CASES.items():
-        for turn, (hidden, scores, cache) in enumerate(sharded(*case)):
+        for turn, (hidden, scores, cache, whole, gradient) in enumerate(sharded(*case)):
             found = {"hidden": hidden, "logits": scores, "k": cache.k[1], "v": cache.v[1]}
+            found |= {"applied": whole, "gradient": gradient}
             arrays |= {f"{name}/{turn}/{key}": np.asarray(x) for key, x in found.items()}
     np.savez(path, **arrays)
 
@@ -143,6 +157,12 @@ def test_sharded_equals_unsharded(results, name):
     close = {"rtol": 1e-5, "atol": 1e-5}
     np.testing.assert_allclose(results[f"{name}/0/hidden"][0], hidden, **close)
     np.testing.assert_allclose(results[f"{name}/0/logits"][0], scores, **close)
+    whole, gradient = applied(lay_out(config, 1), config=config, axis=None)
+    np.testing.assert_allclose(whole, scores, **close)
+    np.testing.assert_allclose(results[f"{name}/0/applied"][0], whole, **close)
+    # Each shard's own part of it; together they are of the sum of what all shards return.
+    total = results[f"{name}/0/gradient"].sum()
+    np.testing.assert_allclose(total, shards * gradient, rtol=1e-4)
     copies = max(1, shards // config.num_kv_heads)
     for key, pages in (("k", cache.k[1]), ("v", cache.v[1])):
         want = np.repeat(np.asarray(pages), copies, axis=1)[1:]  # without the trash page

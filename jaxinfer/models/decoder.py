@@ -220,9 +220,9 @@ def apply(
     """
 
     def attend(qkv: jax.Array, heads: Heads, index: int) -> jax.Array:
-        shards = 1 if axis is None else jax.lax.axis_size(axis)
-        counts = config.num_heads // shards, config.num_kv_heads // shards
-        q, k, v = prepare(qkv, *counts, heads)
+        H = config.num_heads // (1 if axis is None else jax.lax.axis_size(axis))
+        kv_heads = (qkv.shape[-1] // config.head_dim - H) // 2  # this shard's
+        q, k, v = prepare(qkv, H, kv_heads, heads)
         window = config.layers[index].window
         with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else None):
             return jax.nn.dot_product_attention(
