@@ -6,20 +6,26 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from jaxinfer.errors import JaxinferError
-from jaxinfer.llm import LLM, Prompt
+from jaxinfer.hooks import Intervention
+from jaxinfer.llm import LLM, LogitsFns, Prompt
 from jaxinfer.requests import Request
 from jaxinfer.types import Delta, SamplingParams
+
+if TYPE_CHECKING:
+    from jaxinfer.models.decoder import Params
 
 logger = logging.getLogger(__name__)
 
 MAX_UNREAD = 64  # Deltas kept for a slow reader; later ones are added to the last
 CLOSED = "this AsyncLLM is closed"
+UPDATED = "given up: the weights are updated"
 
 
 @dataclass
@@ -66,6 +72,9 @@ class AsyncLLM:
         self._readers: dict[str, _Reader] = {}  # by request id; the thread's own
         self._todo: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
+        # The thread's own: what is to be done once nothing runs, and who waits for it.
+        self._updates: deque[tuple[Callable[[], None], Future[None]]] = deque()
+        self._held: list[_Reader] = []
         self._refusing = self._stopping = self._ended = False
         self._thread = threading.Thread(target=self._work, name="jaxinfer-engine", daemon=True)
         self._thread.start()
@@ -77,20 +86,54 @@ class AsyncLLM:
         await self.close()
 
     def generate(
-        self, prompt: Prompt, params: SamplingParams | None = None, *, priority: int = 0
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        capture: Sequence[str] = (),
+        intervene: Intervention | None = None,
+        logits_fn: LogitsFns | None = None,
     ) -> AsyncGenerator[Delta]:
         """Completes one prompt, yielding what is new as it comes; the last Delta has the result.
 
         The request is checked at once, and begins when it is first read. Closing the iterator, or
         cancelling the task that reads it, cancels the request. A reader that falls behind finds
-        several steps' tokens in one Delta.
+        several steps' tokens in one Delta. See `LLM.generate`.
 
         Raises:
             InvalidRequest: at once. QueueFull, JaxinferError: from the iterator.
         """
         if self._refusing:
             raise JaxinferError(CLOSED)
-        return self._read(self._llm.prepare(prompt, params, priority=priority))
+        request = self._llm.prepare(
+            prompt, params,
+            priority=priority, capture=capture, intervene=intervene, logits_fn=logits_fn,
+        )  # fmt: skip
+        return self._read(request)
+
+    async def update_params(
+        self,
+        params: Params,
+        *,
+        version: int | str | None = None,
+        in_flight: Literal["drain", "abort"] = "drain",
+    ) -> None:
+        """Takes other weights: see `LLM.update_params`.
+
+        Requests that come meanwhile wait, and are served by the new ones.
+
+        Raises:
+            CheckpointError, ValueError: nothing has changed.
+            JaxinferError: this AsyncLLM is closed, or the update broke off and the LLM is.
+        """
+        done: Future[None] = Future()
+        update = partial(self._llm.update_params, params, version=version, in_flight=in_flight)
+        if self._refusing or not self._post(partial(self._updates.append, (update, done))):
+            raise JaxinferError(CLOSED)
+        if in_flight == "abort":
+            self._post(partial(self._abort, UPDATED))
+        await asyncio.wrap_future(done)
 
     async def close(self, *, drain: bool = False) -> None:
         """Ends the thread and closes the LLM; new requests are refused from now on.
@@ -133,9 +176,9 @@ class AsyncLLM:
     def _work(self) -> None:
         while True:
             with self._changed:
-                while not (self._todo or self._readers or self._stopping):
+                while not (self._todo or self._readers or self._updates or self._stopping):
                     self._changed.wait()
-                if self._stopping and not (self._todo or self._readers):
+                if self._stopping and not (self._todo or self._readers or self._updates):
                     self._ended = True
                     return
                 todo = list(self._todo)
@@ -144,8 +187,26 @@ class AsyncLLM:
                 task()
             if self._readers:
                 self._turn()
+            if self._updates and not self._readers:
+                self._update()
+
+    def _update(self) -> None:
+        """Does what waited until nothing runs; then those begin who came meanwhile."""
+        while self._updates:
+            update, done = self._updates.popleft()
+            try:
+                update()
+                done.set_result(None)
+            except Exception as error:
+                done.set_exception(error)
+        held, self._held = self._held, []
+        for reader in held:
+            self._begin(reader)
 
     def _begin(self, reader: _Reader) -> None:
+        if self._updates and not self._stopping:
+            self._held.append(reader)
+            return
         self._readers[reader.request.id] = reader
         try:
             if self._stopping:
@@ -159,14 +220,19 @@ class AsyncLLM:
 
     def _end(self, reader: _Reader) -> None:
         """Nobody reads it any more."""
+        self._held = [other for other in self._held if other is not reader]
         if self._readers.pop(reader.request.id, None) is not None:
             self._llm.cancel([reader.request])
 
     def _stop(self, drain: bool) -> None:
         self._stopping = True
-        for reader in () if drain else list(self._readers.values()):
+        if not drain:
+            self._abort(CLOSED)
+
+    def _abort(self, why: str) -> None:
+        for reader in list(self._readers.values()):
             self._llm.cancel([reader.request])
-            self._tell(reader, JaxinferError(CLOSED))
+            self._tell(reader, JaxinferError(why))
 
     def _turn(self) -> None:
         """One turn of the engine. What breaks it fails the requests that were in it, no others."""

@@ -248,7 +248,7 @@ class Engine:
         self._params = {}
         for i, leaf in enumerate(new):
             sharding, old[i] = old[i].sharding, None
-            new[i] = jax.device_put(leaf, sharding, may_alias=isinstance(leaf, jax.Array))
+            new[i] = _placed(leaf, sharding)
         self._params = jax.tree.unflatten(tree, new)
         self._weights = secrets.token_bytes(16)
 
@@ -622,6 +622,13 @@ class Engine:
 def _ids(action: batcher.Run) -> list[int]:
     """Sequences of which an action brings results."""
     return action.ids.tolist() + [chunk.id for chunk in action.chunks]
+
+
+def _placed(leaf: Any, sharding: Any) -> jax.Array:
+    """An array of the device as it is, or a copy of one of the host, whose owner may change it."""
+    if isinstance(leaf, jax.Array):
+        return jax.device_put(leaf, sharding)
+    return jax.block_until_ready(jnp.array(leaf, device=sharding))
 
 
 def _hooks(spec: SequenceSpec) -> list[Bound]:

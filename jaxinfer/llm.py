@@ -204,7 +204,7 @@ class LLM:
         self._seeds = random.Random(options.seed)
         self._ids = itertools.count()
         self._owners: dict[int, tuple[Request, Sample]] = {}
-        self.params_version: int | str = 0
+        self.params_version: int | str = 0  # of the weights; see `update_params`
         self.response_cache = ResponseCache(options.response_cache)
         limits = batcher_config(config, options, memory)
         kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)

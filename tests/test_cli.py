@@ -22,6 +22,8 @@ from jaxinfer.errors import (
     UnsupportedModel,
 )
 from jaxinfer.hub import DEMO_MODELS
+from jaxinfer.models.families import read_config
+from jaxinfer.models.sites import match, widths
 from jaxinfer.types import CompletionOutput, Delta, Logprob, RequestOutput, TokenLogprobs
 
 ROOT = Path(__file__).parents[1]
@@ -358,6 +360,18 @@ def test_info_reads_the_config_alone(tmp_path, capsys):
     assert only["kv_bytes_per_token"] == 2 * 2 * (16 + 4)  # and a scale
     assert cli.main(["info", "-m", str(tmp_path), "--max-model-len", "100"]) == 0
     assert "memory.max_model_len             100\n" in capsys.readouterr().out
+
+
+def test_info_lists_the_sites(tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((GOLDEN / "config.json").read_bytes())
+    assert cli.main(["info", "-m", str(tmp_path), "--sites", "--json"]) == 0
+    (only,) = records(capsys.readouterr().out)
+    config = read_config(GOLDEN)
+    listed = {name.replace("N", str(i)) for name in only["sites"] for i in range(2)}
+    assert listed == set(match(["*"], config))
+    assert {site["width"] for site in only["sites"].values()} == set(widths(config).values())
+    assert cli.main(["info", "-m", str(tmp_path), "--sites"]) == 0
+    assert "layers.N.mlp_hidden " in capsys.readouterr().out
 
 
 def test_info_tells_of_a_model_that_does_not_fit(tmp_path, capsys):

@@ -153,7 +153,7 @@ def test_other_parameters_are_another_request(llm: LLM, other: dict[str, Any]) -
 
 def test_other_weights_are_another_model(llm: LLM) -> None:
     llm.generate(PROMPT, GREEDY)
-    llm.params_version += 1
+    llm.update_params(llm.params)
     llm.generate(PROMPT, GREEDY)
     assert counts(llm) == (0, 2)
     llm.generate(PROMPT, GREEDY)
@@ -163,7 +163,7 @@ def test_other_weights_are_another_model(llm: LLM) -> None:
 def test_what_ran_while_the_weights_changed_is_not_kept(llm: LLM) -> None:
     stream = llm.stream(PROMPT, GREEDY)
     next(stream)
-    llm.params_version += 1
+    llm.update_params(llm.params)
     list(stream)
     assert len(llm.response_cache) == 0
 

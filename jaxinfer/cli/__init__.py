@@ -16,7 +16,7 @@ import typer
 from typer.main import get_command
 
 from jaxinfer.cli.metrics import metrics_path, metrics_written
-from jaxinfer.cli.model import ModelOptions, describe, open_llm
+from jaxinfer.cli.model import ModelOptions, describe, describe_sites, open_llm
 from jaxinfer.cli.options import (
     SAMPLING,
     DtypeOption,
@@ -44,6 +44,7 @@ from jaxinfer.cli.output import (
     print_info,
     print_logprobs,
     print_result,
+    print_sites,
     record,
     result_record,
     show_prompt,
@@ -252,8 +253,18 @@ def info(
     max_model_len: MaxModelLen = None,
     gpu_memory_utilization: GpuMemory = 0.9,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
+    sites: Annotated[
+        bool, typer.Option("--sites", help="Where activations can be read and changed, instead.")
+    ] = False,
 ) -> None:
     """Says what a model is and what it needs here. Reads no weights."""
+    if sites:
+        found = describe_sites(model, revision)
+        if as_json:
+            write_record(record("sites", **found))
+        else:
+            print_sites(found)
+        return
     options = ModelOptions(
         model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype
     )

@@ -90,6 +90,19 @@ def model_digest(directory: Path) -> str:
     return digest.hexdigest()
 
 
+def describe_sites(model: str, revision: str | None) -> dict[str, Any]:
+    """Where a model's activations can be read and changed; starts nothing."""
+    from jaxinfer.models import sites
+    from jaxinfer.models.families import read_config
+
+    config = read_config(resolve_model(model, revision))
+    found = {
+        name: {"width": width, "what": what}
+        for name, (width, what) in sites.describe(config).items()
+    }
+    return {"model": model, "num_layers": config.num_layers, "sites": found}
+
+
 def describe(options: ModelOptions) -> dict[str, Any]:
     """The model, the memory it needs, and what it would run on."""
     directory = resolve_model(options.model, options.revision)

@@ -118,6 +118,13 @@ def print_info(description: dict[str, Any], prefix: str = "") -> None:
             write(f"{prefix + key:<32} {shown}\n")
 
 
+def print_sites(description: dict[str, Any]) -> None:
+    """One line a site: its name, its vectors' width, and what they are."""
+    for name, site in description["sites"].items():
+        write(f"{name:<22} {site['width']:>6}  {site['what']}\n")
+    write(f"N: 0 to {description['num_layers'] - 1}, or * for all\n")
+
+
 def record(kind: str, **fields: Any) -> dict[str, Any]:
     """What every JSON record has, and `fields`."""
     return {"version": RECORD_VERSION, "type": kind, **fields}

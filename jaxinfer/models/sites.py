@@ -11,11 +11,13 @@ import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-
-import jax
+from typing import TYPE_CHECKING
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    import jax
 
 # In the order in which a layer reaches them; what each is, for `jaxinfer info --sites`.
 LAYER_SITES: dict[str, str] = {
@@ -31,8 +33,8 @@ LAYER_SITES: dict[str, str] = {
 EMBED, FINAL_NORM = "embed", "final_norm"
 OTHER_SITES = {EMBED: "embeddings", FINAL_NORM: "residual stream at the end, normalised"}
 
-At = Callable[[str, jax.Array], jax.Array]
-Change = Mapping[str, Callable[[jax.Array], jax.Array]]
+At = Callable[[str, "jax.Array"], "jax.Array"]
+Change = Mapping[str, Callable[["jax.Array"], "jax.Array"]]
 
 
 def layer_site(index: int, name: str) -> str:
@@ -51,6 +53,16 @@ def widths(config: ModelConfig) -> dict[str, int]:
         layer_site(i, name): width for i in range(config.num_layers) for name, width in of.items()
     }
     return {EMBED: hidden, **layers, FINAL_NORM: hidden}
+
+
+def describe(config: ModelConfig) -> dict[str, tuple[int, str]]:
+    """Width and meaning of every kind of site; N stands for a layer's number."""
+    width = widths(config)
+    layers = {
+        f"layers.N.{name}": (width[layer_site(0, name)], what) for name, what in LAYER_SITES.items()
+    }
+    ends = {name: (width[name], what) for name, what in OTHER_SITES.items()}
+    return {EMBED: ends[EMBED], **layers, FINAL_NORM: ends[FINAL_NORM]}
 
 
 def match(
