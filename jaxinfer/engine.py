@@ -7,7 +7,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, TextIO
+from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
@@ -19,16 +19,16 @@ from jaxinfer.buckets import make_buckets
 from jaxinfer.cache import init_cache
 from jaxinfer.config import BatcherConfig, ModelConfig
 from jaxinfer.errors import JaxinferError
-from jaxinfer.hooked import NO_FAULT, HookTables, fault_sites
+from jaxinfer.hooked import LOGITS, HookTables
 from jaxinfer.hooks import Bound
 from jaxinfer.metrics import Metrics
 from jaxinfer.models.decoder import Params
+from jaxinfer.observe import InFlight, Update, faults, sequences_of, start_of, taken
 from jaxinfer.packing import pack
 from jaxinfer.pages import page_keys, pages_for
 from jaxinfer.plans import (
     Kind,
     SequenceSpec,
-    chunk_starts,
     make_plan,
     padded_tokens,
     step_key,
@@ -44,33 +44,6 @@ from jaxinfer.warmup import WarmUp
 DISPATCHES_AHEAD = 2
 # How many later sequences a step of priority lets pass at most: nobody waits for ever.
 PRIORITY_ARRIVALS = 1000
-
-
-class Update(NamedTuple):
-    """What one step brought for a sequence.
-
-    `logprobs` describe `tokens`; `scores` the next prompt tokens, each given what comes before it.
-    `cached`, with a sequence's first token: how many tokens of its prompt
-    were not computed for it.
-    `activations`, by site: of the next tokens that went through the model, [n, width].
-    `fault`: the site at which the request's own function made something that is not finite; the
-    sequence has ended by it.
-    """
-
-    id: int
-    tokens: list[int]
-    logprobs: sampling.Logprobs | None
-    scores: sampling.Logprobs | None
-    finished: bool
-    cached: int = 0
-    activations: dict[str, np.ndarray] | None = None
-    fault: str | None = None
-
-
-class _InFlight(NamedTuple):
-    action: batcher.Run
-    key: StepKey
-    sampled: Sampled
 
 
 class Engine:
@@ -126,7 +99,7 @@ class Engine:
         self._captured: dict[int, int] = {}  # tokens whose activations were given out
         self._preempted: set[int] = set()
         self._cached: dict[int, int] = {}  # from a sequence's first chunk to its last
-        self._in_flight: deque[_InFlight] = deque()
+        self._in_flight: deque[InFlight] = deque()
         self._seq = init_state(self.limits.max_num_seqs, self._table_width)
         if any(p.penalised for p in self._warmed):  # programs differ in it
             self._count_penalties()
@@ -457,20 +430,22 @@ class Engine:
         """Those of which no results are on their way may wait again."""
         if not self._preempted:
             return
-        on_the_way = {i for done in self._in_flight for i in _ids(done.action)}
+        on_the_way = {i for done in self._in_flight for i in sequences_of(done.action)}
         for sequence in sorted(self._preempted - on_the_way):
             self._preempted.remove(sequence)
             tokens = len(self._live[sequence].prompt) + len(self._outputs[sequence])
             self._events.append(batcher.Return(sequence, tokens, self._keys(sequence)))
 
-    def _run(self, action: batcher.Run) -> _InFlight:
+    def _run(self, action: batcher.Run) -> InFlight:
         reading = [chunk.id for chunk in action.chunks]
         specs = {i: self._live[i] for i in reading}
         if any(s.params.penalised for s in specs.values()):
             self._count_penalties()
-        kind = together(self._kinds[i] for i in _ids(action) if i in self._kinds)
+        kind = together(self._kinds[i] for i in sequences_of(action) if i in self._kinds)
         scores = [s.score for s in specs.values() if s.score is not None]
-        inside = {i: s for i in _ids(action) if (s := self._live.get(i)) and s.inside is not None}
+        inside = {
+            i: s for i in sequences_of(action) if (s := self._live.get(i)) and s.inside is not None
+        }
         key = step_key(
             action,
             warmup.covering(self._variants, kind),
@@ -483,7 +458,7 @@ class Engine:
                 self._hooks.note(chunk.row, _hooks(specs[chunk.id]))
         known = {i: self._tokens(i) for i in reading}
         plan = make_plan(action, key, inside | specs, known, table_width=self._table_width)
-        return _InFlight(action, key, self._dispatch(key, plan))
+        return InFlight(action, key, self._dispatch(key, plan))
 
     def _dispatch(self, key: StepKey, plan: Plan) -> Sampled:
         self._cache, self._seq, sampled = self.compiler.run(
@@ -495,7 +470,7 @@ class Engine:
 
     # -- results ----------------------------------------------------------------------------
 
-    def _observe(self, done: _InFlight) -> list[Update]:
+    def _observe(self, done: InFlight) -> list[Update]:
         tokens, rows = np.asarray(done.sampled.tokens), done.key.rows
         following = tokens[:, rows : rows + len(done.action.chunks)]
         self.metrics.observe(tokens[:, : len(done.action.ids)], following)
@@ -524,7 +499,7 @@ class Engine:
         return updates
 
     def _read(
-        self, chunk: batcher.Prefill, column: list[int], place: int, done: _InFlight
+        self, chunk: batcher.Prefill, column: list[int], place: int, done: InFlight
     ) -> list[Update]:
         """News of a chunk: scores of its tokens, and the token after the last of them."""
         scores = self._scores(chunk, done)
@@ -532,7 +507,7 @@ class Engine:
             again = bool(self._outputs[chunk.id])
             self._cached[chunk.id] = 0 if again else chunk.start
         count = chunk.stop - chunk.start
-        at = _start(done.action, chunk)
+        at = start_of(done.action, chunk)
         seen = self._seen(chunk.id, chunk.start, count, done, np.s_[0, at : at + count])
         if not chunk.last:
             update = Update(chunk.id, [], None, scores, False, activations=seen)
@@ -542,7 +517,7 @@ class Engine:
         return [update._replace(scores=scores, cached=cached, activations=seen)]
 
     def _seen(
-        self, id: int, start: int, count: int, done: _InFlight, where: Any
+        self, id: int, start: int, count: int, done: InFlight, where: Any
     ) -> dict[str, np.ndarray] | None:
         """A sequence's activations from position `start` on, which lie at `where`; what was given
         out before a preemption is left out."""
@@ -555,23 +530,17 @@ class Engine:
         captured = done.sampled.captured
         return {site: np.asarray(captured[site])[where][new:].copy() for site in inside.capture}
 
-    def _fail(self, done: _InFlight) -> list[Update]:
+    def _fail(self, done: InFlight) -> list[Update]:
         """Ends the sequences whose functions went wrong, and those that would have found the same
         if they did not share pages."""
-        if done.sampled.faults is None:
-            return []
-        faults, sites = np.asarray(done.sampled.faults), fault_sites(done.key.hooks)
-        slots = (*done.action.ids.tolist(), *[-1] * (done.key.rows - len(done.action.ids)))
-        slots = (*slots, *(chunk.id for chunk in done.action.chunks))
         updates = []
-        for slot, sequence in enumerate(slots):
-            first = int(np.argmin(faults[:, 1, slot]))
-            place, position = faults[first, :, slot].tolist()
-            if place == NO_FAULT or sequence not in self._live:
+        for fault in faults(done):
+            if fault.sequence not in self._live:
                 continue
-            for i in self._alike(sequence, position):
+            alike = [fault.sequence] if fault.site == LOGITS else self._alike(*fault[:2])
+            for i in alike:
                 self.cancel(i)
-                updates.append(Update(i, [], None, None, True, fault=sites[place]))
+                updates.append(Update(i, [], None, None, True, fault=fault.site))
         return updates
 
     def _alike(self, sequence: int, position: int) -> list[int]:
@@ -591,7 +560,7 @@ class Engine:
         self._hooks.renumber(spec.inside.change.hook)
         return found
 
-    def _scores(self, chunk: batcher.Prefill, done: _InFlight) -> sampling.Logprobs | None:
+    def _scores(self, chunk: batcher.Prefill, done: InFlight) -> sampling.Logprobs | None:
         """Of the chunk's prompt tokens; those that were given out before a preemption are not given
         out again, and what follows the prompt's last token is no part of it."""
         spec = self._live[chunk.id]
@@ -602,8 +571,8 @@ class Engine:
         if begin >= end and before:
             return None
         self._scored[chunk.id] = max(before, end)
-        at = _start(done.action, chunk) - chunk.start
-        return _take(done.sampled.scores, slice(at + begin, at + max(begin, end)), spec.score)
+        at = start_of(done.action, chunk) - chunk.start
+        return taken(done.sampled.scores, slice(at + begin, at + max(begin, end)), spec.score)
 
     def _update(self, id: int, column: list[int], place: int, sampled: Sampled) -> Update:
         """Notes the tokens of a sequence, those of column `place`."""
@@ -611,17 +580,12 @@ class Engine:
         logprobs = None
         if spec.params.logprobs is not None and tokens:
             rows = (slice(0, len(tokens)), place)
-            logprobs = _take(sampled.logprobs, rows, spec.params.logprobs)
+            logprobs = taken(sampled.logprobs, rows, spec.params.logprobs)
         self._outputs[id] += tokens
         self.metrics.give(id, len(tokens))
         ended = len(spec.prompt) + len(self._outputs[id]) >= spec.limit
         stopped = bool(tokens) and tokens[-1] in spec.stop_ids
         return Update(id, tokens, logprobs, None, ended or stopped)
-
-
-def _ids(action: batcher.Run) -> list[int]:
-    """Sequences of which an action brings results."""
-    return action.ids.tolist() + [chunk.id for chunk in action.chunks]
 
 
 def _placed(leaf: Any, sharding: Any) -> jax.Array:
@@ -633,14 +597,3 @@ def _placed(leaf: Any, sharding: Any) -> jax.Array:
 
 def _hooks(spec: SequenceSpec) -> list[Bound]:
     return [] if spec.inside is None else spec.inside.hooks
-
-
-def _start(action: batcher.Run, chunk: batcher.Prefill) -> int:
-    """Where in the step's flat order a chunk begins."""
-    return chunk_starts(action)[[other.id for other in action.chunks].index(chunk.id)]
-
-
-def _take(logprobs: Any, index: Any, top: int) -> sampling.Logprobs:
-    """Host copies of the rows at `index`, `top` of the likeliest each."""
-    out = jax.tree.map(lambda x: np.asarray(x)[index], logprobs)
-    return out._replace(top_ids=out.top_ids[:, :top], top_logprobs=out.top_logprobs[:, :top])

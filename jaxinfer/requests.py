@@ -25,8 +25,8 @@ from jaxinfer.types import (
 )
 
 if TYPE_CHECKING:
-    from jaxinfer.engine import Update
     from jaxinfer.errors import JaxinferError
+    from jaxinfer.observe import Update
     from jaxinfer.response_cache import Key
     from jaxinfer.tokenizer import Tokenizer
 

@@ -44,7 +44,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "hooks": ({"jaxinfer.hooks", "jaxinfer.hooked"}, {"models"}),
     "runner": ({"jaxinfer.runner"}, {"hooks", "packing", "speculate"}),
     "plans": ({"jaxinfer.plans", "jaxinfer.warmup"}, {"runner", "batcher", "buckets"}),
-    "engine": ({"jaxinfer.engine", "jaxinfer.state"}, {"plans"}),
+    "engine": ({"jaxinfer.engine", "jaxinfer.observe", "jaxinfer.state"}, {"plans"}),
     "sharding": ({"jaxinfer.sharding"}, {"models"}),
     "sizing": ({"jaxinfer.sizing", "jaxinfer.hardware"}, {"models", "buckets"}),
     "host": (

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxinfer.engine import Update
+from jaxinfer.observe import Update
 from jaxinfer.requests import Request, Sample, finish, take
 from jaxinfer.sampling import Logprobs
 from jaxinfer.types import SamplingParams
