@@ -17,7 +17,7 @@ import numpy as np
 from jaxinfer import saving, warmup
 from jaxinfer.cache import resolve_kv_dtype
 from jaxinfer.config import EngineOptions, ModelConfig
-from jaxinfer.engine import Engine
+from jaxinfer.engine import DISPATCHES_AHEAD, Engine
 from jaxinfer.errors import (
     CapacityError,
     FunctionFault,
@@ -27,6 +27,7 @@ from jaxinfer.errors import (
 )
 from jaxinfer.hooks import Hook, Inside, Intervention, LogitsFn, Rows, bind, check
 from jaxinfer.loading import batcher_config, check_params, load_weights, plan, prepare_backend
+from jaxinfer.models.sites import widths
 from jaxinfer.requests import (
     Request,
     Sample,
@@ -622,6 +623,7 @@ class LLM:
 
         def of(index: int) -> Inside | None:
             found = bind(capture, changes[index], logits[index], self.config, index=index)
+            self._check_room(found.capture if found else (), index)
             new = {bound.hook for bound in (found.hooks if found else ())} - checked
             for hook in new:
                 check(hook, self.config, jnp.dtype(self._options.dtype), index=index)
@@ -637,6 +639,19 @@ class LLM:
         if self.tokenizer is None:
             raise InvalidRequest("this model has no tokenizer: give token ids")
         return self.tokenizer.encode(prompt)
+
+    def _check_room(self, capture: Sequence[str], index: int) -> None:
+        """Raises InvalidRequest if steps that capture these sites could run out of memory."""
+        every, memory = widths(self.config), self.memory_plan
+        tokens = self.engine.limits.max_num_batched_tokens
+        token_bytes = sum(every[site] for site in capture) * jnp.dtype(self._options.dtype).itemsize
+        needed = DISPATCHES_AHEAD * tokens * token_bytes
+        if memory.limit is not None and needed > memory.steps:
+            raise InvalidRequest(
+                f"{len(capture)} sites take {needed} bytes in steps of {tokens} tokens, "
+                f"{memory.steps} are free: name fewer, or lower max_num_batched_tokens",
+                index=index, field="capture",
+            )  # fmt: skip
 
     def _prepare(
         self,

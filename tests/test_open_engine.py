@@ -383,6 +383,15 @@ def test_refusals(llm: LLM, wanted: dict[str, Any], field: str, message: str) ->
     assert llm.engine.idle
 
 
+def test_sites_that_do_not_fit_in_memory(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    every = sum(widths(llm.config).values()) * 4  # bytes a token; steps of 16 tokens, two ahead
+    small = replace(llm.memory_plan, limit=1 << 30, steps=2 * 16 * every - 1)
+    monkeypatch.setattr(llm, "memory_plan", small)
+    with pytest.raises(InvalidRequest, match=r"18 sites take .* lower max_num_batched_tokens"):
+        llm.generate(PROMPTS[0], GREEDY, capture=("*",))
+    llm.generate(PROMPTS[0], GREEDY, capture=("layers.*.resid",))
+
+
 def test_one_bad_request_beside_good_ones(llm: LLM) -> None:
     each = [None, Intervention(lambda w, x, a: x[:3], (SITE,)), None]
     outputs = llm.generate(PROMPTS[:3], GREEDY, intervene=each, on_error="return")
