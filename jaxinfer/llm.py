@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer import saving, warmup
+from jaxinfer import functional, saving, warmup
 from jaxinfer.cache import resolve_kv_dtype
 from jaxinfer.config import EngineOptions, ModelConfig
 from jaxinfer.engine import DISPATCHES_AHEAD, Engine
@@ -25,6 +25,7 @@ from jaxinfer.errors import (
     JaxinferError,
     QueueFull,
 )
+from jaxinfer.functional import Functional
 from jaxinfer.hooks import Hook, Inside, Intervention, LogitsFn, Rows, bind, check
 from jaxinfer.loading import batcher_config, check_params, load_weights, plan, prepare_backend
 from jaxinfer.models.sites import widths
@@ -394,6 +395,58 @@ class LLM:
         ]
         self._run(requests)
         return [token_logprobs(request) for request in requests]
+
+    def functional(
+        self,
+        prompts: Prompt | Sequence[Prompt] = (),
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        rows: int | None = None,
+        num_pages: int | None = None,
+        capture: Sequence[str] = (),
+        logits_fn: LogitsFns | None = None,
+        donate: bool = False,
+    ) -> Functional:
+        """The engine as a value: `step(params, state) -> (state, out)` and a state to begin with.
+
+        The prompts are read into rows 0, 1, …; the first step samples their first tokens, with the
+        seeds and draws that `generate` would have. See `functional`, also for `fork`. The weights
+        are `llm.params`. Nothing of this LLM's own engine is touched; memory for the state is taken
+        beside it.
+
+        Args:
+            prompts, params: as of `generate`, without penalties, and one sample of each.
+            rows: of the state; None: as many as prompts.
+            num_pages: pages of `page_size` tokens; None: enough for every row to end.
+            capture: sites whose activations each step returns.
+            logits_fn: changes logits [rows, V] of all rows at once, which it may mix.
+            donate: a step uses up the state that it is given. Otherwise old states stay as they
+                are, and every step copies the pages.
+
+        Raises:
+            InvalidRequest, CapacityError.
+        """
+        several = as_prompts(prompts)
+        each = one_each(params, len(several))
+        requests = [self._prepare(p, each[i], i) for i, p in enumerate(several)]
+        inside = self._inside(1, capture, None, logits_fn)(0) or Inside()
+        for index, request in enumerate(requests):
+            if request.params.n > 1 or request.params.penalised:
+                raise InvalidRequest(
+                    "n > 1 and penalties are not for `functional`: fork rows, or use generate",
+                    index=index, field="params",
+                )  # fmt: skip
+        specs = [sequences(request)[0] for request in requests]
+        return functional.start(
+            self.params, self.config, self.engine.compiler, specs,
+            rows=len(specs) if rows is None else rows,
+            num_pages=num_pages,
+            longest=max([s.limit for s in specs], default=self.memory_plan.max_model_len),
+            page_size=self.memory_plan.page_size,
+            kv_dtype=resolve_kv_dtype(self._options.kv_cache_dtype, self._options.dtype),
+            invariant=self._options.invariant,
+            inside=inside, donate=donate,
+        )  # fmt: skip
 
     # -- for loops of one's own, as AsyncLLM's -------------------------------------------------
 

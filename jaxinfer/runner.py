@@ -243,11 +243,14 @@ class StepCompiler:
         invariant: compile so that a row's bits do not depend on the batch (costs nothing much;
             see ADR 003).
         platform: `gpu` or `cpu`; the options are XLA's for GPUs.
+
+    Attributes:
+        options: of the compiler.
     """
 
     def __init__(self, config: ModelConfig, *, invariant: bool, platform: str) -> None:
         self._config = config
-        self._options = INVARIANT_OPTIONS if invariant and platform == "gpu" else {}
+        self.options: dict[str, Any] = INVARIANT_OPTIONS if invariant and platform == "gpu" else {}
         self._compiled: dict[tuple[StepKey, bool], Any] = {}
         self.compile_seconds = 0.0
 
@@ -319,6 +322,6 @@ class StepCompiler:
 
     def _finish(self, key: StepKey, lowered: Any) -> Any:
         begin = time.perf_counter()
-        compiled = lowered.compile(compiler_options=self._options or None)
+        compiled = lowered.compile(compiler_options=self.options or None)
         logger.info("compiled %s in %.2f s", key, time.perf_counter() - begin)
         return compiled

@@ -45,6 +45,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "runner": ({"jaxinfer.runner"}, {"hooks", "packing", "speculate"}),
     "plans": ({"jaxinfer.plans", "jaxinfer.warmup"}, {"runner", "batcher", "buckets"}),
     "engine": ({"jaxinfer.engine", "jaxinfer.observe", "jaxinfer.state"}, {"plans"}),
+    "functional": ({"jaxinfer.functional"}, {"plans"}),
     "sharding": ({"jaxinfer.sharding"}, {"models"}),
     "sizing": ({"jaxinfer.sizing", "jaxinfer.hardware"}, {"models", "buckets"}),
     "host": (
@@ -60,7 +61,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "checkpoints": ({"checkpoints"}, {"models", "quant", "sharding"}),
     "requests": ({"jaxinfer.requests"}, {"engine", "host"}),
     "loading": ({"jaxinfer.loading"}, {"checkpoints", "sizing", "host"}),
-    "llm": ({"jaxinfer.llm", "jaxinfer.saving"}, {"requests", "loading"}),
+    "llm": ({"jaxinfer.llm", "jaxinfer.saving"}, {"requests", "loading", "functional"}),
     "async": ({"jaxinfer.async_llm"}, {"llm"}),
     "offline": ({"jaxinfer.offline"}, {"llm"}),
     "api": ({"jaxinfer"}, {"async", "offline"}),
