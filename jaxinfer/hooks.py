@@ -185,20 +185,26 @@ def bind(
     return Inside(sites, change, logits) if sites or change or logits else None
 
 
-def check(hook: Hook, config: ModelConfig, dtype: Any, *, index: int = 0) -> None:
-    """Tries a hook's function on shapes alone.
+def check(
+    hook: Hook, config: ModelConfig, dtype: Any, *, index: int = 0, count: int = ABSTRACT
+) -> None:
+    """Tries a hook's function on shapes alone, of `count` tokens or sequences.
 
     Raises:
         InvalidRequest: it fails, or returns what does not stand for what it was given.
     """
     every: Any = widths(config)
-    ids: Any = _tokens((), jnp.int32)
-    aux = jax.tree.unflatten(hook.tree, [_tokens(*leaf) for leaf in hook.leaves])
+
+    def several(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count, *shape), dtype)
+
+    ids: Any = several((), jnp.int32)
+    aux = jax.tree.unflatten(hook.tree, [several(*leaf) for leaf in hook.leaves])
     if hook.of_logits:
         one = pack_row(SamplingParams(), seed=0, sample=0, stop_ids=(), min_length=0)
-        sampling = jax.tree.map(lambda x: _tokens(x.shape, x.dtype), one)
-        seen: Any = {site: _tokens((every[site],), dtype) for site in hook.sites}
-        logits = _tokens((config.vocab_size,), jnp.float32)
+        sampling = jax.tree.map(lambda x: several(x.shape, x.dtype), one)
+        seen: Any = {site: several((every[site],), dtype) for site in hook.sites}
+        logits = several((config.vocab_size,), jnp.float32)
         _try(hook.fn, logits, (logits, Rows(sampling, ids, ids, seen), aux), "logits_fn", index)
         return
     for site in hook.sites:
@@ -206,7 +212,7 @@ def check(hook: Hook, config: ModelConfig, dtype: Any, *, index: int = 0) -> Non
         def at(positions: Array, x: Array, aux: Any, site: str = site) -> Array:
             return hook.fn(Where(site, positions), x, aux)
 
-        x = _tokens((every[site],), dtype)
+        x = several((every[site],), dtype)
         _try(at, x, (ids, x, aux), f"intervene at {site}", index)
 
 
@@ -249,10 +255,6 @@ def _as_jax(x: np.ndarray) -> np.ndarray:
     if not (jnp.issubdtype(x.dtype, np.number) or x.dtype == bool):
         raise TypeError(f"{x.dtype} {x.shape}")
     return x.astype(jax.dtypes.canonicalize_dtype(x.dtype))
-
-
-def _tokens(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((ABSTRACT, *shape), dtype)
 
 
 def _try(

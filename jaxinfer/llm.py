@@ -429,7 +429,10 @@ class LLM:
         several = as_prompts(prompts)
         each = one_each(params, len(several))
         requests = [self._prepare(p, each[i], i) for i, p in enumerate(several)]
-        inside = self._inside(1, capture, None, logits_fn)(0) or Inside()
+        M = len(several) if rows is None else rows
+        inside = bind(capture, None, logits_fn, self.config) or Inside()
+        for bound in inside.hooks:
+            check(bound.hook, self.config, jnp.dtype(self._options.dtype), count=M)
         for index, request in enumerate(requests):
             if request.params.n > 1 or request.params.penalised:
                 raise InvalidRequest(
@@ -439,7 +442,7 @@ class LLM:
         specs = [sequences(request)[0] for request in requests]
         return functional.start(
             self.params, self.config, self.engine.compiler, specs,
-            rows=len(specs) if rows is None else rows,
+            rows=M,
             num_pages=num_pages,
             longest=max([s.limit for s in specs], default=self.memory_plan.max_model_len),
             page_size=self.memory_plan.page_size,
