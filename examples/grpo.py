@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxinfer import LLM, SamplingParams
-from jaxinfer.models import apply
+from jaxinfer import LLM, SamplingParams, models
 
 PROMPTS = ["def add(a, b):\n", "for name in names:\n", "class Point:\n", "if value is None:\n"]
 
@@ -31,7 +30,7 @@ def main(steps=24, group=16, tokens=24, rate=3e-5):
     @jax.jit
     @partial(jax.value_and_grad, has_aux=True)
     def loss(params, ids, sampled, advantage):
-        drawn, scores = ~jnp.isnan(sampled), apply(params, llm.config, ids[:, :-1]).logits
+        drawn, scores = ~jnp.isnan(sampled), models.apply(params, llm.config, ids[:, :-1]).logits
         now = jnp.take_along_axis(jax.nn.log_softmax(scores), ids[:, 1:, None], -1)[..., 0]
         moved = jnp.where(drawn, now - sampled, 0.0)  # 0 but for rounding: nothing to clip
         gain = jnp.exp(moved) * advantage * drawn

@@ -373,7 +373,10 @@ COMPANY = [
         RANDOM,
         GREEDY,
         SamplingParams(seed=8, max_tokens=8, top_p=0.9, top_k=50, min_p=1e-4),
-        SamplingParams(seed=9, max_tokens=8, frequency_penalty=2.0, repetition_penalty=2.0),
+        pytest.param(
+            SamplingParams(seed=9, max_tokens=8, frequency_penalty=2.0, repetition_penalty=2.0),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_tokens_do_not_depend_on_the_company(llm: LLM, params: SamplingParams) -> None:

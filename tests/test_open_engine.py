@@ -301,8 +301,8 @@ def broken(at: int, to: float = np.nan, sites: Sequence[str] = (SITE,)) -> Inter
     return Intervention(breaking, sites, {"at": np.int32(at), "to": np.float32(to)})
 
 
-@pytest.mark.parametrize("at", [0, 20, 34])  # of the first chunk, the second, what is generated
-@pytest.mark.parametrize("to", [np.nan, np.inf, 1e20])
+# Of the first chunk, the second, what is generated.
+@pytest.mark.parametrize(("at", "to"), [(0, np.nan), (20, np.inf), (34, 1e20), (34, np.nan)])
 def test_a_fault_ends_its_request_alone(llm: LLM, at: int, to: float) -> None:
     plain = llm.generate(PROMPTS, GREEDY)
     each = [adding(1), None, broken(at, to, ("layers.1.attn_out", "layers.1.resid")), None]
@@ -452,10 +452,21 @@ def crowded(tiny: TinyModel) -> Iterator[LLM]:
         yield llm
 
 
+@pytest.mark.slow
 @given(asked=asked)
-def test_requests_of_all_kinds_are_what_they_are_alone(
+def test_any_requests_are_what_they_are_alone(
     crowded: LLM, asked: list[tuple[int, int, int]]
 ) -> None:
+    check_alone(crowded, asked)
+
+
+def test_requests_of_all_kinds_are_what_they_are_alone(crowded: LLM) -> None:
+    preempted = crowded.metrics.summary().preemptions
+    check_alone(crowded, [(kind, 5 + 4 * kind, 8) for kind in range(len(KINDS))])
+    assert crowded.metrics.summary().preemptions > preempted
+
+
+def check_alone(crowded: LLM, asked: list[tuple[int, int, int]]) -> None:
     def request(kind: int, length: int, tokens: int) -> Any:
         prompt = [(7 * i + kind) % 50 for i in range(length)]
         return crowded.prepare(prompt, replace(GREEDY, max_tokens=tokens), **KINDS[kind])

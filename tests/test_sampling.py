@@ -125,6 +125,7 @@ def test_a_row_without_any_likely_token_has_a_threshold() -> None:
     np.testing.assert_array_equal(found, [NEVER, 0.0, NEVER])
 
 
+@pytest.mark.slow
 def test_the_largest_vocabulary_of_equals_does_not_overflow() -> None:
     for size in (2**18, 2**18 + 1):
         x = np.zeros((1, size), np.float32)
@@ -281,6 +282,7 @@ def mixed_batch(size: int) -> tuple[np.ndarray, SamplingRows, np.ndarray, Penalt
     return some_logits(size, vocab), rows, np.arange(size, dtype=np.int32) * 13, penalties
 
 
+@pytest.mark.slow
 def test_a_row_is_the_same_alone_and_in_any_batch() -> None:
     logits, rows, positions, penalties = mixed_batch(24)
     everything = partial(draw, truncated=True, random=True)

@@ -141,8 +141,9 @@ def through_plain(state: EngineState) -> EngineState:
     return from_plain(*to_plain(state))
 
 
+@pytest.mark.slow  # test_requests_go_on goes through it
 @PAGES
-@pytest.mark.parametrize("turns", some(*TURNS, quick=35))
+@pytest.mark.parametrize("turns", TURNS)
 def test_an_engine_goes_on(
     undisturbed: News, first: Engine, second: Engine, turns: int, pages: bool
 ) -> None:

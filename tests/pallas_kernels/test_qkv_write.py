@@ -326,7 +326,7 @@ def test_bad_arguments_are_named(change, message):
 
 
 @linux
-@pytest.mark.parametrize("arch", ["sm80", "sm90"])
+@pytest.mark.parametrize("arch", [pytest.param("sm80", marks=pytest.mark.slow), "sm90"])
 def test_it_compiles_without_spills(arch):
     rows = compile_in_subprocess(arch, "tests.pallas_kernels.qkv_write_cases:cases")
     assert rows

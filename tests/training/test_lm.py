@@ -48,7 +48,7 @@ def train(optimizer: lm.Optimizer, seed: int = 0, teachers: lm.Teachers | None =
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_loss_falls_and_the_run_repeats(optimizer: lm.Optimizer):
     (first, metrics), (second, _) = train(optimizer), train(optimizer)
     assert metrics.loss[0] > 3  # near log(32) at random
@@ -82,7 +82,7 @@ def test_a_teacher_alone_makes_the_student_like_it():
     assert metrics.loss[-1] < metrics.loss[0] - 1
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_only_matrices_decay(optimizer: lm.Optimizer):
     c = config(tied=False)
     params = lm.init(c, jax.random.key(0))
