@@ -68,10 +68,11 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "training": ({"jaxinfer.training"}, {"models"}),
     "demo": ({"checkpoints.demo"}, {"api", "training"}),
     "verify": ({"jaxinfer.verify"}, {"api"}),
+    "evaluation": ({"jaxinfer.eval_arguments", "jaxinfer.evaluation"}, {"api"}),
     "server": ({"jaxinfer.server"}, {"api"}),
     "cli": ({"jaxinfer.cli"}, {"server", "verify"}),
     "bench": ({"bench"}, {"cli", "training"}),
-    "tests": ({"tests"}, {"bench", "demo"}),
+    "tests": ({"tests"}, {"bench", "demo", "evaluation"}),
 }
 
 # Packages of others that only some layers may import.
@@ -80,6 +81,7 @@ RESTRICTED: dict[str, set[str]] = {
     "flax": {"training", "demo", "tests"},
     "optax": {"training", "demo", "tests"},
     "orbax": {"checkpoints", "tests"},
+    "lm_eval": {"evaluation", "tests"},
     "pickle": set(),
     "dill": set(),
     "cloudpickle": set(),
