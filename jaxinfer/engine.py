@@ -116,7 +116,7 @@ class Engine:
         self._live |= new
         self._kinds |= {i: Kind.of(s.params) for i, s in new.items()}
         self._outputs |= {i: [] for i in new}
-        self._scored |= {i: 0 for i, s in new.items() if s.score is not None}
+        self._scored |= {i: s.score_from for i, s in new.items() if s.score is not None}
         self.metrics.submit({i: len(s.prompt) for i, s in new.items()})
         self._queue(new)
         return list(new)
@@ -156,7 +156,7 @@ class Engine:
     def _keys(self, sequence: int) -> np.ndarray:
         """Of the pages of its tokens; none where it is computed whole."""
         spec, tokens = self._live[sequence], self._tokens(sequence)
-        return self._page_keys(spec, tokens[:0] if self._whole(spec) else tokens)
+        return self._page_keys(spec, tokens[: spec.score_from] if self._whole(spec) else tokens)
 
     def _page_keys(self, spec: SequenceSpec, tokens: np.ndarray) -> np.ndarray:
         """Of the pages that `tokens` fill; none where nothing is to be shared."""

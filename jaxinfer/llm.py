@@ -36,6 +36,7 @@ from jaxinfer.requests import (
     finish,
     refused,
     sequences,
+    share_beginnings,
     take,
     token_logprobs,
 )
@@ -374,6 +375,9 @@ class LLM:
     ) -> list[TokenLogprobs]:
         """Log-probability of every token of each sequence after its first, given those before.
 
+        Sequences that begin alike, as the answers to one question do, have their beginning computed
+        once.
+
         Args:
             sequences: texts or lists of token ids.
             top: how many of the likeliest tokens to return at each position.
@@ -393,7 +397,10 @@ class LLM:
             self._prepare(sequence, params, index, generate=False, inside=inside(index))
             for index, sequence in enumerate(several)
         ]
-        self._run(requests)
+        shared = self._options.prefix_caching and not any(r.inside for r in requests)
+        least = self.memory_plan.page_size if shared else self.memory_plan.max_model_len
+        for some in share_beginnings(requests, least):
+            self._run(some)
         return [token_logprobs(request) for request in requests]
 
     def functional(

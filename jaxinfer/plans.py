@@ -34,6 +34,7 @@ class SequenceSpec:
         score: how many of the likeliest tokens to return after each prompt token; None: no
             prompt log-probabilities at all.
         inside: what it wants of the model's inside; None: nothing.
+        score_from: tokens before which nothing is scored: so many may be found in the cache.
     """
 
     prompt: np.ndarray
@@ -45,6 +46,7 @@ class SequenceSpec:
     stop_ids: tuple[int, ...] = ()
     score: int | None = None
     inside: Inside | None = None
+    score_from: int = 0
 
 
 class Kind(NamedTuple):

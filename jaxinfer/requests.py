@@ -6,6 +6,7 @@ Host side only: the engine knows sequences, this module knows what a user asked 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -67,6 +68,7 @@ class Request:
         inside: what it wants of the model's inside.
         params_version: of the weights that serve it.
         index: position among those of the same call.
+        score_from: tokens before which nothing is scored; `like` has the scores of these.
     """
 
     id: str
@@ -87,6 +89,8 @@ class Request:
     inside: Inside | None = None
     params_version: int | str = 0
     index: int = 0
+    score_from: int = 0
+    like: Request | None = None
     unfinished: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -177,10 +181,37 @@ def answer(request: Request, known: RequestOutput) -> None:
 
 def merged_scores(request: Request) -> Any:
     """Prompt log-probabilities of all chunks, one after the other; None if there are none."""
-    if not request.scores:
+    parts = list(request.scores)
+    if request.like is not None:
+        before = merged_scores(request.like)
+        parts.insert(0, type(before)(*(x[: request.score_from] for x in before)))
+    if not parts:
         return None
-    parts = zip(*request.scores, strict=True)
-    return type(request.scores[0])(*(np.concatenate(part) for part in parts))
+    return type(parts[0])(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+def share_beginnings(
+    requests: Sequence[Request], least: int
+) -> tuple[list[Request], list[Request]]:
+    """Those whose prompts are to be scored first, and those that begin like one of them with at
+    least `least` tokens: they are scored from where they differ on."""
+    first: list[Request] = []
+    rest: list[Request] = []
+    for request in sorted(requests, key=lambda r: r.prompt_ids):
+        same = _common(request.prompt_ids, first[-1].prompt_ids) if first else 0
+        # What follows the last token that is the same must be computed, and so must that token.
+        if same <= least:
+            first.append(request)
+            continue
+        request.score_from, request.like = same - 1, first[-1]
+        rest.append(request)
+    return first, rest
+
+
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with that are the same."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
 
 
 def refused(prompt: Any, error: JaxinferError, request_id: str) -> RequestOutput:
@@ -209,6 +240,7 @@ def sequences(request: Request) -> list[SequenceSpec]:
             # The prompt is the same for every sample: one scores it for all.
             score=request.params.prompt_logprobs if sample.index == 0 else None,
             inside=request.inside,
+            score_from=request.score_from,
         )
         for sample in request.samples
     ]

@@ -16,6 +16,7 @@ from examples import activations, fork, grpo, guidance, logits, steering
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LINES = 60
+ELSEWHERE = {"lm_eval_local"}  # tests/test_evaluation.py
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
@@ -23,7 +24,7 @@ def test_they_are_short_and_say_what_they_show(path: Path) -> None:
     text = path.read_text()
     assert len(text.splitlines()) < LINES
     assert ast.get_docstring(ast.parse(text))
-    assert path.stem in globals()
+    assert path.stem in {*globals(), *ELSEWHERE}
 
 
 def test_the_last_layer_says_what_the_model_says() -> None:
@@ -80,7 +81,8 @@ def test_the_notebook() -> None:
     small = [block.replace("range(0, 9000, 900)", "range(0, 2700, 900)") for block in blocks]
     names = run_blocks(small)
     assert small != blocks
-    assert max(names["accuracy"].values()) > names["chance"]
+    accuracy = names["accuracy"]
+    assert max(accuracy.values()) > accuracy["embed"] + 0.1
     names["llm"].close()
 
 

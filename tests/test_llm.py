@@ -590,6 +590,27 @@ def test_logprobs_of_text_and_of_one_token(llm: LLM) -> None:
     assert (one.logprobs.shape, one.top_ids.shape) == ((0,), (0, 2))
 
 
+@pytest.mark.parametrize("top", [0, 2])
+def test_beginnings_are_scored_once(tiny: TinyModel, top: int) -> None:
+    """Answers to a question, whole and in part; a sequence twice, and one that begins another."""
+    question, other = [*range(10, 40)], [*range(60, 79)]
+    sequences = [
+        [*question, 1, 2], [*question, 3], other, question, [*question, 1, 2], [*question[:20], 5],
+        [*other, 7, 7, 7], [8], [*question[:9], 4],
+    ]  # fmt: skip
+    with make(tiny, page_size=8, prefix_caching=False) as llm:
+        want = llm.logprobs(sequences, top=top)
+    with make(tiny, page_size=8) as llm:
+        got = llm.logprobs(sequences, top=top)
+        computed = sum(step.read for step in llm.metrics.steps)
+    for a, b in zip(got, want, strict=True):
+        assert a.token_ids == b.token_ids
+        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(a.top_ids, b.top_ids)
+        assert a.top_logprobs.shape == (len(a.token_ids) - 1, top)
+    assert computed < 0.75 * sum(map(len, sequences))
+
+
 def test_logprobs_whatever_the_chunks(tiny: TinyModel, llm: LLM) -> None:
     want = llm.logprobs(SCORED[-1:])[0].logprobs
     with make(tiny, max_num_batched_tokens=128) as whole:
