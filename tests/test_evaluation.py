@@ -80,7 +80,9 @@ def instances(kind: Any, arguments: Sequence[tuple[Any, ...]]) -> list[Instance]
     return [Instance(kind, {}, one, i) for i, one in enumerate(arguments)]
 
 
-forward = jax.jit(decoder.apply, static_argnums=1)
+forward = jax.jit(
+    lambda p, config, tokens: decoder.apply(p, config, tokens).logits, static_argnums=1
+)
 
 
 def reference(params: Any, config: Any, sequence: Sequence[int]) -> np.ndarray:
