@@ -19,6 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from checkpoints.formats import Field, read_quantisation
+from checkpoints.load_matrices import (
+    Formats,
+    bytes_of,
+    fault,
+    fields_of,
+    find_formats,
+    load_matrix,
+    module,
+    read_tensor,
+)  # fmt: skip
 from checkpoints.safetensors_reader import Checkpoint, open_checkpoint, read_rows
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.weights import Piece, Weight
@@ -42,58 +53,103 @@ def load_params(
     Args:
         directory: holds `model.safetensors`, or shards and `model.safetensors.index.json`.
         weights: pytree of `Weight`, such as `declare(config, shards)`.
-        dtype: of every parameter; what is on disk is cast to it.
+        dtype: of every parameter that is not quantised; what is on disk is cast to it.
         shardings: pytree of `jax.sharding.Sharding` like `weights`; None: the default device.
         allowed_extra: regular expressions that must match the whole name of a tensor which may
             be on disk without being used.
         progress: called with (bytes done, bytes in all) of the parameters after each weight.
 
     Returns:
-        A pytree like `weights`, of arrays that are on their devices.
+        A pytree like `weights`, of arrays that are on their devices. Matrices that `config.json`
+        says are quantised are `quant.QuantisedMatrix` or `quant.Parts`.
 
     Raises:
         CheckpointError: as for `open_checkpoint`; or tensors are missing, unused, of another
-            shape or not floating point: one error lists them all, before any is read.
+            shape or dtype: one error lists them all, before any is read. Or quantised ones do not
+            make a matrix, or are split where they cannot be.
+        UnsupportedModel: as `formats.read_quantisation`.
     """
     checkpoint = open_checkpoint(directory)
     leaves, treedef = jax.tree.flatten(weights)
-    check(checkpoint, leaves, allowed_extra)
+    formats = find_formats(checkpoint, leaves, read_quantisation(directory))
+    check(checkpoint, leaves, allowed_extra, formats)
     places = flat_shardings(treedef, shardings)
     dtype = jnp.dtype(dtype)
     sizes = [math.prod(weight.shape) * dtype.itemsize for weight in leaves]
     done, params = 0, []
     for weight, sharding, size in zip(leaves, places, sizes, strict=True):
-        params.append(_load_weight(checkpoint, weight, dtype, sharding))
+        load = load_matrix if quantised(weight, formats) else _load_weight
+        params.append(load(checkpoint, weight, formats, dtype, sharding))
         done += size
         if progress is not None:
             progress(done, sum(sizes))
     return jax.tree.unflatten(treedef, params)
 
 
-def check(checkpoint: Checkpoint, weights: Iterable[Weight], allowed_extra: Sequence[str]) -> None:
+def quantised(weight: Weight, formats: Formats) -> bool:
+    """Whether some piece of `weight` is."""
+    return any(module(piece) in formats for piece in weight.pieces)
+
+
+def stored_bytes(directory: str | Path, weights: Any, dtype: DTypeLike) -> int:
+    """Bytes that `load_params` will take on the devices; about, where something is quantised.
+
+    Where `config.json` says that nothing is, no other file is looked at.
+
+    Raises:
+        CheckpointError, UnsupportedModel: as `load_params`, of what can be known before reading.
+    """
+    leaves = jax.tree.leaves(weights)
+    sizes = [math.prod(weight.shape) * jnp.dtype(dtype).itemsize for weight in leaves]
+    quantisation = read_quantisation(directory)
+    if quantisation is None:
+        return sum(sizes)
+    checkpoint = open_checkpoint(directory)
+    formats = find_formats(checkpoint, leaves, quantisation)
+    return sum(
+        bytes_of(checkpoint, weight) if quantised(weight, formats) else size
+        for weight, size in zip(leaves, sizes, strict=True)
+    )
+
+
+def check(
+    checkpoint: Checkpoint,
+    weights: Iterable[Weight],
+    allowed_extra: Sequence[str],
+    formats: Formats | None = None,
+) -> None:
     """Raises one `CheckpointError` that lists whatever keeps `weights` from being read."""
-    tensors = checkpoint.tensors
-    wanted = {piece.name: piece for weight in weights for piece in weight.pieces}
+    tensors, formats = checkpoint.tensors, formats or {}
+    wanted: dict[str, Field] = {}
+    for weight in weights:
+        for piece in weight.pieces:
+            if module(piece) in formats and piece.name.endswith(".weight"):
+                wanted |= fields_of(piece, formats[module(piece)])
+            else:
+                wanted[piece.name] = Field((piece.shape,), FLOATS)
     extra = tensors.keys() - wanted.keys()
     unused = [n for n in extra if not any(re.fullmatch(p, n) for p in allowed_extra)]
-    found = [(tensors[name], piece) for name, piece in wanted.items() if name in tensors]
+    unused = [n for n in unused if not _no_bias(checkpoint, n, formats)]
+    found = [(tensors[name], field) for name, field in wanted.items() if name in tensors]
+    missing = {n for n, field in wanted.items() if n not in tensors and not field.optional}
     problems = [
-        listed("missing", wanted.keys() - tensors.keys()),
+        listed("missing", missing),
         listed("not part of the model", unused),
-        listed(
-            "of another shape",
-            [f"{t.name} {[*t.shape]}, not {[*p.shape]}" for t, p in found if t.shape != p.shape],
-        ),
-        listed(
-            "not floating point (quantised formats are not supported yet)",
-            [f"{t.name} {t.dtype}" for t, _ in found if t.dtype.name not in FLOATS],
-        ),
+        listed("of another shape or dtype", filter(None, (fault(t, f) for t, f in found))),
     ]
     if any(problems):
         raise CheckpointError(
             f"{checkpoint.directory}: config.json and the weights do not agree.\n"
             + "\n".join(filter(None, problems))
         )
+
+
+def _no_bias(checkpoint: Checkpoint, name: str, formats: Formats) -> bool:
+    """Whether a tensor is a bias of zeros, which some tools write beside every matrix."""
+    tensor = checkpoint.tensors[name]
+    if name.removesuffix(".bias") not in formats or len(tensor.shape) != 1:
+        return False
+    return not read_tensor(tensor).any()
 
 
 def flat_shardings(treedef: Any, shardings: Any) -> list[jax.sharding.Sharding]:
@@ -113,7 +169,11 @@ def listed(what: str, items: Iterable[str]) -> str:
 
 
 def _load_weight(
-    checkpoint: Checkpoint, weight: Weight, dtype: np.dtype, sharding: jax.sharding.Sharding
+    checkpoint: Checkpoint,
+    weight: Weight,
+    formats: Formats,
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding,
 ) -> jax.Array:
     """Builds the addressable shards of one weight, block by block, and joins them."""
     indices = sharding.addressable_devices_indices_map(weight.shape)

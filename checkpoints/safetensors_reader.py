@@ -118,6 +118,13 @@ def read_rows(tensor: Tensor, start: int, out: np.ndarray) -> None:
         out[...] = raw
 
 
+def read_scalar(tensor: Tensor) -> np.ndarray:
+    """A tensor of no dimensions. Raises `CheckpointError` as `read_rows` does."""
+    out = np.empty(1, tensor.dtype)
+    _read_bytes(tensor.file, tensor.start, out.view(np.uint8))
+    return out.reshape(())
+
+
 def _read_bytes(path: Path, offset: int, out: np.ndarray) -> None:
     """Fills the uint8 vector `out` with the bytes of `path` from `offset` on."""
     done = 0

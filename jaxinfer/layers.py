@@ -17,27 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxinfer.quant import Matrix, matmul
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
 }
 
 
-def linear(x: jax.Array, weight: jax.Array, bias: jax.Array | None = None) -> jax.Array:
+def linear(x: jax.Array, weight: Matrix, bias: jax.Array | None = None) -> jax.Array:
     """x [..., in] · weight [out, in] (+ bias [out]) → [..., out] in x's dtype.
 
-    What follows sees the rounded product: a GPU's matmul could add a bias or a residual before it
-    rounds, and then gives a row other bits from one number of rows to another (ADR 003).
+    `weight` is an array, or quantised. What follows sees the rounded product: a GPU's matmul could
+    add a bias or a residual before it rounds, and then gives a row other bits from one number of
+    rows to another (ADR 003).
     """
-    y = lax.dot_general(
-        x,
-        weight,
-        (((x.ndim - 1,), (1,)), ((), ())),
-        # float32 means float32: without this a GPU would use TF32.
-        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=x.dtype,
-    )
-    y = lax.optimization_barrier(y)
+    y = lax.optimization_barrier(matmul(x, weight))
     return y if bias is None else y + bias
 
 
@@ -85,7 +80,7 @@ def embed(table: jax.Array, tokens: jax.Array, axis: str | None = None) -> jax.A
     return lax.psum(jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], 0), axis)
 
 
-def unembed(table: jax.Array, hidden: jax.Array, axis: str | None = None) -> jax.Array:
+def unembed(table: Matrix, hidden: jax.Array, axis: str | None = None) -> jax.Array:
     """hidden [..., E] → logits [..., V], gathered over the shards under `axis`."""
     logits = linear(hidden, table)
     return logits if axis is None else lax.all_gather(logits, axis, axis=-1, tiled=True)

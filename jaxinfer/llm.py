@@ -27,7 +27,15 @@ from jaxinfer.errors import (
 )
 from jaxinfer.functional import Functional
 from jaxinfer.hooks import Hook, Inside, Intervention, LogitsFn, Rows, bind, check
-from jaxinfer.loading import batcher_config, check_params, load_weights, plan, prepare_backend
+from jaxinfer.loading import (
+    batcher_config,
+    check_params,
+    load_weights,
+    plan,
+    prepare_backend,
+    tree_bytes,
+    weight_bytes,
+)  # fmt: skip
 from jaxinfer.models.sites import widths
 from jaxinfer.requests import (
     Request,
@@ -163,9 +171,11 @@ class LLM:
         directory = resolve_model(str(model), revision)
         config = read_config(directory)
         prepare_backend(options)
-        memory = plan(config, options, loaded=False)
+        expected = weight_bytes(directory, config, jnp.dtype(dtype))
+        plan(config, options, loaded=False, weights=expected)  # whether it fits, before reading
         tokenizer = load_tokenizer(directory)
         params = load_weights(directory, config, jnp.dtype(dtype))
+        memory = plan(config, options, loaded=True, weights=tree_bytes(params))
         self._start(params, config, memory, tokenizer, options)
 
     @classmethod
@@ -189,7 +199,7 @@ class LLM:
         check_params(params, config, jnp.dtype(chosen.dtype))
         prepare_backend(chosen)
         self = cls.__new__(cls)
-        memory = plan(config, chosen, loaded=True)
+        memory = plan(config, chosen, loaded=True, weights=tree_bytes(params))
         self._start(jax.device_put(params), config, memory, tokenizer, chosen)
         return self
 
@@ -579,7 +589,7 @@ class LLM:
         if in_flight not in ("drain", "abort"):
             raise ValueError(f"in_flight={in_flight!r}: expected 'drain' or 'abort'")
         version = next_version(self.params_version, version)
-        check_params(params, self.config, jnp.dtype(self._options.dtype))
+        check_params(params, self.config, jnp.dtype(self._options.dtype), like=self.params)
         if in_flight == "abort":
             owners = saving.distinct(request for request, _ in self._owners.values())
             self.cancel(owners)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from jaxinfer.cache import resolve_kv_dtype
 from jaxinfer.config import BatcherConfig, EngineOptions, ModelConfig
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.decoder import Params
-from jaxinfer.models.weights import abstract_params, count_params, declare
+from jaxinfer.models.weights import abstract_params, declare
 from jaxinfer.progress import loading_bar
+from jaxinfer.quant import Parts, QuantisedMatrix
 from jaxinfer.sizing import MemoryPlan, device_memory, plan_memory
 
 DEFAULT_BATCHED_TOKENS = 2048
@@ -31,8 +33,14 @@ def prepare_backend(options: EngineOptions) -> None:
         use_compilation_cache(default_cache_directory() if chosen is None else Path(chosen))
 
 
-def plan(config: ModelConfig, options: EngineOptions, *, loaded: bool) -> MemoryPlan:
-    """Divides the memory of the default device; `loaded`: the weights are in it already.
+def plan(config: ModelConfig, options: EngineOptions, *, loaded: bool, weights: int) -> MemoryPlan:
+    """Divides the memory of the default device.
+
+    Args:
+        config: the model.
+        options: what the user chose.
+        loaded: the weights are in it already.
+        weights: their bytes.
 
     Raises:
         ValueError: `max_model_len` beyond what the model was made for.
@@ -45,7 +53,6 @@ def plan(config: ModelConfig, options: EngineOptions, *, loaded: bool) -> Memory
         )
     limit, in_use = device_memory(jax.devices()[0])
     dtype = jnp.dtype(options.dtype)
-    weights = count_params(config) * dtype.itemsize
     return plan_memory(
         config,
         dtype=dtype,
@@ -57,6 +64,7 @@ def plan(config: ModelConfig, options: EngineOptions, *, loaded: bool) -> Memory
         limit=limit,
         in_use=max(0, in_use - weights) if loaded else in_use,
         max_num_batched_tokens=batched_tokens(options),
+        weights=weights,
     )
 
 
@@ -109,20 +117,39 @@ def load_weights(directory: Path, config: ModelConfig, dtype: Any) -> Params:
         )
 
 
-def check_params(params: Params, config: ModelConfig, dtype: Any) -> None:
-    """Raises CheckpointError unless `params` is the tree that `config` declares, in `dtype`."""
+def weight_bytes(directory: Path, config: ModelConfig, dtype: Any) -> int:
+    """What the weights of a directory will take, before they are read: exact where all are dense.
 
-    def described(tree: Any) -> dict[str, str]:
-        return {
-            jax.tree_util.keystr(path, simple=True, separator="/"): _describe(leaf)
-            for path, leaf in jax.tree.flatten_with_path(tree)[0]
-        }
+    Raises:
+        CheckpointError, UnsupportedModel: see `checkpoints.load_params`.
+    """
+    from checkpoints.load import stored_bytes
 
-    want, have = described(abstract_params(config, dtype)), described(params)
+    return stored_bytes(directory, declare(config), dtype)
+
+
+def tree_bytes(params: Params) -> int:
+    """Bytes of all arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def check_params(
+    params: Params, config: ModelConfig, dtype: Any, like: Params | None = None
+) -> None:
+    """Raises CheckpointError unless `params` is the tree that `config` declares, in `dtype`.
+
+    Matrices may be quantised. With `like`, they are so in the way that those of `like` are.
+    """
+    if like is None:
+        want = _described(abstract_params(config, dtype))
+        whole = lambda leaf: isinstance(leaf, QuantisedMatrix | Parts)  # noqa: E731
+        have = _described(params, whole)
+    else:
+        want, have = _described(like), _described(params)
     problems = [
         f"{name}: {have.get(name, 'missing')}, expected {want.get(name, 'nothing there')}"
         for name in sorted(want.keys() | have.keys())
-        if want.get(name) != have.get(name)
+        if want.get(name) != have.get(name) and not _stands_for(have.get(name), want.get(name))
     ]
     if problems:
         raise CheckpointError(
@@ -131,7 +158,23 @@ def check_params(params: Params, config: ModelConfig, dtype: Any) -> None:
         )
 
 
+def _described(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): _describe(leaf)
+        for path, leaf in jax.tree.flatten_with_path(tree, is_leaf)[0]
+    }
+
+
 def _describe(leaf: Any) -> str:
+    if isinstance(leaf, QuantisedMatrix | Parts):
+        return f"quantised{list(leaf.shape)}"
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return type(leaf).__name__
     return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _stands_for(have: str | None, want: str | None) -> bool:
+    """Whether a quantised matrix is of the shape of the dense one that is expected."""
+    if have is None or want is None or not have.startswith("quantised["):
+        return False
+    return have.removeprefix("quantised") == want[want.index("[") :]

@@ -80,12 +80,13 @@ def plan_memory(
     limit: int | None,
     in_use: int = 0,
     max_num_batched_tokens: int = 2048,
+    weights: int | None = None,
 ) -> MemoryPlan:
     """Sizes the KV cache: what is asked for, or what is left, and no more than can be used.
 
     Args:
         config: the model.
-        dtype: of the weights.
+        dtype: of the weights and activations.
         kv_dtype: what the cache's pages hold; None: `dtype`.
         page_size: tokens a page.
         max_num_seqs: sequences that may run at once.
@@ -94,12 +95,14 @@ def plan_memory(
         limit: bytes of device memory that may be used; None: not known (a CPU).
         in_use: bytes of it that are taken already, by others.
         max_num_batched_tokens: most tokens of one step.
+        weights: bytes of the weights; None: all of `dtype`.
 
     Raises:
         CapacityError: the weights do not fit, not even one page is left, or a sequence of
             `max_model_len` tokens needs more pages than there are.
     """
-    weights = count_params(config) * np.dtype(dtype).itemsize
+    if weights is None:
+        weights = count_params(config) * np.dtype(dtype).itemsize
     rows = max_num_seqs + MOST_CHUNKS
     steps = 0
     if limit is not None:

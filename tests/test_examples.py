@@ -86,6 +86,7 @@ def test_the_notebook() -> None:
     names["llm"].close()
 
 
+@pytest.mark.slow
 def test_the_code_of_the_docs() -> None:
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "research.md").read_text(), re.S)
     names = run_blocks(blocks)

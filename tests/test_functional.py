@@ -130,6 +130,7 @@ def test_a_state_is_kept_on_disk(llm: LLM, tmp_path: Path) -> None:
     assert tokens(run(llm, made._replace(state=kept), 5)[1]) == want
 
 
+@pytest.mark.slow
 def test_rows_may_be_mixed(llm: LLM) -> None:
     """Guidance by a second prompt: tokens drawn from logits of both rows, and given to both."""
 
@@ -166,6 +167,7 @@ def test_activations_of_each_step(llm: LLM) -> None:
         np.testing.assert_allclose(got, last, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_donated_state_is_used_up(llm: LLM) -> None:
     made = llm.functional(PROMPTS[:1], GREEDY, donate=True)
     made.step(llm.params, made.state)

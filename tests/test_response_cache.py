@@ -141,7 +141,7 @@ def test_a_request_that_asks_for_a_fresh_seed_is_always_run(llm: LLM) -> None:
         {"prompt_logprobs": 0},
         {"ignore_eos": False},
         {"stop": "zz"},
-        {"frequency_penalty": 0.5},
+        pytest.param({"frequency_penalty": 0.5}, marks=pytest.mark.slow),
     ],
 )
 def test_other_parameters_are_another_request(llm: LLM, other: dict[str, Any]) -> None:

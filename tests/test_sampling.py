@@ -82,6 +82,7 @@ def test_truncation_keeps_the_reference_set(
     np.testing.assert_array_equal(kept, kept_by_reference(x, top_k=top_k, top_p=top_p, min_p=min_p))
 
 
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**32 - 1),
     size=st.sampled_from([1, 2, 31, 1024, 1025]),

@@ -157,6 +157,7 @@ def test_an_engine_goes_on(
     assert second.submit([specs()[0]]) == [len(specs())]  # ids go on
 
 
+@pytest.mark.slow
 def test_stages(first: Engine) -> None:
     """That the turns above meet sequences that wait, are read, decode, and were preempted."""
     seen = set()

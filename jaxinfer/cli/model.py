@@ -13,7 +13,7 @@ import typer
 
 from jaxinfer.cli.options import Dtype, KvCacheDtype
 from jaxinfer.cli.output import note
-from jaxinfer.errors import CapacityError, JaxinferError
+from jaxinfer.errors import CapacityError, CheckpointError, JaxinferError
 from jaxinfer.hub import ALLOW_PATTERNS, resolve_model
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def describe(options: ModelOptions) -> dict[str, Any]:
 
     from jaxinfer.cache import page_bytes, resolve_kv_dtype
     from jaxinfer.config import EngineOptions
-    from jaxinfer.loading import plan
+    from jaxinfer.loading import plan, weight_bytes
     from jaxinfer.models.families import read_config
     from jaxinfer.models.weights import count_params
 
@@ -121,8 +121,10 @@ def describe(options: ModelOptions) -> dict[str, Any]:
     )
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype)
     try:
-        memory: dict[str, Any] = asdict(plan(config, chosen, loaded=False))
-    except CapacityError as error:
+        memory: dict[str, Any] = asdict(
+            plan(config, chosen, loaded=False, weights=weight_bytes(directory, config, dtype))
+        )
+    except (CapacityError, CheckpointError) as error:
         memory = {"error": str(error)}
     architecture = {key: value for key, value in asdict(config).items() if key != "layers"}
     return {

@@ -82,16 +82,18 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-# Fields that change nothing in what inference computes: training, bookkeeping, and defaults of
-# Hugging Face's own generation loop (here `SamplingParams` alone decide).
+# Fields that change nothing in what the model computes: training, bookkeeping, defaults of Hugging
+# Face's own generation loop (here `SamplingParams` alone decide), and how the weights are stored
+# (`checkpoints.formats`).
 # fmt: off
 _HARMLESS = frozenset({
     "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
-    "do_sample", "dtype", "finetuning_task", "id2label", "initializer_range", "is_decoder",
-    "is_llama_config", "label2id", "max_length", "max_sequence_length", "num_labels",
+    "bos_token", "do_sample", "dtype", "eos_token", "finetuning_task", "id2label",
+    "initializer_range", "is_decoder", "is_llama_config", "label2id", "max_length", "max_sequence_length", "num_labels",
     "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp",
-    "problem_type", "return_dict", "task_specific_params", "temperature", "tokenizer_class",
-    "top_p", "torch_dtype", "torchscript", "transformers.js_config", "transformers_version",
+    "problem_type", "quantization_config", "return_dict", "task_specific_params",
+    "temperature", "tokenizer_class", "top_p", "torch_dtype", "torchscript",
+    "transformers.js_config", "transformers_version",
     "unsloth_fixed", "unsloth_version", "use_bfloat16", "use_cache",
 })
 # fmt: on
@@ -106,7 +108,6 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "layer_types": (None,),
     "mlp_bias": (False,),
     "partial_rotary_factor": (1.0, None),
-    "quantization_config": (None,),
     "rope_interleaved": (False, None),
     "sliding_window": (None,),
     "tie_encoder_decoder": (False, None),
@@ -204,11 +205,6 @@ def _family(hf: Mapping[str, Any]) -> tuple[str, Family]:
 
 
 def _refuse_unknown(hf: Mapping[str, Any], name: str, family: Family) -> None:
-    if hf.get("quantization_config") is not None:
-        raise UnsupportedModel(
-            "config.json: quantised checkpoints are not read yet: quantization_config = "
-            f"{hf['quantization_config']!r}"
-        )
     faults = []
     for key, value in hf.items():
         if key in family.defaults or key in _HARMLESS or key == "model_type":

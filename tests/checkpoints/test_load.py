@@ -103,9 +103,9 @@ def test_all_that_does_not_agree_is_in_one_error(directory, weights, monkeypatch
         f"{directory}: config.json and the weights do not agree.",
         "2 missing: model.layers.0.self_attn.q_proj.weight; model.norm.weight",
         "1 not part of the model: score.weight",
-        "1 of another shape: lm_head.weight [24, 9], not [24, 8]",
-        "1 not floating point (quantised formats are not supported yet): "
-        "model.layers.1.mlp.down_proj.weight int8",
+        "2 of another shape or dtype: lm_head.weight [24, 9], not [24, 8]; "
+        "model.layers.1.mlp.down_proj.weight int8, not "
+        "bfloat16 or float16 or float32 or float64",
     ]
 
 

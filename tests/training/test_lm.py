@@ -69,6 +69,7 @@ def test_gradients_are_finite_and_reach_every_weight(tied: bool):
         assert np.abs(g).max() > 0, path
 
 
+@pytest.mark.slow
 def test_a_teacher_alone_makes_the_student_like_it():
     teacher, _ = train("muon")
     teachers = lm.Teachers((teacher.params,), jnp.float32(1.0))

@@ -1,0 +1,29 @@
+"""Quantised matrices: what they are (`arrays`), and how they multiply (`matmul`)."""
+
+from jaxinfer.quant.arrays import (
+    Matrix,
+    Parts,
+    QuantisedMatrix,
+    Scheme,
+    dequantise,
+    join_rows,
+    pack4,
+    take_rows,
+    unpack4,
+)
+from jaxinfer.quant.matmul import matmul
+from jaxinfer.quant.partition import partition
+
+__all__ = [
+    "Matrix",
+    "Parts",
+    "QuantisedMatrix",
+    "Scheme",
+    "dequantise",
+    "join_rows",
+    "matmul",
+    "pack4",
+    "partition",
+    "take_rows",
+    "unpack4",
+]

@@ -1,0 +1,88 @@
+"""x · wᵀ for a quantised w.
+
+Letters: N rows of w (out), K its columns (in), G groups of columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxinfer.quant.arrays import Matrix, Parts, QuantisedMatrix, in_code_order
+
+FP8_MAX = 448.0  # the largest float8_e4m3fn
+
+
+def matmul(x: jax.Array, matrix: Matrix) -> jax.Array:
+    """x [..., K] · matrix [N, K] → [..., N] in x's dtype.
+
+    The matrix is dequantised to x's dtype, or x is rounded to 8 bits where the scheme says so.
+    Each row of x is computed alike whatever the others are.
+    """
+    if isinstance(matrix, Parts):
+        return jnp.concatenate([matmul(x, part) for part in matrix.parts], axis=-1)
+    if not isinstance(matrix, QuantisedMatrix):
+        return dot(x, matrix, x.dtype)
+    if matrix.order is not None:
+        x = x[..., matrix.order]
+    if matrix.scheme.activations is None:
+        return dot(x, in_code_order(matrix, x.dtype), x.dtype)
+    if matrix.scheme.activations == "group":
+        return _by_groups(x, matrix)
+    return _rounded(x, matrix)
+
+
+def dot(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
+    """x [..., K] · w [N, K] → [..., N], summed in float32 (integers: in int32)."""
+    return lax.dot_general(
+        x,
+        w,
+        (((x.ndim - 1,), (1,)), ((), ())),
+        # float32 means float32: without this a GPU would use TF32.
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=dtype,
+    )
+
+
+def _rounded(x: jax.Array, matrix: QuantisedMatrix) -> jax.Array:
+    """W8A8 with one scale a row of the matrix, and one a token or one for all."""
+    if matrix.input_scale is not None:
+        scale = jnp.asarray(matrix.input_scale, jnp.float32)
+    else:
+        scale = _absmax(x) / _largest(matrix)
+    codes = round_to(x, scale, matrix.codes.dtype)
+    if codes.dtype == jnp.int8:
+        sums = dot(codes, matrix.codes, jnp.int32).astype(jnp.float32)
+    else:  # every FP8 number is a bfloat16 number too
+        wide = (codes.astype(jnp.bfloat16), matrix.codes.astype(jnp.bfloat16))
+        sums = dot(*wide, jnp.float32)
+    return (sums * scale * matrix.scales[:, 0].astype(jnp.float32)).astype(x.dtype)
+
+
+def _by_groups(x: jax.Array, matrix: QuantisedMatrix) -> jax.Array:
+    """FP8 in blocks (DeepSeek-V3): a scale for each token and group of columns."""
+    groups = x.reshape(*x.shape[:-1], matrix.scales.shape[1], matrix.group)
+    scale = _absmax(groups) / _largest(matrix)
+    values = round_to(groups, scale, matrix.codes.dtype).astype(jnp.float32) * scale
+    wide = in_code_order(matrix, jnp.float32)
+    return dot(values.reshape(x.shape), wide, jnp.float32).astype(x.dtype)
+
+
+def round_to(x: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
+    """x / scale as int8 or float8_e4m3fn, to the nearest (ties to even), clipped."""
+    scaled = x.astype(jnp.float32) / scale
+    if dtype == jnp.int8:
+        return jnp.clip(jnp.round(scaled), -128, 127).astype(jnp.int8)
+    return jnp.clip(scaled, -FP8_MAX, FP8_MAX).astype(dtype)
+
+
+def _absmax(x: jax.Array) -> jax.Array:
+    """float32 [..., 1], never 0: largest |x| of the last axis."""
+    return jnp.maximum(jnp.abs(x.astype(jnp.float32)).max(axis=-1, keepdims=True), 1e-12)
+
+
+def _largest(matrix: QuantisedMatrix) -> float:
+    return 127.0 if matrix.codes.dtype == jnp.int8 else FP8_MAX

@@ -1,0 +1,73 @@
+"""How quantised matrices are split under tensor parallelism: like the dense ones they stand for."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+from jaxinfer.quant.arrays import Parts, QuantisedMatrix
+
+
+def partition(matrix: Any, spec: PartitionSpec, shards: int) -> Any:
+    """The `PartitionSpec` of each array of `matrix`, which would be split by `spec` if dense.
+
+    Args:
+        matrix: of arrays or their shapes; an array too.
+        spec: of two axes, one mesh axis at most.
+        shards: the size of that mesh axis.
+
+    Returns:
+        `matrix` with a `PartitionSpec` for each array.
+
+    Raises:
+        ValueError: a shard would begin inside a group of columns or a byte, or the columns are
+            reordered; it says which degrees work.
+    """
+    if isinstance(matrix, Parts):
+        return Parts(tuple(partition(part, spec, shards) for part in matrix.parts))
+    rows, columns = (*spec, None, None)[:2]
+    N = matrix.shape[0]
+    if rows is not None and N % shards:
+        raise ValueError(f"{N} rows do not divide into {shards} shards: {_degrees(N)}")
+    if not isinstance(matrix, QuantisedMatrix):
+        return spec
+    if columns is not None and shards > 1:
+        _check_columns(matrix, shards)
+    groups = columns if matrix.scales.shape[1] > 1 else None
+    per_group, codes = PartitionSpec(rows, groups), PartitionSpec(rows, columns)
+    fields = {
+        "codes": codes, "scales": per_group, "zeros": per_group, "mins": per_group,
+        "order": PartitionSpec(), "input_scale": PartitionSpec(),
+    }  # fmt: skip
+    present = {k: None if getattr(matrix, k) is None else v for k, v in fields.items()}
+    return QuantisedMatrix(matrix.scheme, **present)
+
+
+def _check_columns(matrix: QuantisedMatrix, shards: int) -> None:
+    K, G = matrix.shape[1], matrix.scales.shape[1]
+    if matrix.order is not None:
+        raise ValueError(
+            f"tensor parallelism {shards}: the columns of this matrix are reordered (act-order), "
+            "so that every shard would need all of x: degree 1 works"
+        )
+    most = math.gcd(K * matrix.scheme.bits // 8, G) if G > 1 else K * matrix.scheme.bits // 8
+    if most % shards:
+        raise ValueError(
+            f"tensor parallelism {shards} would cut the groups of {matrix.group} columns of a "
+            f"matrix of {K}: {_degrees(most)}"
+        )
+
+
+def _degrees(size: int) -> str:
+    works = [str(n) for n in (1, 2, 4, 8, 16) if size % n == 0]
+    return f"degrees {', '.join(works)} work"
+
+
+def place(matrix: Any, specs: Any, mesh: Any) -> Any:
+    """`matrix` on the devices of `mesh`, each array split by its entry of `specs`."""
+    return jax.tree.map(
+        lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec)), matrix, specs
+    )
