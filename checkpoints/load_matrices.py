@@ -18,7 +18,7 @@ from checkpoints.formats import Field, Format, Quantisation
 from checkpoints.safetensors_reader import Checkpoint, Tensor, read_rows, read_scalar
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.weights import Piece, Weight
-from jaxinfer.quant import join_rows, partition, take_rows
+from jaxinfer.quant import Parts, QuantisedMatrix, join_rows, partition, take_rows
 from jaxinfer.quant.partition import place
 
 EMBEDDING = "model.embed_tokens"
@@ -100,8 +100,17 @@ def load_matrix(
     Raises:
         CheckpointError: contents that are no such matrix, or a split that its groups do not allow.
     """
-    matrix = join_rows([_read(checkpoint, piece, formats, dtype) for piece in weight.pieces])
-    if not isinstance(sharding, NamedSharding):
+    rows = [_read(checkpoint, piece, formats, dtype) for piece in weight.pieces]
+    return put(join_rows(rows), weight, sharding)
+
+
+def put(matrix: Any, weight: Weight, sharding: jax.sharding.Sharding) -> Any:
+    """An array or matrix on its devices, split as the dense `weight` would be by `sharding`.
+
+    Raises:
+        CheckpointError: its groups do not allow it.
+    """
+    if not isinstance(sharding, NamedSharding) or not isinstance(matrix, QuantisedMatrix | Parts):
         return jax.block_until_ready(jax.device_put(matrix, sharding))
     shards = math.prod(sharding.mesh.shape[axis] for axis in sharding.spec if isinstance(axis, str))
     try:

@@ -6,7 +6,7 @@ import os
 from importlib import resources
 from pathlib import Path
 
-from jaxinfer.errors import CheckpointError, UnsupportedModel
+from jaxinfer.errors import CheckpointError
 
 DEMO_MODELS = {"demo": "demo/target", "demo-draft": "demo/draft"}  # within the package checkpoints
 
@@ -16,21 +16,21 @@ ALLOW_PATTERNS = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja"]
 IGNORE_PATTERNS = ["*/*", "consolidated*"]
 
 ACCEPTED = (
-    "Give a directory with config.json and *.safetensors, a Hugging Face Hub id such as "
-    "'Qwen/Qwen3-0.6B', or 'demo'"
+    "Give a directory with config.json and *.safetensors, a .gguf file, a Hugging Face Hub id such "
+    "as 'Qwen/Qwen3-0.6B', or 'demo'"
 )
 
 
 def resolve_model(model: str | os.PathLike[str], revision: str | None = None) -> Path:
-    """The directory of `model`, downloaded first if it is a Hub id that is not cached.
+    """The directory or GGUF file of `model`; a Hub id that is not cached is downloaded first.
 
     Args:
         model: `"demo"` or `"demo-draft"` (shipped with jaxinfer; `./demo` is a directory of that
-            name), a directory, or a Hub id. huggingface_hub's cache and `HF_HUB_OFFLINE` apply.
+            name), a directory, a `.gguf` file, or a Hub id. huggingface_hub's cache and
+            `HF_HUB_OFFLINE` apply.
         revision: branch, tag or commit of a Hub id.
 
     Raises:
-        UnsupportedModel: a GGUF file.
         CheckpointError: there is no such model, or it cannot be fetched.
     """
     name = os.fspath(model)
@@ -44,8 +44,8 @@ def resolve_model(model: str | os.PathLike[str], revision: str | None = None) ->
     if name in DEMO_MODELS:
         return _demo(name)
     path = Path(os.path.expanduser(name))
-    if path.suffix == ".gguf":
-        raise UnsupportedModel(f"model {name!r}: GGUF files are not supported yet. {ACCEPTED}")
+    if path.suffix == ".gguf" and path.is_file():
+        return path
     if not name or not path.is_dir():
         what = "is a file, not a directory" if path.is_file() else "does not exist"
         raise CheckpointError(f"model {name!r}: {what}. {ACCEPTED}")

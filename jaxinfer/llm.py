@@ -31,6 +31,8 @@ from jaxinfer.loading import (
     batcher_config,
     check_params,
     load_weights,
+    model_config,
+    model_tokenizer,
     plan,
     prepare_backend,
     tree_bytes,
@@ -88,8 +90,8 @@ class LLM:
     """A model, loaded and ready to generate. A context manager; `close` frees the device.
 
     Args:
-        model: a directory in Hugging Face's format, a Hub id, or `demo`, the model that ships
-            with jaxinfer.
+        model: a directory in Hugging Face's format, a GGUF file, a Hub id, or `demo`, the model
+            that ships with jaxinfer. Quantised matrices stay so (docs/quantization.md).
         revision: of a Hub id.
         dtype: `bfloat16`, `float16` or `float32`; of weights and activations.
         max_model_len: longest sequence in tokens; None: the model's limit, or what memory allows.
@@ -155,8 +157,6 @@ class LLM:
         compilation_cache: str | None = None,
     ) -> None:
         from jaxinfer.hub import resolve_model
-        from jaxinfer.models.families import read_config
-        from jaxinfer.tokenizer import load_tokenizer
 
         options = EngineOptions(
             dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
@@ -169,11 +169,11 @@ class LLM:
             compilation_cache=compilation_cache,
         )  # fmt: skip
         directory = resolve_model(str(model), revision)
-        config = read_config(directory)
+        config = model_config(directory)
         prepare_backend(options)
         expected = weight_bytes(directory, config, jnp.dtype(dtype))
         plan(config, options, loaded=False, weights=expected)  # whether it fits, before reading
-        tokenizer = load_tokenizer(directory)
+        tokenizer = model_tokenizer(directory)
         params = load_weights(directory, config, jnp.dtype(dtype))
         memory = plan(config, options, loaded=True, weights=tree_bytes(params))
         self._start(params, config, memory, tokenizer, options)

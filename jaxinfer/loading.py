@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,9 @@ from jaxinfer.models.weights import abstract_params, declare
 from jaxinfer.progress import loading_bar
 from jaxinfer.quant import Parts, QuantisedMatrix
 from jaxinfer.sizing import MemoryPlan, device_memory, plan_memory
+
+if TYPE_CHECKING:
+    from jaxinfer.tokenizer import Tokenizer
 
 DEFAULT_BATCHED_TOKENS = 2048
 # A dispatch takes the host up to some 3 ms; it should keep the device busy for longer than that.
@@ -99,14 +102,53 @@ def batcher_config(
     )
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a model is one GGUF file instead of a directory."""
+    return path.suffix == ".gguf"
+
+
+def model_config(path: Path) -> ModelConfig:
+    """The config of a directory, or of a GGUF file.
+
+    Raises:
+        CheckpointError, UnsupportedModel: see `models.families.read_config`, `checkpoints.gguf`.
+    """
+    from checkpoints import gguf
+    from jaxinfer.models.families import read_config
+
+    return gguf.read_config(path) if is_gguf(path) else read_config(path)
+
+
+def model_tokenizer(path: Path) -> Tokenizer | None:
+    """The tokenizer of a directory, or of a GGUF file; None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    from checkpoints import gguf
+    from jaxinfer.tokenizer import gguf_tokenizer, load_tokenizer
+
+    if not is_gguf(path):
+        return load_tokenizer(path)
+    fields = gguf.tokenizer_fields(path)
+    return None if fields is None else gguf_tokenizer(path, fields)
+
+
 def load_weights(directory: Path, config: ModelConfig, dtype: Any) -> Params:
     """Weights from disk, with a progress bar where there is someone to see it.
 
     Raises:
-        CheckpointError: see `checkpoints.load_params`.
+        CheckpointError: see `checkpoints.load_params` and `checkpoints.gguf.load_gguf`.
     """
     from checkpoints import load_params
+    from checkpoints.gguf import load_gguf
 
+    if is_gguf(directory):
+        with loading_bar(directory.name) as progress:
+            return load_gguf(
+                directory, declare(config), dtype=dtype, head_dim=config.head_dim,
+                progress=progress,
+            )  # fmt: skip
     # What a checkpoint may hold beside the weights: constants, and the tied matrix once more.
     extra = [r".*rotary_emb\.inv_freq"]
     if config.tie_embeddings:
@@ -123,9 +165,11 @@ def weight_bytes(directory: Path, config: ModelConfig, dtype: Any) -> int:
     Raises:
         CheckpointError, UnsupportedModel: see `checkpoints.load_params`.
     """
+    from checkpoints import gguf
     from checkpoints.load import stored_bytes
 
-    return stored_bytes(directory, declare(config), dtype)
+    count = gguf.stored_bytes if is_gguf(directory) else stored_bytes
+    return count(directory, declare(config), dtype)
 
 
 def tree_bytes(params: Params) -> int:

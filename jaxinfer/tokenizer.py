@@ -123,6 +123,64 @@ def load_tokenizer(directory: str | Path) -> Tokenizer | None:
     return Tokenizer(backend, _decoder(backend))
 
 
+def gguf_tokenizer(path: Path, fields: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that a GGUF file describes, built by transformers.
+
+    Args:
+        path: of the file, for messages.
+        fields: `checkpoints.gguf.tokenizer_fields` of it.
+
+    Raises:
+        CheckpointError: it is of a kind that transformers does not build, or contradicts itself.
+    """
+    _import_auto_tokenizer()
+    from transformers import PreTrainedTokenizerFast
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import (
+        GGUF_TOKENIZER_MAPPING,
+        convert_gguf_tokenizer,
+    )
+
+    kept = {
+        name: fields[key]
+        for key, name in GGUF_TOKENIZER_MAPPING["tokenizer"].items()
+        if key in fields
+    }
+    special = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    try:
+        backend, _ = convert_gguf_tokenizer(str(fields.get("architecture")), kept)
+        named = {
+            f"{name}_token": fields["ggml.tokens"][fields[f"ggml.{key}_token_id"]]
+            for name, key in special.items()
+            if f"ggml.{key}_token_id" in fields
+        }
+        # Sentencepiece vocabularies have a BOS unless they say otherwise, as in llama.cpp.
+        add_bos = fields.get("ggml.add_bos_token", fields.get("ggml.model") == "llama")
+        if add_bos and "bos_token" in named:
+            _add_bos(backend, named["bos_token"], fields["ggml.bos_token_id"])
+        found = PreTrainedTokenizerFast(
+            tokenizer_object=backend, chat_template=fields.get("chat_template"), **named
+        )
+    # What is wrong in a stranger's file makes transformers raise whatever it does.
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: cannot build its tokenizer: {_first_line(error)}"
+        ) from error
+    return Tokenizer(found, _decoder(found))
+
+
+def _add_bos(backend: Any, token: str, token_id: int) -> None:
+    """Has a `tokenizers.Tokenizer` begin every text with BOS."""
+    from tokenizers.processors import Sequence as Several
+    from tokenizers.processors import TemplateProcessing
+
+    begin = TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B", special_tokens=[(token, token_id)]
+    )
+    before = backend.post_processor
+    byte_level = before is not None and "ByteLevel" in type(before).__name__
+    backend.post_processor = Several([before, begin]) if byte_level else begin
+
+
 def _decoder(backend: PreTrainedTokenizerBase) -> Callable[..., str]:
     """The cheapest decode that gives transformers' text: this runs once a generated token."""
     if backend.is_fast:

@@ -6,7 +6,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from jaxinfer.errors import CheckpointError, UnsupportedModel
+from jaxinfer.errors import CheckpointError
 from jaxinfer.hub import ALLOW_PATTERNS, IGNORE_PATTERNS, resolve_model
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -54,12 +54,11 @@ def test_a_file_is_not_a_model(tmp_path, no_hub):
         resolve_model(path)
 
 
-def test_gguf_is_not_supported_yet(tmp_path, no_hub):
-    with pytest.raises(UnsupportedModel, match="GGUF"):
-        resolve_model("model.gguf")
-    (tmp_path / "model.gguf").touch()
-    with pytest.raises(UnsupportedModel, match="GGUF"):
+def test_a_gguf_file(tmp_path, no_hub):
+    with pytest.raises(CheckpointError, match="does not exist"):
         resolve_model(tmp_path / "model.gguf")
+    (tmp_path / "model.gguf").touch()
+    assert resolve_model(tmp_path / "model.gguf") == tmp_path / "model.gguf"
 
 
 def test_revision_of_a_directory_is_refused(tmp_path, no_hub):

@@ -92,10 +92,10 @@ def model_digest(directory: Path) -> str:
 
 def describe_sites(model: str, revision: str | None) -> dict[str, Any]:
     """Where a model's activations can be read and changed; starts nothing."""
+    from jaxinfer.loading import model_config
     from jaxinfer.models import sites
-    from jaxinfer.models.families import read_config
 
-    config = read_config(resolve_model(model, revision))
+    config = model_config(resolve_model(model, revision))
     found = {
         name: {"width": width, "what": what}
         for name, (width, what) in sites.describe(config).items()
@@ -111,11 +111,10 @@ def describe(options: ModelOptions) -> dict[str, Any]:
 
     from jaxinfer.cache import page_bytes, resolve_kv_dtype
     from jaxinfer.config import EngineOptions
-    from jaxinfer.loading import plan, weight_bytes
-    from jaxinfer.models.families import read_config
+    from jaxinfer.loading import model_config, plan, weight_bytes
     from jaxinfer.models.weights import count_params
 
-    config = read_config(directory)
+    config = model_config(directory)
     chosen = EngineOptions(
         dtype=dtype, max_model_len=options.max_model_len, kv_cache_dtype=options.kv_cache_dtype
     )

@@ -89,7 +89,8 @@ FAMILIES: dict[str, Family] = {
 _HARMLESS = frozenset({
     "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
     "bos_token", "do_sample", "dtype", "eos_token", "finetuning_task", "id2label",
-    "initializer_range", "is_decoder", "is_llama_config", "label2id", "max_length", "max_sequence_length", "num_labels",
+    "initializer_range", "is_decoder", "is_llama_config", "label2id", "max_length",
+    "max_sequence_length", "num_labels",
     "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp",
     "problem_type", "quantization_config", "return_dict", "task_specific_params",
     "temperature", "tokenizer_class", "top_p", "torch_dtype", "torchscript",

@@ -1,0 +1,138 @@
+"""Makes `gguf/NAME.gguf` and `gguf/NAME.safetensors`: tiny models whose tensors are of every type.
+
+Run where torch, transformers and gguf are (jaxinfer need not be there):
+
+    python tests/goldens/make_gguf.py
+
+Types that the gguf package quantises are made by it; of the others blocks are random bytes with
+scales that keep the weights of a likely size. The golden holds `tokens` int32 [B, T] and `logits`
+float32 [B, T, V]: what transformers computes of the file, dequantised in float32.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Type
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+
+HERE = Path(__file__).parent / "gguf"
+V, E, F, H, K, D = 139, 256, 256, 2, 1, 128  # transformers takes no other D of Qwen3
+RANDOM = np.random.default_rng(0)
+# The bytes of a block that hold float16 scales.
+HALVES = {
+    Type.Q2_K: (80, 82), Type.Q3_K: (108,), Type.Q4_K: (0, 2), Type.Q5_K: (0, 2),
+    Type.Q6_K: (208,), Type.IQ4_NL: (0,), Type.IQ4_XS: (0,),
+}  # fmt: skip
+LEGACY = {
+    "attn_q": "Q4_0", "attn_k": "Q4_1", "attn_v": "Q5_0", "attn_output": "Q5_1",
+    "ffn_gate": "Q8_0", "ffn_up": "F16", "ffn_down": "BF16", "token_embd": "Q8_0",
+    "output": "Q4_0",
+}  # fmt: skip
+K_QUANTS = {
+    "attn_q": "Q2_K", "attn_k": "Q3_K", "attn_v": "Q4_K", "attn_output": "Q5_K",
+    "ffn_gate": "Q6_K", "ffn_up": "IQ4_NL", "ffn_down": "IQ4_XS", "token_embd": "Q6_K",
+}  # fmt: skip
+MIXED = {
+    "attn_q": "Q4_K", "attn_k": "Q4_K", "attn_v": "Q6_K", "attn_output": "Q4_K",
+    "ffn_gate": "Q4_K", "ffn_up": "Q4_K", "ffn_down": "Q6_K", "token_embd": "Q4_K",
+    "output": "Q6_K",
+}  # fmt: skip
+MODELS: dict[str, tuple[str, dict[str, str]]] = {
+    "llama-legacy": ("llama", LEGACY),
+    "llama-k-tied": ("llama", K_QUANTS),
+    "qwen2-q4_k_m": ("qwen2", MIXED),
+    "qwen3-q4_k_m": ("qwen3", MIXED),
+}
+
+
+def blocks(shape: tuple[int, int], kind: Type, std: float) -> np.ndarray:
+    """Random weights as bytes: uint8 [rows, bytes of a row]."""
+    values = RANDOM.normal(0, std, shape).astype(np.float32)
+    if kind not in HALVES:
+        return gguf.quants.quantize(values, kind)
+    of, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = RANDOM.integers(0, 256, (shape[0] * shape[1] // of, size), np.uint8)
+    for at in HALVES[kind]:
+        raw[:, at : at + 2] = np.full((len(raw), 1), 1, np.float16).view(np.uint8)
+    spread = gguf.quants.dequantize(raw.reshape(shape[0], -1), kind).std()
+    for at in HALVES[kind]:
+        scale = std / spread * RANDOM.uniform(0.8, 1.2, (len(raw), 1))
+        raw[:, at : at + 2] = scale.astype(np.float16).view(np.uint8)
+    return raw.reshape(shape[0], -1)
+
+
+def write(path: Path, arch: str, types: dict[str, str]) -> None:
+    w = gguf.GGUFWriter(path, arch)
+    w.add_context_length(256)
+    w.add_embedding_length(E)
+    w.add_block_count(1)
+    w.add_feed_forward_length(F)
+    w.add_head_count(H)
+    w.add_head_count_kv(K)
+    w.add_key_length(D)
+    w.add_value_length(D)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_rope_freq_base(10000.0)
+    w.add_rope_dimension_count(D)
+    w.add_vocab_size(V)
+
+    def matrix(name: str, at: str, rows: int, columns: int) -> None:
+        if name not in types:
+            return
+        kind = Type[types[name]]
+        std = 1.0 if name == "token_embd" else columns**-0.5
+        raw = blocks((rows, columns), kind, std)
+        w.add_tensor(f"{at}{name}.weight", raw, raw_dtype=kind)
+
+    def vector(name: str, size: int, mean: float) -> None:
+        w.add_tensor(name, RANDOM.normal(mean, 0.1, size).astype(np.float32))
+
+    matrix("token_embd", "", V, E)
+    matrix("output", "", V, E)
+    vector("output_norm.weight", E, 1)
+    at = "blk.0."
+    for name, rows in {"q": H * D, "k": K * D, "v": K * D}.items():
+        matrix(f"attn_{name}", at, rows, E)
+        if arch == "qwen2":
+            vector(f"{at}attn_{name}.bias", rows, 0)
+    if arch == "qwen3":
+        vector(f"{at}attn_q_norm.weight", D, 1)
+        vector(f"{at}attn_k_norm.weight", D, 1)
+    matrix("attn_output", at, E, H * D)
+    matrix("ffn_gate", at, F, E)
+    matrix("ffn_up", at, F, E)
+    matrix("ffn_down", at, E, F)
+    vector(f"{at}attn_norm.weight", E, 1)
+    vector(f"{at}ffn_norm.weight", E, 1)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
+def main() -> None:
+    HERE.mkdir(exist_ok=True)
+    tokens = torch.randint(0, V, (2, 40), generator=torch.Generator().manual_seed(1))
+    for name, (arch, types) in MODELS.items():
+        path = HERE / f"{name}.gguf"
+        write(path, arch, types)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            HERE, gguf_file=path.name, dtype=torch.float32
+        )
+        with torch.no_grad():
+            logits = model.eval()(tokens).logits.to(torch.float32)
+        golden = {"tokens": tokens.to(torch.int32), "logits": logits.contiguous()}
+        save_file(golden, HERE / f"{name}.safetensors")
+        print(
+            name, path.stat().st_size, float(logits.std()), type(model.model.layers[0].mlp.up_proj)
+        )
+
+
+if __name__ == "__main__":
+    main()
