@@ -27,6 +27,25 @@ def loading_bar(name: str) -> Iterator[Callable[[int, int], None] | None]:
         yield advance
 
 
+@contextmanager
+def layers_bar(name: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Yields a callback of (layers done, layers in all), or None where nobody would see it."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    columns = (f"quantising {name}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        yield advance
+
+
 class RunState(NamedTuple):
     """How far a run of many requests has got.
 

@@ -46,6 +46,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "plans": ({"jaxinfer.plans", "jaxinfer.warmup"}, {"runner", "batcher", "buckets"}),
     "engine": ({"jaxinfer.engine", "jaxinfer.observe", "jaxinfer.state"}, {"plans"}),
     "functional": ({"jaxinfer.functional"}, {"plans"}),
+    "quantise": ({"jaxinfer.quantise"}, {"models"}),
     "sharding": ({"jaxinfer.sharding"}, {"models"}),
     "sizing": ({"jaxinfer.sizing", "jaxinfer.hardware"}, {"models", "buckets"}),
     "host": (
@@ -70,7 +71,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "verify": ({"jaxinfer.verify"}, {"api"}),
     "evaluation": ({"jaxinfer.eval_arguments", "jaxinfer.evaluation"}, {"api"}),
     "server": ({"jaxinfer.server"}, {"api"}),
-    "cli": ({"jaxinfer.cli"}, {"server", "verify"}),
+    "cli": ({"jaxinfer.cli"}, {"server", "verify", "quantise"}),
     "bench": ({"bench"}, {"cli", "training"}),
     "tests": ({"tests"}, {"bench", "demo", "evaluation"}),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from jax.typing import DTypeLike
 
 from checkpoints.gguf.blocks import PLAIN, decode
 from checkpoints.gguf.model import gguf_name, permuted, rows_in_order
-from checkpoints.gguf.reader import Gguf, GgufTensor, open_gguf, read_rows
+from checkpoints.gguf.reader import BlockType, Gguf, GgufTensor, open_gguf, read_rows
 from checkpoints.load import flat_shardings, listed
 from checkpoints.load_matrices import EMBEDDING, module, put
 from jaxinfer.errors import CheckpointError
@@ -61,7 +62,7 @@ def load_gguf(
 
 
 def stored_bytes(path: str | Path, weights: Any, dtype: DTypeLike) -> int:
-    """Bytes that `load_gguf` will take on the devices, about.
+    """Bytes that `load_gguf` will take on the devices.
 
     Raises:
         CheckpointError: as `load_gguf`, of what can be known before reading.
@@ -78,12 +79,17 @@ def _bytes(gguf: Gguf, weight: Weight, dtype: np.dtype) -> int:
         tensor = gguf.tensors[gguf_name(piece.name)]
         share = (piece.stop - piece.start) / piece.shape[0]
         if _stays(piece, tensor):
-            # K-quants' scales are kept as products, in float32.
-            wide = 1.35 if tensor.type.values == 256 else 1.0
-            total += round(tensor.nbytes * share * wide)
+            total += round(math.prod(piece.shape) * share * _bytes_per_value(tensor.type))
         else:
             total += round(math.prod(piece.shape) * dtype.itemsize * share)
     return total
+
+
+@functools.cache
+def _bytes_per_value(kind: BlockType) -> float:
+    """What a decoded block takes in memory."""
+    block = decode(np.zeros((1, kind.size), np.uint8), kind)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(block)) / kind.values
 
 
 def _stays(piece: Piece, tensor: GgufTensor) -> bool:

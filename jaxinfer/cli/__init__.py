@@ -1,4 +1,4 @@
-"""The command line: `jaxinfer generate`, `chat`, `logprobs`, `info`, `replay` and `verify`.
+"""The command line: `jaxinfer generate`, `chat`, `logprobs`, `info`, `quantize` and others.
 
 Data goes to stdout, everything else to stderr. JAX and transformers are imported by the commands
 that need them, so that `jaxinfer --help` is quick.
@@ -273,6 +273,39 @@ def info(
         write_record(record("info", **description))
     else:
         print_info(description)
+
+
+@app.command(epilog=EPILOG)
+def quantize(
+    model: Annotated[str, typer.Argument(help="Directory, Hub id, or demo: a dense model.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],
+    method: Annotated[
+        str,
+        typer.Option(help="rtn, gptq, awq: weights alone. smoothquant, int8, fp8: W8A8."),
+    ] = "awq",
+    bits: Annotated[int, typer.Option(help="4 or 8, of rtn, gptq and awq.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Columns a scale; -1: a whole row.")] = 128,
+    symmetric: Annotated[bool, typer.Option(help="Without zero points.")] = True,
+    act_order: Annotated[bool, typer.Option(help="gptq: largest inputs first.")] = False,
+    data: Annotated[
+        Path | None, typer.Option(help="Text to calibrate with: gptq, awq, smoothquant.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Pieces of that text.")] = 128,
+    length: Annotated[int, typer.Option(min=8, help="Tokens a piece.")] = 512,
+) -> None:
+    """Quantises a model into a directory that jaxinfer and PyTorch engines read
+    (compressed-tensors). One layer is in memory at a time."""
+    from jaxinfer.cli import quantizing
+    from jaxinfer.progress import layers_bar
+
+    options = quantizing.QuantizeOptions(
+        model, out, method, bits, group_size, symmetric, act_order, data, samples, length
+    )
+    try:
+        with layers_bar(out.name) as progress:
+            quantizing.quantize(options, progress)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @app.command(epilog=EPILOG)

@@ -4,8 +4,9 @@ Run where torch, transformers and gguf are (jaxinfer need not be there):
 
     python tests/goldens/make_gguf.py
 
-Types that the gguf package quantises are made by it; of the others blocks are random bytes with
-scales that keep the weights of a likely size. The golden holds `tokens` int32 [B, T] and `logits`
+`llamacpp-…` are quantised by llama.cpp (llama-cpp-python must be there). In the others, types that
+the gguf package quantises are made by it; of the rest blocks are random bytes with scales that
+keep the weights of a likely size. The golden holds `tokens` int32 [B, T] and `logits`
 float32 [B, T, V]: what transformers computes of the file, dequantised in float32.
 """
 
@@ -49,6 +50,21 @@ MODELS: dict[str, tuple[str, dict[str, str]]] = {
     "qwen2-q4_k_m": ("qwen2", MIXED),
     "qwen3-q4_k_m": ("qwen3", MIXED),
 }
+
+
+# By llama.cpp's number of a file's type.
+LLAMACPP = {"q4_k_m": 15, "q2_k": 10, "iq4_xs": 30}
+
+
+def quantise(path: Path, ftype: int) -> None:
+    import llama_cpp
+
+    source = path.with_suffix(".f32")
+    write(source, "llama", dict.fromkeys(LEGACY, "F32"))
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype = ftype
+    assert llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), params) == 0
+    source.unlink()
 
 
 def blocks(shape: tuple[int, int], kind: Type, std: float) -> np.ndarray:
@@ -119,9 +135,12 @@ def write(path: Path, arch: str, types: dict[str, str]) -> None:
 def main() -> None:
     HERE.mkdir(exist_ok=True)
     tokens = torch.randint(0, V, (2, 40), generator=torch.Generator().manual_seed(1))
-    for name, (arch, types) in MODELS.items():
+    for name in [*MODELS, *(f"llamacpp-{kind}" for kind in LLAMACPP)]:
         path = HERE / f"{name}.gguf"
-        write(path, arch, types)
+        if name in MODELS:
+            write(path, *MODELS[name])
+        else:
+            quantise(path, LLAMACPP[name.removeprefix("llamacpp-")])
         model: Any = AutoModelForCausalLM.from_pretrained(
             HERE, gguf_file=path.name, dtype=torch.float32
         )

@@ -1,0 +1,134 @@
+"""`jaxinfer quantize`: from a dense model's directory to a quantised one's."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.errors import CheckpointError, InvalidRequest, UnsupportedModel
+
+COPIED = ("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
+          "chat_template*", "added_tokens.json", "tekken.json")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What the command line says."""
+
+    model: str
+    out: Path
+    method: str
+    bits: int
+    group_size: int
+    symmetric: bool
+    act_order: bool
+    data: Path | None
+    samples: int
+    length: int
+
+
+def quantize(options: QuantizeOptions, progress: Callable[[int, int], None] | None) -> None:
+    """Writes `options.out`, whole or not at all.
+
+    Raises:
+        CheckpointError: `out` exists, or the model cannot be read.
+        UnsupportedModel: the model is quantised already.
+        InvalidRequest: the calibration text is missing or too short.
+        ValueError: a recipe that cannot be made, or written.
+    """
+    import jax.numpy as jnp
+
+    from checkpoints.formats import read_quantisation
+    from checkpoints.formats.export import Writer, quantization_config
+    from checkpoints.load import load_params
+    from checkpoints.safetensors_reader import read_json
+    from checkpoints.store import write_whole
+    from jaxinfer.hub import resolve_model
+    from jaxinfer.loading import is_gguf
+    from jaxinfer.models.families import read_config
+    from jaxinfer.models.weights import declare
+    from jaxinfer.quantise import quantise_layers
+    from jaxinfer.quantise.layers import check_columns
+
+    method = choose(options)
+    if options.out.exists():
+        raise CheckpointError(f"{options.out} exists already")
+    directory = resolve_model(options.model)
+    if is_gguf(directory) or read_quantisation(directory) is not None:
+        raise UnsupportedModel(f"{directory} is quantised already: give the dense model")
+    config, hf = read_config(directory), read_json(directory / "config.json")
+    weights = declare(config)
+    check_columns(config, method.recipe)
+    said = {"quantization_config": quantization_config(method.recipe, act_order=method.act_order)}
+    tokens = read_text(options, directory) if method.needs_text else None
+
+    def load(tree: Any) -> Any:
+        return load_params(directory, tree, dtype=jnp.bfloat16, allowed_extra=[".*"])
+
+    def layers() -> Iterator[Any]:
+        for one in weights["layers"]:
+            yield load(one)
+
+    def write(path: Path) -> None:
+        rest = {name: weight for name, weight in weights.items() if name != "layers"}
+        others = load(rest)
+        done = quantise_layers(layers(), config, method, others["embed"], tokens, progress=progress)
+        writer = Writer(path)
+        writer.write(others, rest)
+        for one, weight in zip(done, weights["layers"], strict=True):
+            writer.write(one, weight)
+        for pattern in COPIED:
+            for file in directory.glob(pattern):
+                shutil.copy(file, path / file.name)
+        writer.close({**hf, "torch_dtype": "bfloat16", **said})
+
+    write_whole(options.out, write)
+
+
+def choose(options: QuantizeOptions) -> Any:
+    """The `Method` that the options mean. Raises ValueError for those that mean none."""
+    from jaxinfer.quant.make import Recipe
+    from jaxinfer.quantise import Method
+
+    if options.method == "fp8":
+        return Method(Recipe("fp8", 8, -1, activations="token"))
+    if options.method in ("int8", "smoothquant"):  # W8A8
+        algorithm = "smoothquant" if options.method == "smoothquant" else "rtn"
+        return Method(Recipe("int", 8, -1, activations="token"), algorithm)
+    if options.method not in ("rtn", "gptq", "awq"):
+        raise ValueError(
+            f"--method {options.method}: expected rtn, gptq, awq, smoothquant, int8 or fp8"
+        )
+    recipe = Recipe("int", options.bits, options.group_size, options.symmetric)
+    return Method(recipe, options.method, options.act_order)  # type: ignore[arg-type]
+
+
+def read_text(options: QuantizeOptions, directory: Path) -> list[list[int]]:
+    """`samples` pieces of `length` tokens of the calibration file, evenly from all of it.
+
+    Raises:
+        InvalidRequest: there is no file, or it is too short for one piece.
+    """
+    from jaxinfer.tokenizer import load_tokenizer
+
+    if options.data is None:
+        raise InvalidRequest(f"{options.method} needs a calibration text", field="--data")
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is None:
+        raise InvalidRequest("this model has no tokenizer", field="--data")
+    try:
+        ids = tokenizer.encode(options.data.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{options.data} cannot be read: {error}", field="--data") from error
+    pieces = [ids[i : i + options.length] for i in range(0, len(ids), options.length)]
+    whole = [piece for piece in pieces if len(piece) == options.length]
+    if not whole:
+        raise InvalidRequest(
+            f"{options.data} holds {len(ids)} tokens, not one piece of {options.length}",
+            field="--data",
+        )
+    step = max(1, len(whole) // options.samples)
+    return whole[::step][: options.samples]

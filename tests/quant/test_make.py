@@ -1,0 +1,271 @@
+"""Making quantised matrices and models: each method against what it promises, and read back."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from checkpoints.formats.export import Writer, quantization_config
+from checkpoints.load import load_params
+from jaxinfer import models
+from jaxinfer.cli.quantizing import QuantizeOptions, choose, quantize
+from jaxinfer.errors import CheckpointError, InvalidRequest, UnsupportedModel
+from jaxinfer.models.families import read_config
+from jaxinfer.models.weights import declare
+from jaxinfer.quant import Parts, QuantisedMatrix, dequantise
+from jaxinfer.quant.make import NF4, Recipe, awq_scales, gptq, round_to_nearest, smooth_scales
+from jaxinfer.quantise import Method, quantise_params
+
+DEMO = Path(__file__).parents[2] / "checkpoints" / "demo" / "draft"
+INT4 = Recipe("int", 4, 32)
+RECIPES = [
+    INT4,
+    Recipe("int", 4, 32, symmetric=False),
+    Recipe("int", 4, -1),
+    Recipe("int", 8, 32),
+    Recipe("int", 8, -1, symmetric=False),
+    Recipe("int", 8, -1, activations="token"),
+    Recipe("nf4", 4, 64),
+    Recipe("fp8", 8, -1),
+]
+METHODS = [
+    Method(INT4),
+    Method(INT4, "gptq"),
+    Method(Recipe("int", 4, 32, symmetric=False), "gptq", act_order=True),
+    Method(INT4, "awq"),
+    Method(Recipe("int", 8, -1, activations="token"), "smoothquant"),
+    Method(Recipe("fp8", 8, -1, activations="token")),
+]
+
+
+def random(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_every_weight_goes_to_the_nearest(recipe: Recipe) -> None:
+    """No weight could be closer with the scales that were chosen: half a step at most."""
+    w = random(16, 128)
+    matrix = round_to_nearest(jnp.asarray(w), recipe)
+    error = np.abs(np.asarray(dequantise(matrix)) - w)
+    scale = np.repeat(np.asarray(matrix.scales), matrix.group, axis=1)
+    if recipe.kind == "int":
+        steps = 0.5 if not recipe.symmetric else 1.0  # the highest code of 2^bits is missing
+        assert (error <= (steps + 1e-3) * scale).all()
+        assert np.mean(error <= 0.501 * scale) > 0.99
+    elif recipe.kind == "nf4":
+        nearest = np.abs(w[..., None] / scale[..., None] - np.array(NF4)).min(-1) * scale
+        np.testing.assert_allclose(error, nearest, atol=1e-5)
+    else:
+        assert (error <= np.maximum(np.abs(w) / 16, scale * 2.0**-9) * 1.01).all()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_zeros_stay_zeros(recipe: Recipe) -> None:
+    np.testing.assert_array_equal(
+        dequantise(round_to_nearest(jnp.zeros((4, 128)), recipe)), np.zeros((4, 128))
+    )
+
+
+def inputs(tokens: int, K: int) -> np.ndarray:
+    """Correlated inputs, with some columns much larger than others."""
+    mix = random(K, K, seed=1) / K**0.5 + np.eye(K, dtype=np.float32)
+    return random(tokens, K, seed=2) @ mix * np.exp(random(K, seed=3))
+
+
+def product_error(matrix: QuantisedMatrix, w: np.ndarray, x: np.ndarray) -> float:
+    return float(np.square(x @ (np.asarray(dequantise(matrix)) - w).T).mean())
+
+
+def test_gptq_of_unrelated_inputs_is_rounding() -> None:
+    w = jnp.asarray(random(8, 64))
+    a, b = gptq(w, jnp.eye(64), INT4), round_to_nearest(w, INT4)
+    np.testing.assert_allclose(a.scales, b.scales, rtol=1e-6)
+    assert np.mean(np.asarray(a.codes) == b.codes) > 0.97  # but for ties
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_gptq_changes_products_less(act_order: bool, symmetric: bool) -> None:
+    recipe = Recipe("int", 4, 32, symmetric)
+    w, x = random(32, 128), inputs(1024, 128)
+    hessian = jnp.asarray(x.T @ x / len(x))
+    solved = gptq(jnp.asarray(w), hessian, recipe, act_order=act_order)
+    assert (solved.order is not None) == act_order
+    plain = round_to_nearest(jnp.asarray(w), recipe)
+    assert product_error(solved, w, x) < 0.6 * product_error(plain, w, x)
+
+
+def test_gptq_of_inputs_that_are_always_zero() -> None:
+    x = inputs(256, 64)
+    x[:, 5] = 0
+    solved = gptq(jnp.asarray(random(8, 64)), jnp.asarray(x.T @ x), INT4)
+    assert np.isfinite(np.asarray(dequantise(solved))).all()
+    np.testing.assert_array_equal(np.asarray(dequantise(solved))[:, 5], 0)
+
+
+def test_awq_changes_products_less() -> None:
+    w, x = random(32, 128), inputs(1024, 128)
+    hessian = jnp.asarray(x.T @ x / len(x))
+    s = np.asarray(awq_scales(jnp.asarray(w), hessian, jnp.abs(x).mean(0), INT4))
+    plain = round_to_nearest(jnp.asarray(w), INT4)
+    scaled = np.asarray(dequantise(round_to_nearest(jnp.asarray(w * s), INT4))) / s
+    error = float(np.square(x @ (scaled - w).T).mean())
+    assert error < 0.8 * product_error(plain, w, x)
+
+
+def test_smooth_scales_even_out() -> None:
+    w, largest = random(8, 16), np.exp(random(16, seed=3))
+    s = np.asarray(smooth_scales(jnp.asarray(w), jnp.asarray(largest)))
+    np.testing.assert_allclose(largest / s, np.abs(w * s).max(axis=0), rtol=1e-5)
+
+
+# -- models ---------------------------------------------------------------------------------------
+
+
+@cache
+def demo() -> tuple[Any, Any, Any]:
+    config = read_config(DEMO)
+    params = load_params(DEMO, declare(config), dtype=jnp.float32)
+    text = np.random.default_rng(0).integers(0, config.vocab_size, (4, 64))
+    return config, params, jnp.asarray(text)
+
+
+def divergence(params: Any, tokens: Any) -> float:
+    """Mean KL of the next token, against the dense model."""
+    config, dense, _ = demo()
+    p, q = (
+        jax.nn.log_softmax(models.apply(tree, config, tokens).logits) for tree in (dense, params)
+    )
+    return float((jnp.exp(p) * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.algorithm}-{m.recipe.kind}")
+def test_models(method: Method) -> None:
+    config, params, tokens = demo()
+    calls: list[tuple[int, int]] = []
+    done = quantise_params(
+        params, config, method, tokens, progress=lambda *call: calls.append(call)
+    )
+    n = config.num_layers
+    assert calls == [(i + 1, n) for i in range(n)]
+    for layer in done["layers"]:
+        assert all(isinstance(layer[m], QuantisedMatrix) for m in ("qkv", "o", "gate_up", "down"))
+    assert done["embed"] is params["embed"]
+    limit = 0.5 if method.recipe.bits == 4 else 0.06
+    assert 0 < divergence(done, tokens) < limit
+
+
+def test_what_solves_is_better_than_rounding() -> None:
+    config, params, tokens = demo()
+    rtn, solved, searched = (
+        divergence(quantise_params(params, config, Method(INT4, a), tokens), tokens)
+        for a in ("rtn", "gptq", "awq")
+    )
+    assert solved < 0.8 * rtn
+    assert searched < rtn
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.algorithm}-{m.recipe.kind}")
+def test_written_and_read_back(method: Method, tmp_path: Path) -> None:
+    """The very arrays come back, and the tensors are those of a published checkpoint."""
+    config, params, tokens = demo()
+    done = quantise_params(params, config, method, tokens)
+    weights = declare(config)
+    writer = Writer(tmp_path)
+    rest = {k: v for k, v in weights.items() if k != "layers"}
+    writer.write({k: v for k, v in done.items() if k != "layers"}, rest)
+    for layer, weight in zip(done["layers"], weights["layers"], strict=True):
+        writer.write(layer, weight)
+    hf = json.loads((DEMO / "config.json").read_text())
+    said = quantization_config(method.recipe, act_order=method.act_order)
+    writer.close(hf | {"quantization_config": said})
+    back = load_params(tmp_path, weights, dtype=jnp.float32)
+    got, want = (models.apply(tree, config, tokens).logits for tree in (back, done))
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-3)
+    if not method.act_order:  # columns within a group may be in another order
+        assert jax.tree.structure(back) == jax.tree.structure(done)
+        for a, b in zip(jax.tree.leaves(back), jax.tree.leaves(done), strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def options(tmp_path: Path, **changes: Any) -> QuantizeOptions:
+    given: dict[str, Any] = {
+        "model": str(DEMO), "out": tmp_path / "out", "method": "gptq", "bits": 4, "group_size": 32,
+        "symmetric": True, "act_order": False, "data": Path(__file__), "samples": 4, "length": 64,
+    }  # fmt: skip
+    return QuantizeOptions(**given | changes)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    quantize(options(tmp_path), None)
+    out = tmp_path / "out"
+    config = read_config(out)
+    params = load_params(out, declare(config), dtype=jnp.bfloat16)
+    assert isinstance(params["layers"][0]["qkv"], QuantisedMatrix | Parts)
+    assert (out / "tokenizer.json").exists()
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    for name, file in index["weight_map"].items():
+        with safe_open(out / file, "np") as f:
+            assert name in f.keys()  # noqa: SIM118
+    with pytest.raises(UnsupportedModel, match="quantised already"):
+        quantize(options(tmp_path, model=str(out), out=tmp_path / "again"), None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"method": "hqq"}, ValueError, "--method hqq: expected rtn, gptq"),
+        ({"bits": 3}, ValueError, "int of 4 or 8 bits"),
+        ({"group_size": 100}, ValueError, "groups of 100 do not divide"),
+        ({"group_size": 33}, ValueError, "even number"),
+        ({"method": "rtn", "act_order": True}, ValueError, "act_order is of gptq"),
+        ({"data": None}, InvalidRequest, "needs a calibration text"),
+        ({"data": Path("/nowhere")}, InvalidRequest, "cannot be read"),
+        ({"length": 100000}, InvalidRequest, "not one piece of 100000"),
+        ({"samples": 1, "length": 64}, InvalidRequest, "64 tokens is too short"),
+        ({"out": Path(__file__).parent}, CheckpointError, "exists already"),
+    ],
+)
+def test_commands_that_are_refused(
+    tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        quantize(options(tmp_path, **changes), None)
+    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_methods_of_the_command(tmp_path: Path) -> None:
+    made = {name: choose(options(tmp_path, method=name)) for name in ("fp8", "int8", "smoothquant")}
+    assert made["fp8"].recipe == Recipe("fp8", 8, -1, activations="token")
+    assert made["int8"].algorithm == "rtn"
+    assert made["smoothquant"].recipe == made["int8"].recipe
+
+
+@pytest.mark.parametrize(
+    "recipe", [Recipe("nf4", 4, 64), Recipe("fp8", 8, 128)], ids=["nf4", "fp8 by groups"]
+)
+def test_what_the_format_cannot_say(recipe: Recipe) -> None:
+    with pytest.raises(ValueError, match="compressed-tensors has no"):
+        quantization_config(recipe)
+
+
+@pytest.mark.parametrize(
+    "tokens", [None, [], [[1, 2], [1]], [[1] * 16], [[10**6] * 128], [[-1] * 128]], ids=str
+)
+def test_texts_that_do_not_do(tokens: Any) -> None:
+    config, params, _ = demo()
+    with pytest.raises(InvalidRequest):
+        quantise_params(params, config, Method(INT4, "gptq"), tokens)
