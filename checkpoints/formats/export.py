@@ -40,7 +40,7 @@ def quantization_config(recipe: Recipe, *, act_order: bool = False) -> dict[str,
         "num_bits": recipe.bits, "type": kind, "symmetric": recipe.symmetric, "dynamic": False,
         "strategy": "channel" if recipe.group == -1 else "group",
         "group_size": None if recipe.group == -1 else recipe.group,
-        "actorder": "group" if act_order else None,
+        "actorder": "weight" if act_order else None,
     }  # fmt: skip
     inputs = None
     if recipe.activations is not None:
@@ -80,11 +80,8 @@ def _fields(m: QuantisedMatrix) -> Iterator[tuple[str, np.ndarray]]:
     if m.scheme.kind == "float" or m.scheme.activations is not None:
         yield "weight", m.codes
         return
+    assert m.order is None, "nothing of ours reorders columns"
     codes = unpack4(m.codes) if m.scheme.bits == 4 else m.codes.view(np.uint8) ^ 128
-    if m.order is not None:
-        back = np.argsort(m.order)
-        codes = codes[:, back]
-        yield "weight_g_idx", (back // m.group).astype(np.int32)
     yield "weight_packed", _words(codes, m.scheme.bits)
     yield "weight_shape", np.array([N, K], np.int64)
     if m.zeros is not None:

@@ -286,7 +286,9 @@ def quantize(
     bits: Annotated[int, typer.Option(help="4 or 8, of rtn, gptq and awq.")] = 4,
     group_size: Annotated[int, typer.Option(help="Columns a scale; -1: a whole row.")] = 128,
     symmetric: Annotated[bool, typer.Option(help="Without zero points.")] = True,
-    act_order: Annotated[bool, typer.Option(help="gptq: largest inputs first.")] = False,
+    act_order: Annotated[
+        bool, typer.Option(help="gptq: columns of the largest inputs first.")
+    ] = False,
     data: Annotated[
         Path | None, typer.Option(help="Text to calibrate with: gptq, awq, smoothquant.")
     ] = None,

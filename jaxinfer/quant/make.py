@@ -126,14 +126,13 @@ def encode(
     scales: jax.Array,
     zeros: jax.Array | None,
     recipe: Recipe,
-    order: jax.Array | None = None,
 ) -> QuantisedMatrix:
-    """w [N, K], whose columns are in `order` already, by scales and zero points [N, G]."""
+    """w [N, K] by scales and zero points [N, G]."""
     N, K = w.shape
     grouped = w.astype(jnp.float32).reshape(N, scales.shape[1], -1)
     wide = scales.astype(jnp.float32)[..., None]
     codes = to_codes(grouped, wide, None if zeros is None else zeros[..., None], recipe)
-    return _packed(codes.reshape(N, K), scales, zeros, recipe, order)
+    return _packed(codes.reshape(N, K), scales, zeros, recipe)
 
 
 def _packed(
@@ -141,23 +140,18 @@ def _packed(
     scales: jax.Array,
     zeros: jax.Array | None,
     recipe: Recipe,
-    order: jax.Array | None,
 ) -> QuantisedMatrix:
     if recipe.kind == "fp8":
         scheme = Scheme("float", 8, activations=recipe.activations)
-        return QuantisedMatrix(scheme, codes.astype(jnp.float8_e4m3fn), scales, order=order)
+        return QuantisedMatrix(scheme, codes.astype(jnp.float8_e4m3fn), scales)
     if recipe.kind == "nf4":
-        return QuantisedMatrix(
-            Scheme("table", 4, NF4), pack4(codes.astype(jnp.uint8)), scales, order=order
-        )
+        return QuantisedMatrix(Scheme("table", 4, NF4), pack4(codes.astype(jnp.uint8)), scales)
     if recipe.bits == 4:
         kept = None if zeros is None else zeros.astype(jnp.uint8)
-        return QuantisedMatrix(
-            Scheme("int", 4), pack4(codes.astype(jnp.uint8)), scales, kept, order=order
-        )
+        return QuantisedMatrix(Scheme("int", 4), pack4(codes.astype(jnp.uint8)), scales, kept)
     kept = None if zeros is None else (zeros - 128).astype(jnp.int8)
     scheme = Scheme("int", 8, activations=recipe.activations)
-    return QuantisedMatrix(scheme, (codes - 128).astype(jnp.int8), scales, kept, order=order)
+    return QuantisedMatrix(scheme, (codes - 128).astype(jnp.int8), scales, kept)
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "act_order", "scale_dtype"))
@@ -176,7 +170,8 @@ def gptq(
         w: [N, K].
         hessian: float32 [K, K]: the sum, or mean, of x xᵀ of inputs.
         recipe: symmetric or not.
-        act_order: columns of the largest inputs first; the matrix then has an `order`.
+        act_order: columns of the largest inputs first. Groups stay what they are, with scales from
+            before any error is made up for: the matrix needs no `order` of its own.
         scale_dtype: of the scales.
 
     Raises:
@@ -189,8 +184,13 @@ def gptq(
     diagonal = jnp.diag(hessian)
     dead = diagonal <= 0  # inputs that are always 0
     w = jnp.where(dead, 0, w)
+    static = find_scales(w.reshape(N, G, size), recipe)
     order = jnp.argsort(-diagonal, stable=True) if act_order else jnp.arange(K)
     w, hessian = w[:, order], hessian[order][:, order]
+
+    def of_columns(x: jax.Array) -> jax.Array:
+        return jnp.repeat(x, size, axis=1)[:, order]
+
     damping = DAMPING * jnp.mean(diagonal) + jnp.where(dead[order], 1.0, 0.0)
     inverse = jnp.linalg.inv(hessian + jnp.diag(damping))
     # inverse = uᵀ u: row i says how much each later column makes up for the error of column i.
@@ -201,14 +201,20 @@ def gptq(
         block = jax.lax.dynamic_slice_in_dim(w, first, size, 1)
         rows = jax.lax.dynamic_slice_in_dim(u, first, size, 0)
         inner = jax.lax.dynamic_slice_in_dim(rows, first, size, 1)
-        scales, zeros = find_scales(block, recipe)
-        scales = scales.astype(scale_dtype).astype(jnp.float32)
+        if act_order:
+            own = jax.tree.map(of_columns, static)
+            used = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, 1), own)
+        else:
+            own = find_scales(block, recipe)
+            used = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (N, size)), own)
+        scales = used[0].astype(scale_dtype).astype(jnp.float32)
 
         def one_column(i: jax.Array, carry: Any) -> Any:
             block, codes, errors = carry
             column = block[:, i]
-            code = to_codes(column, scales, zeros, recipe)
-            error = (column - to_values(code, scales, zeros, recipe)) / inner[i, i]
+            at = scales[:, i], None if used[1] is None else used[1][:, i]
+            code = to_codes(column, *at, recipe)
+            error = (column - to_values(code, *at, recipe)) / inner[i, i]
             later = jnp.where(jnp.arange(size) > i, inner[i], 0)
             block = block - error[:, None] * later
             return block, codes.at[:, i].set(code), errors.at[:, i].set(error)
@@ -218,16 +224,12 @@ def gptq(
         )
         beyond = jnp.where(jnp.arange(K) >= first + size, rows, 0)
         w = w - jnp.matmul(errors, beyond, precision="highest")
-        return w, (codes, scales, zeros)
+        return w, (codes, None if act_order else own)
 
-    _, (codes, scales, zeros) = jax.lax.scan(one_group, w, jnp.arange(G))
-    return _packed(
-        jnp.moveaxis(codes, 0, 1).reshape(N, K),
-        scales.T.astype(scale_dtype),
-        None if zeros is None else zeros.T,
-        recipe,
-        order.astype(jnp.int32) if act_order else None,
-    )
+    _, (codes, own) = jax.lax.scan(one_group, w, jnp.arange(G))
+    scales, zeros = static if act_order else jax.tree.map(jnp.transpose, own)
+    codes = jnp.moveaxis(codes, 0, 1).reshape(N, K)[:, jnp.argsort(order)]
+    return _packed(codes, scales.astype(scale_dtype), zeros, recipe)
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "grid"))
