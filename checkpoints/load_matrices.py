@@ -112,12 +112,22 @@ def put(matrix: Any, weight: Weight, sharding: jax.sharding.Sharding) -> Any:
     """
     if not isinstance(sharding, NamedSharding) or not isinstance(matrix, QuantisedMatrix | Parts):
         return jax.block_until_ready(jax.device_put(matrix, sharding))
-    shards = math.prod(sharding.mesh.shape[axis] for axis in sharding.spec if isinstance(axis, str))
+    specs = specs_of(matrix, weight, sharding)
+    return jax.block_until_ready(place(matrix, specs, sharding.mesh))
+
+
+def specs_of(matrix: Any, weight: Weight, sharding: NamedSharding) -> Any:
+    """The `PartitionSpec` of each array of a quantised matrix; see `quant.partition`.
+
+    Raises:
+        CheckpointError: its groups do not allow the split.
+    """
+    axes = [axis for axis in sharding.spec if isinstance(axis, str)]
+    shards = math.prod(sharding.mesh.shape[axis] for axis in axes)
     try:
-        specs = partition(matrix, PartitionSpec(*sharding.spec), shards)
+        return partition(matrix, PartitionSpec(*sharding.spec), shards)
     except ValueError as error:
         raise CheckpointError(f"{weight.pieces[0].name}: {error}") from None
-    return jax.block_until_ready(place(matrix, specs, sharding.mesh))
 
 
 def _read(checkpoint: Checkpoint, piece: Piece, formats: Formats, dtype: np.dtype) -> Any:

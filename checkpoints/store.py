@@ -48,7 +48,7 @@ def save(
     Raises:
         CheckpointError: `directory` exists, and not `overwrite`; or Orbax cannot write.
     """
-    write_whole(directory, lambda path: _write(path, params, config), overwrite=overwrite)
+    write_whole(directory, lambda path: write(path, params, config), overwrite=overwrite)
 
 
 def write_whole(
@@ -107,7 +107,8 @@ def read_config(directory: str | Path) -> dict[str, Any]:
     return read_json(directory / CONFIG)
 
 
-def _write(directory: Path, params: Any, config: dict[str, Any]) -> None:
+def write(directory: Path, params: Any, config: dict[str, Any]) -> None:
+    """Fills a directory, which `write_whole` makes appear: see `save`."""
     import orbax.checkpoint as ocp
 
     write_json(directory / CONFIG, config)

@@ -142,7 +142,10 @@ def load_weights(directory: Path, config: ModelConfig, dtype: Any) -> Params:
     """
     from checkpoints import load_params
     from checkpoints.gguf import load_gguf
+    from checkpoints.model_store import is_saved_model, restore_model
 
+    if is_saved_model(directory):
+        return restore_model(directory, declare(config))
     if is_gguf(directory):
         with loading_bar(directory.name) as progress:
             return load_gguf(
@@ -167,7 +170,10 @@ def weight_bytes(directory: Path, config: ModelConfig, dtype: Any) -> int:
     """
     from checkpoints import gguf
     from checkpoints.load import stored_bytes
+    from checkpoints.model_store import is_saved_model, saved_bytes
 
+    if is_saved_model(directory):
+        return saved_bytes(directory)
     count = gguf.stored_bytes if is_gguf(directory) else stored_bytes
     return count(directory, declare(config), dtype)
 

@@ -281,7 +281,7 @@ def quantize(
     out: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],
     method: Annotated[
         str,
-        typer.Option(help="rtn, gptq, awq: weights alone. smoothquant, int8, fp8: W8A8."),
+        typer.Option(help="rtn, gptq, awq, nf4: weights alone. smoothquant, int8, fp8: W8A8."),
     ] = "awq",
     bits: Annotated[int, typer.Option(help="4 or 8, of rtn, gptq and awq.")] = 4,
     group_size: Annotated[int, typer.Option(help="Columns a scale; -1: a whole row.")] = 128,
@@ -294,14 +294,17 @@ def quantize(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Pieces of that text.")] = 128,
     length: Annotated[int, typer.Option(min=8, help="Tokens a piece.")] = 512,
+    form: Annotated[
+        str, typer.Option("--format", help="compressed-tensors, or orbax: jaxinfer's own.")
+    ] = "compressed-tensors",
 ) -> None:
-    """Quantises a model into a directory that jaxinfer and PyTorch engines read
-    (compressed-tensors). One layer is in memory at a time."""
+    """Quantises a model, one layer at a time, into a directory that jaxinfer reads; PyTorch
+    engines read compressed-tensors."""
     from jaxinfer.cli import quantizing
     from jaxinfer.progress import layers_bar
 
     options = quantizing.QuantizeOptions(
-        model, out, method, bits, group_size, symmetric, act_order, data, samples, length
+        model, out, method, bits, group_size, symmetric, act_order, data, samples, length, form
     )
     try:
         with layers_bar(out.name) as progress:

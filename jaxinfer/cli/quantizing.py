@@ -10,6 +10,7 @@ from typing import Any
 
 from jaxinfer.errors import CheckpointError, InvalidRequest, UnsupportedModel
 
+FORMS = ("compressed-tensors", "orbax")
 COPIED = ("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
           "chat_template*", "added_tokens.json", "tekken.json")  # fmt: skip
 
@@ -28,6 +29,7 @@ class QuantizeOptions:
     data: Path | None
     samples: int
     length: int
+    form: str = "compressed-tensors"
 
 
 def quantize(options: QuantizeOptions, progress: Callable[[int, int], None] | None) -> None:
@@ -39,30 +41,32 @@ def quantize(options: QuantizeOptions, progress: Callable[[int, int], None] | No
         InvalidRequest: the calibration text is missing or too short.
         ValueError: a recipe that cannot be made, or written.
     """
+    import jax
     import jax.numpy as jnp
 
-    from checkpoints.formats import read_quantisation
     from checkpoints.formats.export import Writer, quantization_config
     from checkpoints.load import load_params
+    from checkpoints.model_store import save_model
     from checkpoints.safetensors_reader import read_json
     from checkpoints.store import write_whole
-    from jaxinfer.hub import resolve_model
-    from jaxinfer.loading import is_gguf
     from jaxinfer.models.families import read_config
     from jaxinfer.models.weights import declare
     from jaxinfer.quantise import quantise_layers
     from jaxinfer.quantise.layers import check_columns
 
     method = choose(options)
+    if options.form not in FORMS:
+        raise ValueError(f"--format {options.form}: expected {' or '.join(FORMS)}")
     if options.out.exists():
         raise CheckpointError(f"{options.out} exists already")
-    directory = resolve_model(options.model)
-    if is_gguf(directory) or read_quantisation(directory) is not None:
-        raise UnsupportedModel(f"{directory} is quantised already: give the dense model")
+    directory = _dense_model(options.model)
     config, hf = read_config(directory), read_json(directory / "config.json")
     weights = declare(config)
     check_columns(config, method.recipe)
-    said = {"quantization_config": quantization_config(method.recipe, act_order=method.act_order)}
+    orbax = options.form == "orbax"
+    if not orbax:
+        said = quantization_config(method.recipe, act_order=method.act_order)
+        hf = {**hf, "quantization_config": said}
     tokens = read_text(options, directory) if method.needs_text else None
 
     def load(tree: Any) -> Any:
@@ -72,20 +76,40 @@ def quantize(options: QuantizeOptions, progress: Callable[[int, int], None] | No
         for one in weights["layers"]:
             yield load(one)
 
+    rest = {name: weight for name, weight in weights.items() if name != "layers"}
+    others = load(rest)
+    done = quantise_layers(layers(), config, method, others["embed"], tokens, progress=progress)
+    files = [file for pattern in COPIED for file in directory.glob(pattern)]
+    hf = {**hf, "torch_dtype": "bfloat16"}
+    if orbax:
+        kept = [jax.device_get(layer) for layer in done]  # one on the device at a time
+        save_model(options.out, {**others, "layers": kept}, hf, files)
+        return
+
     def write(path: Path) -> None:
-        rest = {name: weight for name, weight in weights.items() if name != "layers"}
-        others = load(rest)
-        done = quantise_layers(layers(), config, method, others["embed"], tokens, progress=progress)
         writer = Writer(path)
         writer.write(others, rest)
         for one, weight in zip(done, weights["layers"], strict=True):
             writer.write(one, weight)
-        for pattern in COPIED:
-            for file in directory.glob(pattern):
-                shutil.copy(file, path / file.name)
-        writer.close({**hf, "torch_dtype": "bfloat16", **said})
+        for file in files:
+            shutil.copy(file, path / file.name)
+        writer.close(hf)
 
     write_whole(options.out, write)
+
+
+def _dense_model(name: str) -> Path:
+    """The directory of a model that is not quantised. Raises UnsupportedModel for another."""
+    from checkpoints.formats import read_quantisation
+    from checkpoints.model_store import is_saved_model
+    from jaxinfer.hub import resolve_model
+    from jaxinfer.loading import is_gguf
+
+    directory = resolve_model(name)
+    saved = is_gguf(directory) or is_saved_model(directory)
+    if saved or read_quantisation(directory) is not None:
+        raise UnsupportedModel(f"{directory} is quantised already: give the dense model")
+    return directory
 
 
 def choose(options: QuantizeOptions) -> Any:
@@ -95,12 +119,14 @@ def choose(options: QuantizeOptions) -> Any:
 
     if options.method == "fp8":
         return Method(Recipe("fp8", 8, -1, activations="token"))
+    if options.method == "nf4":
+        return Method(Recipe("nf4", 4, options.group_size))
     if options.method in ("int8", "smoothquant"):  # W8A8
         algorithm = "smoothquant" if options.method == "smoothquant" else "rtn"
         return Method(Recipe("int", 8, -1, activations="token"), algorithm)
     if options.method not in ("rtn", "gptq", "awq"):
         raise ValueError(
-            f"--method {options.method}: expected rtn, gptq, awq, smoothquant, int8 or fp8"
+            f"--method {options.method}: expected rtn, gptq, awq, nf4, smoothquant, int8 or fp8"
         )
     recipe = Recipe("int", options.bits, options.group_size, options.symmetric)
     return Method(recipe, options.method, options.act_order)  # type: ignore[arg-type]

@@ -84,12 +84,12 @@ FAMILIES: dict[str, Family] = {
 
 # Fields that change nothing in what the model computes: training, bookkeeping, defaults of Hugging
 # Face's own generation loop (here `SamplingParams` alone decide), and how the weights are stored
-# (`checkpoints.formats`).
+# (`checkpoints.formats`, `checkpoints.model_store`).
 # fmt: off
 _HARMLESS = frozenset({
     "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
     "bos_token", "do_sample", "dtype", "eos_token", "finetuning_task", "id2label",
-    "initializer_range", "is_decoder", "is_llama_config", "label2id", "max_length",
+    "initializer_range", "is_decoder", "is_llama_config", "jaxinfer", "label2id", "max_length",
     "max_sequence_length", "num_labels",
     "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp",
     "problem_type", "quantization_config", "return_dict", "task_specific_params",

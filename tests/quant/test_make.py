@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from safetensors import safe_open
 
 from checkpoints.formats.export import Writer, quantization_config
 from checkpoints.load import load_params
-from jaxinfer import models
+from checkpoints.model_store import restore_model, save_model, saved_bytes
+from jaxinfer import LLM, SamplingParams, models
 from jaxinfer.cli.quantizing import QuantizeOptions, choose, quantize
 from jaxinfer.errors import CheckpointError, InvalidRequest, UnsupportedModel
 from jaxinfer.models.families import read_config
@@ -222,9 +224,57 @@ def test_the_command(tmp_path: Path) -> None:
         quantize(options(tmp_path, model=str(out), out=tmp_path / "again"), None)
 
 
+@pytest.mark.parametrize("method", ["nf4", "gptq", "fp8"])
+def test_our_own_form(tmp_path: Path, method: str) -> None:
+    """The same weights as in the other form, and text out of the engine."""
+    own = options(tmp_path, method=method, form="orbax", group_size=64)
+    quantize(own, None)
+    config = read_config(own.out)
+    params = restore_model(own.out, declare(config))
+    assert saved_bytes(own.out) == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    if method != "nf4":
+        quantize(replace(own, form="compressed-tensors", out=tmp_path / "other"), None)
+        other = load_params(tmp_path / "other", declare(config), dtype=jnp.bfloat16)
+        assert jax.tree.structure(params) == jax.tree.structure(other)
+        for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True):
+            np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    sizes: dict[str, Any] = {
+        "max_num_seqs": 4, "max_model_len": 64, "kv_cache_bytes": 1 << 22, "dtype": "bfloat16",
+        "max_num_batched_tokens": 32, "max_steps": 1,
+    }  # fmt: skip
+    with LLM(own.out, **sizes) as llm:
+        (output,) = llm.generate("def ", SamplingParams(temperature=0.0, max_tokens=4))
+    assert output.outputs[0].text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda said: said.pop("arrays"),
+        lambda said: said["arrays"].pop("final_norm"),
+        lambda said: said["arrays"].update({"embed": ["bfloat16", [3, 3]]}),
+        lambda said: said["schemes"].popitem(),
+        lambda said: said["schemes"].update({"layers.0.qkv": {"kind": "x"}}),
+        lambda said: said["schemes"].update({"layers.0.qkv": {"table": [1.0]}}),
+    ],
+)
+def test_our_own_form_damaged(tmp_path: Path, damage: Any) -> None:
+    config, params, tokens = demo()
+    done = quantise_params(params, config, Method(INT4), tokens)
+    save_model(tmp_path / "saved", done, json.loads((DEMO / "config.json").read_text()))
+    path = tmp_path / "saved" / "config.json"
+    hf = json.loads(path.read_text())
+    damage(hf["jaxinfer"])
+    path.write_text(json.dumps(hf))
+    with pytest.raises(CheckpointError):
+        restore_model(tmp_path / "saved", declare(config))
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
+        ({"form": "gguf"}, ValueError, "--format gguf: expected compressed-tensors or orbax"),
+        ({"method": "nf4", "group_size": 64}, ValueError, "compressed-tensors has no NF4"),
         ({"method": "hqq"}, ValueError, "--method hqq: expected rtn, gptq"),
         ({"bits": 3}, ValueError, "int of 4 or 8 bits"),
         ({"group_size": 100}, ValueError, "groups of 100 do not divide"),
