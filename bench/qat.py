@@ -52,11 +52,12 @@ def measure(steps: int) -> list[Record]:
     config = read_config(DEMO / "draft")
     dense = load_params(DEMO / "draft", declare(config), dtype=jnp.bfloat16)
     train, held_out, other = (pieces(p) for p in ("train", "held_out", "validation"))
+    text = jnp.asarray(other[:32, :LENGTH])
     order = np.random.default_rng(0).permutation(len(train))
     found = []
     for bits in (4, 8):
         recipe = Recipe("int", bits, 64)
-        state = qat.create_state(
+        state: Any = qat.create_state(
             dense, recipe, optax.adamw(optax.cosine_decay_schedule(RATE, steps))
         )
         for i in range(steps):
@@ -65,7 +66,7 @@ def measure(steps: int) -> list[Record]:
         models = {
             "bf16": dense,
             "rtn": quantise_params(dense, config, Method(recipe)),
-            "gptq": quantise_params(dense, config, Method(recipe, "gptq"), other[:32, :LENGTH]),
+            "gptq": quantise_params(dense, config, Method(recipe, "gptq"), text),
             "qat": qat.finish(state.params, recipe),
         }
         losses = {name: held_out_loss(p, config, held_out) for name, p in models.items()}
