@@ -80,7 +80,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
 RESTRICTED: dict[str, set[str]] = {
     "torch": {"bench", "verify", "tests"},
     "flax": {"training", "demo", "tests"},
-    "optax": {"training", "demo", "tests"},
+    "optax": {"training", "demo", "bench", "tests"},
     "orbax": {"checkpoints", "tests"},
     "lm_eval": {"evaluation", "tests"},
     "pickle": set(),

@@ -51,8 +51,7 @@ def quantize(options: QuantizeOptions, progress: Callable[[int, int], None] | No
     from checkpoints.store import write_whole
     from jaxinfer.models.families import read_config
     from jaxinfer.models.weights import declare
-    from jaxinfer.quantise import quantise_layers
-    from jaxinfer.quantise.layers import check_columns
+    from jaxinfer.quantise import check_columns, quantise_layers
 
     method = choose(options)
     if options.form not in FORMS:

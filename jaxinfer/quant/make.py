@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxinfer.quant.arrays import QuantisedMatrix, Scheme, pack4
 from jaxinfer.quant.matmul import FP8_MAX
@@ -71,7 +70,9 @@ class Recipe:
         return columns // self.group
 
 
-def round_to_nearest(w: jax.Array, recipe: Recipe, scale_dtype: Any = jnp.float32) -> Any:
+def round_to_nearest(
+    w: jax.Array, recipe: Recipe, scale_dtype: Any = jnp.float32
+) -> QuantisedMatrix:
     """w [N, K] with each group's scale from its largest value. Raises ValueError as `Recipe`."""
     N, K = w.shape
     scales, zeros = find_scales(w.astype(jnp.float32).reshape(N, recipe.groups(K), -1), recipe)
@@ -286,9 +287,3 @@ def smooth_scales(w: jax.Array, largest: jax.Array, power: float = 0.5) -> jax.A
     columns = jnp.abs(w.astype(jnp.float32)).max(axis=0)
     s = jnp.maximum(largest, 1e-5) ** power / jnp.maximum(columns, 1e-5) ** (1 - power)
     return jnp.maximum(s, 1e-5)
-
-
-def bits_per_weight(matrix: QuantisedMatrix) -> float:
-    """All of a matrix's bytes, in bits, over its weights."""
-    leaves = jax.tree.leaves(matrix)
-    return 8 * sum(np.prod(x.shape) * x.dtype.itemsize for x in leaves) / np.prod(matrix.shape)
