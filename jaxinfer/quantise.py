@@ -17,7 +17,14 @@ import jax.numpy as jnp
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.models.decoder import apply
-from jaxinfer.quant.make import Recipe, awq_scales, gptq, round_to_nearest, smooth_scales
+from jaxinfer.quant.make import (
+    Recipe,
+    awq_scales,
+    gptq,
+    round_clipped,
+    round_to_nearest,
+    smooth_scales,
+)
 
 Algorithm = Literal["rtn", "gptq", "awq", "smoothquant"]
 # Each matrix, and the site of its inputs.
@@ -172,10 +179,23 @@ def _quantised(
 def _quantise_layer(
     layer: dict[str, Any], config: ModelConfig, method: Method, hidden: jax.Array
 ) -> dict[str, Any]:
-    if method.algorithm in ("awq", "smoothquant"):
-        layer = _scaled(layer, method, _statistics(layer, config, hidden))
+    found = _statistics(layer, config, hidden)
+    if method.algorithm == "gptq":
+        return _rounded(layer, method, found)
+    layer = _scaled(layer, method, found)
+    if method.algorithm == "smoothquant":
         return _rounded(layer, method, None)
-    return _rounded(layer, method, _statistics(layer, config, hidden))
+    return _clipped(layer, method, _statistics(layer, config, hidden))
+
+
+def _clipped(layer: dict[str, Any], method: Method, found: dict[str, Statistics]) -> dict[str, Any]:
+    """The layer rounded to nearest, ranges clipped where that helps. Those of queries and keys stay
+    whole, as in AWQ: their products are multiplied with each other."""
+    done = _rounded(layer, method, None)
+    for name in ("o", "gate_up", "down"):
+        w = layer[name]
+        done[name] = round_clipped(w, found[name].hessian, method.recipe, w.dtype)
+    return done
 
 
 def _rounded(

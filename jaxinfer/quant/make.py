@@ -80,6 +80,51 @@ def round_to_nearest(
     return encode(w, scales, zeros, recipe)
 
 
+@functools.partial(jax.jit, static_argnames=("recipe", "scale_dtype", "grid"))
+def round_clipped(
+    w: jax.Array,
+    hessian: jax.Array,
+    recipe: Recipe,
+    scale_dtype: Any = jnp.float32,
+    grid: int = 11,
+) -> QuantisedMatrix:
+    """w [N, K] with each group's scale from a part of its range (the clipping of AWQ).
+
+    A smaller range cuts off a group's largest values and has finer steps for the others. Of `grid`
+    parts from the half to the whole, that which changes the group's products least.
+
+    Args:
+        w: [N, K].
+        hessian: float32 [K, K]: the mean of x xᵀ.
+        recipe: what w is to become.
+        scale_dtype: of the scales.
+        grid: how many parts are tried.
+    """
+    N, K = w.shape
+    G = recipe.groups(K)
+    groups = w.astype(jnp.float32).reshape(N, G, -1)
+    # Of the columns of each group among themselves: [G, K/G, K/G].
+    blocks = jnp.diagonal(hessian.reshape(G, K // G, G, K // G), axis1=0, axis2=2)
+    blocks = jnp.moveaxis(blocks, -1, 0)
+
+    def at(part: jax.Array) -> tuple[Any, jax.Array]:
+        scales, zeros = find_scales(groups * part, recipe)
+        scales = scales.astype(scale_dtype)
+        wide = scales.astype(jnp.float32)[..., None], None if zeros is None else zeros[..., None]
+        error = to_values(to_codes(groups, *wide, recipe), *wide, recipe) - groups
+        loss = jnp.einsum("ngi,gij,ngj->ng", error, blocks, error, precision="highest")
+        return (scales, zeros), loss
+
+    def better(best: Any, part: jax.Array) -> tuple[Any, None]:
+        new = at(part)
+        smaller = new[1] < best[1]
+        return jax.tree.map(lambda a, b: jnp.where(smaller, a, b), new, best), None
+
+    parts = jnp.linspace(1.0, 0.5, grid)
+    ((scales, zeros), _), _ = jax.lax.scan(better, at(parts[0]), parts[1:])
+    return encode(w, scales, zeros, recipe)
+
+
 def find_scales(groups: jax.Array, recipe: Recipe) -> tuple[jax.Array, jax.Array | None]:
     """Of float32 [..., columns]: the scale, and the zero point (a float) where there is one."""
     most = jnp.abs(groups).max(axis=-1)

@@ -14,6 +14,7 @@ the forward with the dequantised weights in float32, as the tool itself dequanti
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from collections.abc import Callable
@@ -285,6 +286,12 @@ READ: dict[str, Callable[[Path], dict[str, torch.Tensor]]] = {
 KEPT = {"config.json", "model.safetensors", "golden.safetensors"}
 
 
+def _without_paths(path: Path) -> None:
+    config = json.loads(path.read_text())
+    config.get("quantization_config", {}).get("meta", {}).pop("offload_to_disk_path", None)
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
 def main(what: str, names: list[str]) -> None:
     for name in names or list(MAKE):
         folder = HERE / name
@@ -297,6 +304,7 @@ def main(what: str, names: list[str]) -> None:
         for path in folder.iterdir():
             if path.name not in KEPT:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _without_paths(folder / "config.json")
         print(name, sorted(p.name for p in folder.iterdir()), flush=True)
 
 

@@ -23,7 +23,15 @@ from jaxinfer.errors import CheckpointError, InvalidRequest, UnsupportedModel
 from jaxinfer.models.families import read_config
 from jaxinfer.models.weights import declare
 from jaxinfer.quant import Parts, QuantisedMatrix, dequantise
-from jaxinfer.quant.make import NF4, Recipe, awq_scales, gptq, round_to_nearest, smooth_scales
+from jaxinfer.quant.make import (
+    NF4,
+    Recipe,
+    awq_scales,
+    gptq,
+    round_clipped,
+    round_to_nearest,
+    smooth_scales,
+)
 from jaxinfer.quantise import Method, quantise_params
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo" / "draft"
@@ -122,6 +130,16 @@ def test_awq_changes_products_less() -> None:
     scaled = np.asarray(dequantise(round_to_nearest(jnp.asarray(w * s), INT4))) / s
     error = float(np.square(x @ (scaled - w).T).mean())
     assert error < 0.8 * product_error(plain, w, x)
+
+
+@pytest.mark.parametrize("recipe", [INT4, Recipe("int", 4, 32, False), Recipe("nf4", 4, 32)])
+def test_clipping_changes_products_less(recipe: Recipe) -> None:
+    w = random(32, 128) ** 3  # a few weights are much larger than the rest
+    x = random(512, 128, seed=2)
+    clipped = round_clipped(jnp.asarray(w), jnp.asarray(x.T @ x / len(x)), recipe)
+    plain = round_to_nearest(jnp.asarray(w), recipe)
+    assert product_error(clipped, w, x) < 0.98 * product_error(plain, w, x)
+    assert (np.asarray(clipped.scales) <= np.asarray(plain.scales) * 1.001).all()
 
 
 def test_smooth_scales_even_out() -> None:
