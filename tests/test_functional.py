@@ -85,6 +85,7 @@ def test_forks_are_the_samples_of_one_request(llm: LLM, prompt: list[int]) -> No
     assert int(state.next_page) == 1 + full + (5 if partly else 0)
 
 
+@pytest.mark.slow
 def test_a_fork_in_the_middle_goes_on_alone(llm: LLM) -> None:
     made = llm.functional([PROMPTS[2]], RANDOM, rows=2)
     middle, before = run(llm, made, 4)
@@ -157,6 +158,7 @@ def test_rows_may_be_mixed(llm: LLM) -> None:
     assert run_at(0.0) != plain
 
 
+@pytest.mark.slow
 def test_activations_of_each_step(llm: LLM) -> None:
     made = llm.functional(PROMPTS, GREEDY, capture=("layers.1.resid",))
     _, found = run(llm, made, 4)

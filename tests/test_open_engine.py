@@ -102,6 +102,7 @@ def test_samples_have_their_own(tiny: TinyModel, llm: LLM) -> None:
     check_activations(tiny, output)
 
 
+@pytest.mark.slow
 def test_nothing_is_found_in_the_cache_or_given_twice(tiny: TinyModel) -> None:
     """A prompt that was read before is read again; who is preempted sends nothing again."""
     with small_llm(tiny, kv_cache_bytes=9 * 8 * 256, max_num_seqs=4) as llm:
