@@ -10,7 +10,6 @@ machine's standard library. Nothing of it depends on the machine's speed.
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,12 @@ from bench.kv_quality import DEMO, divergence, windows
 from bench.parts import Part, emit
 from bench.record import Record
 from checkpoints import load_params
-from jaxinfer.config import ModelConfig
-from jaxinfer.models import apply
 from jaxinfer.models.families import read_config
-from jaxinfer.models.weights import declare
+from jaxinfer.models.weights import MATRICES, declare
 from jaxinfer.quant.make import Recipe
 from jaxinfer.quantise import Method, quantise_params
 from jaxinfer.tokenizer import load_tokenizer
+from jaxinfer.training.lm import log_probs
 
 LENGTH = 512  # tokens of each file
 W8A8 = Recipe("int", 8, -1, activations="token")
@@ -50,10 +48,7 @@ METHODS = {
 }
 
 
-@partial(jax.jit, static_argnames="config")
-def logprobs(params: Any, config: ModelConfig, tokens: jax.Array) -> jax.Array:
-    """float32 [B, T, V]."""
-    return jax.nn.log_softmax(apply(params, config, tokens).logits)
+logprobs = jax.jit(log_probs, static_argnames="config")
 
 
 def text(part: str, files: int) -> jax.Array:
@@ -91,9 +86,8 @@ def _record(
     def size(tree: Any) -> int:
         return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
-    matrices = ("qkv", "o", "gate_up", "down")
-    values = sum(layer[m].size for layer in dense["layers"] for m in matrices)
-    stored = sum(size(layer[m]) for layer in params["layers"] for m in matrices)
+    values = sum(layer[m].size for layer in dense["layers"] for m in MATRICES)
+    stored = sum(size(layer[m]) for layer in params["layers"] for m in MATRICES)
     detail = {
         "bits_per_weight": 8 * stored / values,
         "layer_bytes": stored,

@@ -78,8 +78,10 @@ def load_params(
     sizes = [math.prod(weight.shape) * dtype.itemsize for weight in leaves]
     done, params = 0, []
     for weight, sharding, size in zip(leaves, places, sizes, strict=True):
-        load = load_matrix if quantised(weight, formats) else _load_weight
-        params.append(load(checkpoint, weight, formats, dtype, sharding))
+        if quantised(weight, formats):
+            params.append(load_matrix(checkpoint, weight, formats, dtype, sharding))
+        else:
+            params.append(_load_weight(checkpoint, weight, dtype, sharding))
         done += size
         if progress is not None:
             progress(done, sum(sizes))
@@ -169,11 +171,7 @@ def listed(what: str, items: Iterable[str]) -> str:
 
 
 def _load_weight(
-    checkpoint: Checkpoint,
-    weight: Weight,
-    formats: Formats,
-    dtype: np.dtype,
-    sharding: jax.sharding.Sharding,
+    checkpoint: Checkpoint, weight: Weight, dtype: np.dtype, sharding: jax.sharding.Sharding
 ) -> jax.Array:
     """Builds the addressable shards of one weight, block by block, and joins them."""
     indices = sharding.addressable_devices_indices_map(weight.shape)

@@ -19,7 +19,6 @@ from checkpoints.safetensors_reader import Checkpoint, Tensor, read_rows, read_s
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.weights import Piece, Weight
 from jaxinfer.quant import Parts, QuantisedMatrix, join_rows, partition, take_rows
-from jaxinfer.quant.partition import place
 
 EMBEDDING = "model.embed_tokens"
 Formats = Mapping[str, Format]  # of the modules that are not dense
@@ -110,24 +109,27 @@ def put(matrix: Any, weight: Weight, sharding: jax.sharding.Sharding) -> Any:
     Raises:
         CheckpointError: its groups do not allow it.
     """
-    if not isinstance(sharding, NamedSharding) or not isinstance(matrix, QuantisedMatrix | Parts):
-        return jax.block_until_ready(jax.device_put(matrix, sharding))
-    specs = specs_of(matrix, weight, sharding)
-    return jax.block_until_ready(place(matrix, specs, sharding.mesh))
+    places = shardings_of(matrix, weight, sharding)
+    return jax.block_until_ready(jax.device_put(matrix, places))
 
 
-def specs_of(matrix: Any, weight: Weight, sharding: NamedSharding) -> Any:
-    """The `PartitionSpec` of each array of a quantised matrix; see `quant.partition`.
+def shardings_of(matrix: Any, weight: Weight, sharding: jax.sharding.Sharding) -> Any:
+    """Where each array of a matrix lies; see `quant.partition`. Of an array: `sharding`.
 
     Raises:
         CheckpointError: its groups do not allow the split.
     """
-    axes = [axis for axis in sharding.spec if isinstance(axis, str)]
-    shards = math.prod(sharding.mesh.shape[axis] for axis in axes)
+    if not isinstance(matrix, QuantisedMatrix | Parts):
+        return sharding
+    if not isinstance(sharding, NamedSharding):
+        return jax.tree.map(lambda _: sharding, matrix)
+    mesh = sharding.mesh
+    shards = math.prod(mesh.shape[axis] for axis in sharding.spec if isinstance(axis, str))
     try:
-        return partition(matrix, PartitionSpec(*sharding.spec), shards)
+        specs = partition(matrix, PartitionSpec(*sharding.spec), shards)
     except ValueError as error:
         raise CheckpointError(f"{weight.pieces[0].name}: {error}") from None
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
 
 
 def _read(checkpoint: Checkpoint, piece: Piece, formats: Formats, dtype: np.dtype) -> Any:

@@ -15,14 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from checkpoints import store
 from checkpoints.load import flat_shardings, listed
-from checkpoints.load_matrices import specs_of
+from checkpoints.load_matrices import shardings_of
 from checkpoints.safetensors_reader import read_json
 from jaxinfer.errors import CheckpointError
-from jaxinfer.models.weights import Weight
 from jaxinfer.quant import Parts, QuantisedMatrix, Scheme
 
 KEY = "jaxinfer"  # of config.json
@@ -83,7 +81,7 @@ def restore_model(directory: str | Path, weights: Any, shardings: Any = None) ->
     if wrong:
         raise CheckpointError(f"{directory}: {listed('of another shape', wrong)}")
     places = [
-        _place(matrix, weight, sharding)
+        shardings_of(matrix, weight, sharding)
         for matrix, weight, sharding in zip(
             found, leaves, flat_shardings(treedef, shardings), strict=True
         )
@@ -163,13 +161,3 @@ def _built(node: Any, schemes: Mapping[str, Scheme], name: str) -> Any:
     if all(key.isdecimal() for key in children):
         return [children[str(i)] for i in range(len(children))]
     return children
-
-
-def _place(matrix: Any, weight: Weight, sharding: jax.sharding.Sharding) -> Any:
-    """Where each array of a matrix lies: a tree like it."""
-    if not isinstance(matrix, QuantisedMatrix | Parts):
-        return sharding
-    if not isinstance(sharding, NamedSharding):
-        return jax.tree.map(lambda _: sharding, matrix)
-    specs = specs_of(matrix, weight, sharding)
-    return jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), specs)

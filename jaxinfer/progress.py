@@ -11,33 +11,28 @@ from typing import NamedTuple
 @contextmanager
 def loading_bar(name: str) -> Iterator[Callable[[int, int], None] | None]:
     """Yields a callback of (bytes done, bytes in all), or None where nobody would see it."""
-    if not sys.stderr.isatty():
-        yield None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
-
-    columns = (f"loading {name}", BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("")
-
-        def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
-
+    with _counting(f"loading {name}", ("DownloadColumn", "TransferSpeedColumn")) as advance:
         yield advance
 
 
 @contextmanager
 def layers_bar(name: str) -> Iterator[Callable[[int, int], None] | None]:
     """Yields a callback of (layers done, layers in all), or None where nobody would see it."""
+    with _counting(f"quantising {name}", ("MofNCompleteColumn", "TimeRemainingColumn")) as advance:
+        yield advance
+
+
+@contextmanager
+def _counting(title: str, columns: tuple[str, ...]) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar of (done, in all). `columns`: names in `rich.progress`, which is imported on use."""
     if not sys.stderr.isatty():
         yield None
         return
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    columns = (f"quantising {name}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    shown = (title, rich.BarColumn(), *(getattr(rich, name)() for name in columns))
+    with rich.Progress(*shown, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
 
         def advance(done: int, total: int) -> None:

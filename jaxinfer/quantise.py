@@ -191,10 +191,13 @@ def _quantise_layer(
 def _clipped(layer: dict[str, Any], method: Method, found: dict[str, Statistics]) -> dict[str, Any]:
     """The layer rounded to nearest, ranges clipped where that helps. Those of queries and keys stay
     whole, as in AWQ: their products are multiplied with each other."""
-    done = _rounded(layer, method, None)
-    for name in ("o", "gate_up", "down"):
+    done = dict(layer)
+    for name in INPUTS:
         w = layer[name]
-        done[name] = round_clipped(w, found[name].hessian, method.recipe, w.dtype)
+        if name == "qkv":
+            done[name] = round_to_nearest(w, method.recipe, w.dtype)
+        else:
+            done[name] = round_clipped(w, found[name].hessian, method.recipe, w.dtype)
     return done
 
 

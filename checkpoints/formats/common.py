@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -67,45 +67,38 @@ def integers(
     scales: np.ndarray,
     zeros: np.ndarray | None,
     bits: int,
-    order: np.ndarray | None = None,
+    g_idx: np.ndarray | None = None,
 ) -> QuantisedMatrix:
     """A matrix of unsigned codes [N, K] and zero points [N, G] of 4 or 8 bits.
 
-    Zero points that are all in the middle are left out.
-    """
-    middle = 1 << (bits - 1)
-    if zeros is not None and (zeros == middle).all():
-        zeros = None
-    if bits == 4:
-        kept = pack4(codes)
-    else:  # stored signed: the middle of the range is 0
-        kept = (codes ^ 128).view(np.int8)
-        zeros = None if zeros is None else (zeros ^ 128).view(np.int8)
-    return QuantisedMatrix(Scheme("int", 4 if bits == 4 else 8), kept, scales, zeros, order=order)
-
-
-def reorder(matrix: QuantisedMatrix, codes: np.ndarray, g_idx: np.ndarray) -> QuantisedMatrix:
-    """Puts the columns of each group beside each other.
-
-    Args:
-        matrix: whose codes are replaced.
-        codes: unsigned [N, K].
-        g_idx: [K]; each column's group.
+    Zero points that are all in the middle are left out. Columns are put beside those of their
+    group, which `g_idx` [K] names.
 
     Raises:
         ValueError: the groups of `g_idx` are not of one size.
     """
-    G = matrix.scales.shape[1]
-    K = codes.shape[1]
-    size = math.ceil(K / G)
-    if np.array_equal(g_idx, np.arange(K) // size):
-        return matrix
+    middle = 1 << (bits - 1)
+    if zeros is not None and (zeros == middle).all():
+        zeros = None
+    order = None if g_idx is None else _by_groups(g_idx, scales.shape[1])
+    if order is not None:
+        codes = codes[:, order]
+    if bits == 4:
+        return QuantisedMatrix(Scheme("int", 4), pack4(codes), scales, zeros, order=order)
+    # Stored signed: the middle of the range is 0.
+    codes = (codes ^ 128).view(np.int8)
+    zeros = None if zeros is None else (zeros ^ 128).view(np.int8)
+    return QuantisedMatrix(Scheme("int", 8), codes, scales, zeros, order=order)
+
+
+def _by_groups(g_idx: np.ndarray, G: int) -> np.ndarray | None:
+    """The order of the columns that puts groups beside each other; None: they are so already."""
+    size = math.ceil(len(g_idx) / G)
+    if np.array_equal(g_idx, np.arange(len(g_idx)) // size):
+        return None
     if g_idx.min() < 0 or not np.array_equal(np.bincount(g_idx, minlength=G), [size] * G):
         raise ValueError(f"g_idx does not name each of {G} groups {size} times")
-    order = np.argsort(g_idx, kind="stable").astype(np.int32)
-    moved = codes[:, order]
-    kept = pack4(moved) if matrix.scheme.bits == 4 else (moved ^ 128).view(np.int8)
-    return replace(matrix, codes=kept, order=order)
+    return np.argsort(g_idx, kind="stable").astype(np.int32)
 
 
 def groups(K: int, size: int, where: str) -> int:

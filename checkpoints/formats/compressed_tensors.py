@@ -21,7 +21,6 @@ from checkpoints.formats.common import (
     integers,
     only,
     per_row,
-    reorder,
     unpack,
 )  # fmt: skip
 from jaxinfer.errors import CheckpointError
@@ -162,9 +161,7 @@ def _packed(bits: int, size: int, symmetric: bool, where: str) -> Format:
         zeros = arrays.get("weight_zero_point")
         if zeros is not None:  # packed along N
             zeros = np.ascontiguousarray(unpack(zeros.T, bits)[:, :N].T)
-        matrix = integers(codes, arrays["weight_scale"], zeros, bits)
-        g_idx = arrays.get("weight_g_idx")
-        return matrix if g_idx is None else reorder(matrix, codes, g_idx)
+        return integers(codes, arrays["weight_scale"], zeros, bits, arrays.get("weight_g_idx"))
 
     return Format(f"W{bits}A16", fields, decode)
 

@@ -6,7 +6,6 @@ https://github.com/vllm-project/compressed-tensors: `pack-quantized`, `int-quant
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,7 +115,7 @@ class Writer:
         name = f"model-{self._files:05}.safetensors"
         save_file(tensors, self._directory / name, {"format": "pt"})
         self._where |= dict.fromkeys(tensors, name)
-        self._bytes += sum(math.prod(x.shape) * x.dtype.itemsize for x in tensors.values())
+        self._bytes += sum(x.nbytes for x in tensors.values())
 
     def close(self, config: dict[str, Any]) -> None:
         """Ends the directory. `config`: what `config.json` shall hold."""

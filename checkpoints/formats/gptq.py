@@ -16,7 +16,6 @@ from checkpoints.formats.common import (
     groups,
     integers,
     only,
-    reorder,
     unpack,
 )
 from jaxinfer.quant import QuantisedMatrix
@@ -54,9 +53,8 @@ def read_gptq(config: Mapping[str, Any], where: str) -> Format:
         if kind != "gptq_v2":  # version 1 stores one less
             zeros = (zeros + 1) & ((1 << bits) - 1)
         scales = np.ascontiguousarray(arrays["scales"].T)
-        matrix = integers(codes, scales, np.ascontiguousarray(zeros.T), bits)
-        g_idx = arrays.get("g_idx")
-        return matrix if g_idx is None else reorder(matrix, codes, g_idx)
+        zeros = np.ascontiguousarray(zeros.T)
+        return integers(codes, scales, zeros, bits, arrays.get("g_idx"))
 
     return Format("GPTQ", fields, decode)
 

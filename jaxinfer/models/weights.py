@@ -16,6 +16,8 @@ import jax.numpy as jnp
 
 from jaxinfer.config import ModelConfig
 
+MATRICES = ("qkv", "o", "gate_up", "down")  # of each layer
+
 
 @dataclass(frozen=True)
 class Piece:

@@ -234,9 +234,7 @@ def gptq(
     order = jnp.argsort(-diagonal, stable=True) if act_order else jnp.arange(K)
     w, hessian = w[:, order], hessian[order][:, order]
 
-    def of_columns(x: jax.Array) -> jax.Array:
-        return jnp.repeat(x, size, axis=1)[:, order]
-
+    by_column = jax.tree.map(lambda x: jnp.repeat(x, size, axis=1)[:, order], static)
     damping = DAMPING * jnp.mean(diagonal) + jnp.where(dead[order], 1.0, 0.0)
     inverse = jnp.linalg.inv(hessian + jnp.diag(damping))
     # inverse = uᵀ u: row i says how much each later column makes up for the error of column i.
@@ -248,8 +246,10 @@ def gptq(
         rows = jax.lax.dynamic_slice_in_dim(u, first, size, 0)
         inner = jax.lax.dynamic_slice_in_dim(rows, first, size, 1)
         if act_order:
-            own = jax.tree.map(of_columns, static)
-            used = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, 1), own)
+            own = None
+            used = jax.tree.map(
+                lambda x: jax.lax.dynamic_slice_in_dim(x, first, size, 1), by_column
+            )
         else:
             own = find_scales(block, recipe)
             used = jax.tree.map(lambda x: jnp.broadcast_to(x[:, None], (N, size)), own)
@@ -270,7 +270,7 @@ def gptq(
         )
         beyond = jnp.where(jnp.arange(K) >= first + size, rows, 0)
         w = w - jnp.matmul(errors, beyond, precision="highest")
-        return w, (codes, None if act_order else own)
+        return w, (codes, own)
 
     _, (codes, own) = jax.lax.scan(one_group, w, jnp.arange(G))
     scales, zeros = static if act_order else jax.tree.map(jnp.transpose, own)

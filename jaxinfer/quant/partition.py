@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 from jax.sharding import PartitionSpec
 
 from jaxinfer.quant.arrays import Parts, QuantisedMatrix
@@ -64,10 +63,3 @@ def _check_columns(matrix: QuantisedMatrix, shards: int) -> None:
 def _degrees(size: int) -> str:
     works = [str(n) for n in (1, 2, 4, 8, 16) if size % n == 0]
     return f"degrees {', '.join(works)} work"
-
-
-def place(matrix: Any, specs: Any, mesh: Any) -> Any:
-    """`matrix` on the devices of `mesh`, each array split by its entry of `specs`."""
-    return jax.tree.map(
-        lambda x, spec: jax.device_put(x, jax.sharding.NamedSharding(mesh, spec)), matrix, specs
-    )

@@ -22,7 +22,7 @@ from optax.contrib import MuonDimensionNumbers, muon
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.decoder import Params, apply
-from jaxinfer.models.weights import init_params
+from jaxinfer.models.weights import MATRICES, init_params
 
 Attention = Literal["xla", "cudnn"] | None
 Optimizer = Literal["adamw", "muon"]
@@ -164,10 +164,7 @@ def _on_matrices(
 def split_matrices(params: Params, config: ModelConfig) -> Params:
     """{"matrices": the layers' matrices [L, out, in], fused ones apart; "rest": all else}."""
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    stacked = {
-        name: jnp.stack([layer[name] for layer in params["layers"]])
-        for name in ("qkv", "o", "gate_up", "down")
-    }
+    stacked = {name: jnp.stack([layer[name] for layer in params["layers"]]) for name in MATRICES}
     wq, wk, wv = jnp.split(stacked.pop("qkv"), [q, q + kv], axis=1)
     gate, up = jnp.split(stacked.pop("gate_up"), 2, axis=1)
     others = [{n: w for n, w in layer.items() if w.ndim < 2} for layer in params["layers"]]

@@ -19,10 +19,9 @@ from flax.training.train_state import TrainState
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.decoder import Params, apply
+from jaxinfer.models.weights import MATRICES
 from jaxinfer.quant.make import Recipe, encode, find_scales
 from jaxinfer.training.lm import half, log_probs, nll
-
-MATRICES = ("qkv", "o", "gate_up", "down")
 
 
 class Learnt(NamedTuple):

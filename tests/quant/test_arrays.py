@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from checkpoints import restore, save
 from jaxinfer.quant import (
@@ -27,7 +27,6 @@ from jaxinfer.quant import (
     take_rows,
     unpack4,
 )
-from jaxinfer.quant.partition import place
 
 P = PartitionSpec
 NF4 = tuple(float(v) for v in np.linspace(-1, 1, 16))
@@ -197,7 +196,7 @@ def test_shards_compute_their_share(kind: str, spec: P) -> None:
     m = jax.device_put(matrix(kind))
     mesh = Mesh(np.array(jax.devices()[:1]), ("t",))
     specs = partition(m, spec, 1)
-    placed = place(m, specs, mesh)
+    placed = jax.device_put(m, jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs))
     x = np.random.default_rng(1).normal(size=(3, 32)).astype(np.float32)
 
     def local(x: jax.Array, w: Any) -> jax.Array:

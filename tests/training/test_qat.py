@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from jaxinfer import models
+from jaxinfer.models.weights import MATRICES
 from jaxinfer.quant import QuantisedMatrix, dequantise
 from jaxinfer.quant.make import Recipe, round_to_nearest
 from jaxinfer.training import qat
@@ -36,7 +37,7 @@ def test_the_forward_sees_what_comes_out(tiny: TinyModel, recipe: Recipe) -> Non
     learnt = qat.begin(tiny.params, recipe)
     seen, done = qat.faked(learnt, recipe), qat.finish(learnt, recipe)
     for a, b in zip(seen["layers"], done["layers"], strict=True):
-        for name in qat.MATRICES:
+        for name in MATRICES:
             assert isinstance(b[name], QuantisedMatrix)
             np.testing.assert_allclose(a[name], dequantise(b[name]), rtol=1e-6, atol=1e-8)
 
