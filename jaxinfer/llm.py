@@ -33,6 +33,7 @@ from jaxinfer.loading import (
     load_weights,
     model_config,
     model_tokenizer,
+    open_source,
     plan,
     prepare_backend,
     tree_bytes,
@@ -168,13 +169,13 @@ class LLM:
             response_cache=response_cache, event_log=event_log,
             compilation_cache=compilation_cache,
         )  # fmt: skip
-        directory = resolve_model(str(model), revision)
-        config = model_config(directory)
+        source = open_source(resolve_model(str(model), revision))
+        config = model_config(source)
         prepare_backend(options)
-        expected = weight_bytes(directory, config, jnp.dtype(dtype))
+        expected = weight_bytes(source, config, jnp.dtype(dtype))
         plan(config, options, loaded=False, weights=expected)  # whether it fits, before reading
-        tokenizer = model_tokenizer(directory)
-        params = load_weights(directory, config, jnp.dtype(dtype))
+        tokenizer = model_tokenizer(source)
+        params = load_weights(source, config, jnp.dtype(dtype))
         memory = plan(config, options, loaded=True, weights=tree_bytes(params))
         self._start(params, config, memory, tokenizer, options)
 

@@ -21,7 +21,10 @@ from jaxinfer.quant import Parts, QuantisedMatrix
 from jaxinfer.sizing import MemoryPlan, device_memory, plan_memory
 
 if TYPE_CHECKING:
+    from checkpoints.gguf.reader import Gguf
     from jaxinfer.tokenizer import Tokenizer
+
+    Source = Path | Gguf  # where a model lies: a directory, or an opened GGUF file
 
 DEFAULT_BATCHED_TOKENS = 2048
 # A dispatch takes the host up to some 3 ms; it should keep the device busy for longer than that.
@@ -107,8 +110,19 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf"
 
 
-def model_config(path: Path) -> ModelConfig:
-    """The config of a directory, or of a GGUF file.
+def open_source(source: Source) -> Source:
+    """A directory as it is; a GGUF file with its header read, once for all that wants it.
+
+    Raises:
+        CheckpointError: see `checkpoints.gguf.open_gguf`.
+    """
+    from checkpoints.gguf import open_gguf
+
+    return open_gguf(source) if isinstance(source, Path) and is_gguf(source) else source
+
+
+def model_config(source: Source) -> ModelConfig:
+    """The config of a model.
 
     Raises:
         CheckpointError, UnsupportedModel: see `models.families.read_config`, `checkpoints.gguf`.
@@ -116,11 +130,12 @@ def model_config(path: Path) -> ModelConfig:
     from checkpoints import gguf
     from jaxinfer.models.families import read_config
 
-    return gguf.read_config(path) if is_gguf(path) else read_config(path)
+    source = open_source(source)
+    return read_config(source) if isinstance(source, Path) else gguf.read_config(source)
 
 
-def model_tokenizer(path: Path) -> Tokenizer | None:
-    """The tokenizer of a directory, or of a GGUF file; None where there is none.
+def model_tokenizer(source: Source) -> Tokenizer | None:
+    """The tokenizer of a model; None where there is none.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -128,13 +143,14 @@ def model_tokenizer(path: Path) -> Tokenizer | None:
     from checkpoints import gguf
     from jaxinfer.tokenizer import gguf_tokenizer, load_tokenizer
 
-    if not is_gguf(path):
-        return load_tokenizer(path)
-    fields = gguf.tokenizer_fields(path)
-    return None if fields is None else gguf_tokenizer(path, fields)
+    source = open_source(source)
+    if isinstance(source, Path):
+        return load_tokenizer(source)
+    fields = gguf.tokenizer_fields(source)
+    return None if fields is None else gguf_tokenizer(source.path, fields)
 
 
-def load_weights(directory: Path, config: ModelConfig, dtype: Any) -> Params:
+def load_weights(source: Source, config: ModelConfig, dtype: Any) -> Params:
     """Weights from disk, with a progress bar where there is someone to see it.
 
     Raises:
@@ -144,26 +160,26 @@ def load_weights(directory: Path, config: ModelConfig, dtype: Any) -> Params:
     from checkpoints.gguf import load_gguf
     from checkpoints.model_store import is_saved_model, restore_model
 
-    if is_saved_model(directory):
-        return restore_model(directory, declare(config))
-    if is_gguf(directory):
-        with loading_bar(directory.name) as progress:
+    source = open_source(source)
+    if not isinstance(source, Path):
+        with loading_bar(source.path.name) as progress:
             return load_gguf(
-                directory, declare(config), dtype=dtype, head_dim=config.head_dim,
-                progress=progress,
-            )  # fmt: skip
+                source, declare(config), dtype=dtype, head_dim=config.head_dim, progress=progress
+            )
+    if is_saved_model(source):
+        return restore_model(source, declare(config))
     # What a checkpoint may hold beside the weights: constants, and the tied matrix once more.
     extra = [r".*rotary_emb\.inv_freq"]
     if config.tie_embeddings:
         extra.append(r"lm_head\.weight")
-    with loading_bar(directory.name) as progress:
+    with loading_bar(source.name) as progress:
         return load_params(
-            directory, declare(config), dtype=dtype, allowed_extra=extra, progress=progress
+            source, declare(config), dtype=dtype, allowed_extra=extra, progress=progress
         )
 
 
-def weight_bytes(directory: Path, config: ModelConfig, dtype: Any) -> int:
-    """What the weights of a directory will take, before they are read: exact where all are dense.
+def weight_bytes(source: Source, config: ModelConfig, dtype: Any) -> int:
+    """What the weights of a model will take, before they are read: exact where all are dense.
 
     Raises:
         CheckpointError, UnsupportedModel: see `checkpoints.load_params`.
@@ -172,10 +188,12 @@ def weight_bytes(directory: Path, config: ModelConfig, dtype: Any) -> int:
     from checkpoints.load import stored_bytes
     from checkpoints.model_store import is_saved_model, saved_bytes
 
-    if is_saved_model(directory):
-        return saved_bytes(directory)
-    count = gguf.stored_bytes if is_gguf(directory) else stored_bytes
-    return count(directory, declare(config), dtype)
+    source = open_source(source)
+    if not isinstance(source, Path):
+        return gguf.stored_bytes(source, declare(config), dtype)
+    if is_saved_model(source):
+        return saved_bytes(source)
+    return stored_bytes(source, declare(config), dtype)
 
 
 def tree_bytes(params: Params) -> int:

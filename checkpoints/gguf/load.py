@@ -27,7 +27,7 @@ IGNORED = {"rope_freqs.weight"}  # see `model.read_config`
 
 
 def load_gguf(
-    path: str | Path,
+    path: str | Path | Gguf,
     weights: Any,
     *,
     dtype: DTypeLike,
@@ -61,7 +61,7 @@ def load_gguf(
     return jax.tree.unflatten(treedef, params)
 
 
-def stored_bytes(path: str | Path, weights: Any, dtype: DTypeLike) -> int:
+def stored_bytes(path: str | Path | Gguf, weights: Any, dtype: DTypeLike) -> int:
     """Bytes that `load_gguf` will take on the devices.
 
     Raises:

@@ -43,7 +43,7 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer[1]}.{NAMES[layer[2]]}.{kind}"
 
 
-def read_config(path: str | Path) -> ModelConfig:
+def read_config(path: str | Path | Gguf) -> ModelConfig:
     """The model of a GGUF file.
 
     Raises:
@@ -150,7 +150,7 @@ def _llama3(gguf: Gguf) -> dict[str, Any]:
     )
 
 
-def tokenizer_fields(path: str | Path) -> dict[str, Any] | None:
+def tokenizer_fields(path: str | Path | Gguf) -> dict[str, Any] | None:
     """The `tokenizer.*` keys, without that prefix; None where there is no tokenizer."""
     metadata = open_gguf(path).metadata
     prefix = "tokenizer."

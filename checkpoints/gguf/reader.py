@@ -118,14 +118,16 @@ class _Cursor:
         return self.take(length, what).decode("utf-8", errors="replace")
 
 
-def open_gguf(path: str | Path) -> Gguf:
-    """Reads and checks a file's header.
+def open_gguf(path: str | Path | Gguf) -> Gguf:
+    """Reads and checks a file's header. What is open already is returned.
 
     Raises:
         CheckpointError: there is no such file, or it is no GGUF, of another version or big-endian,
             one of several parts, truncated, or contradicts itself; or holds a tensor of a type that
             is not read, which is named.
     """
+    if isinstance(path, Gguf):
+        return path
     path = Path(path)
     try:
         with path.open("rb") as file:

@@ -111,17 +111,18 @@ def describe(options: ModelOptions) -> dict[str, Any]:
 
     from jaxinfer.cache import page_bytes, resolve_kv_dtype
     from jaxinfer.config import EngineOptions
-    from jaxinfer.loading import model_config, plan, weight_bytes
+    from jaxinfer.loading import model_config, open_source, plan, weight_bytes
     from jaxinfer.models.weights import count_params
 
-    config = model_config(directory)
+    source = open_source(directory)
+    config = model_config(source)
     chosen = EngineOptions(
         dtype=dtype, max_model_len=options.max_model_len, kv_cache_dtype=options.kv_cache_dtype
     )
     kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, dtype)
     try:
         memory: dict[str, Any] = asdict(
-            plan(config, chosen, loaded=False, weights=weight_bytes(directory, config, dtype))
+            plan(config, chosen, loaded=False, weights=weight_bytes(source, config, dtype))
         )
     except (CapacityError, CheckpointError) as error:
         memory = {"error": str(error)}

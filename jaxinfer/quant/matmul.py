@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.quant.arrays import Matrix, Parts, QuantisedMatrix, in_code_order
+from pallas_kernels.kv_quantise import LARGEST
 
-FP8_MAX = 448.0  # the largest float8_e4m3fn
+FP8_MAX = LARGEST[jnp.dtype(jnp.float8_e4m3fn)]
 
 
 def matmul(x: jax.Array, matrix: Matrix) -> jax.Array:
@@ -52,7 +53,7 @@ def _rounded(x: jax.Array, matrix: QuantisedMatrix) -> jax.Array:
     if matrix.input_scale is not None:
         scale = jnp.asarray(matrix.input_scale, jnp.float32)
     else:
-        scale = _absmax(x) / _largest(matrix)
+        scale = _absmax(x) / LARGEST[matrix.codes.dtype]
     codes = round_to(x, scale, matrix.codes.dtype)
     if codes.dtype == jnp.int8:
         sums = dot(codes, matrix.codes, jnp.int32).astype(jnp.float32)
@@ -65,7 +66,7 @@ def _rounded(x: jax.Array, matrix: QuantisedMatrix) -> jax.Array:
 def _by_groups(x: jax.Array, matrix: QuantisedMatrix) -> jax.Array:
     """FP8 in blocks (DeepSeek-V3): a scale for each token and group of columns."""
     groups = x.reshape(*x.shape[:-1], matrix.scales.shape[1], matrix.group)
-    scale = _absmax(groups) / _largest(matrix)
+    scale = _absmax(groups) / LARGEST[matrix.codes.dtype]
     values = round_to(groups, scale, matrix.codes.dtype).astype(jnp.float32) * scale
     wide = in_code_order(matrix, jnp.float32)
     return dot(values.reshape(x.shape), wide, jnp.float32).astype(x.dtype)
@@ -82,7 +83,3 @@ def round_to(x: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
 def _absmax(x: jax.Array) -> jax.Array:
     """float32 [..., 1], never 0: largest |x| of the last axis."""
     return jnp.maximum(jnp.abs(x.astype(jnp.float32)).max(axis=-1, keepdims=True), 1e-12)
-
-
-def _largest(matrix: QuantisedMatrix) -> float:
-    return 127.0 if matrix.codes.dtype == jnp.int8 else FP8_MAX
