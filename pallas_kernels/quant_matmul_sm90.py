@@ -1,11 +1,13 @@
-"""Packed weights times 16-bit activations for Hopper: TMA, registers, wgmma.
+"""Packed weights times 16-bit activations for Hopper: TMA, registers, matrix instructions.
 
-The weights' rows are the matrix instruction's rows, tokens its columns: from 8 to 128 of them,
-which changes no column's bits. A persistent grid walks tiles of the result; in each block one
-warpgroup issues copies, the others dequantise chunks of 64 rows into registers and multiply them
-with the same tokens.
+The weights' rows are the matrix instruction's rows, tokens its columns. A persistent grid walks
+tiles of the result; in each block one warpgroup issues copies, the others dequantise chunks of
+weights into registers and multiply them with the same tokens. For few tokens warps work by
+themselves, 16 rows each (`mma`), where a warpgroup's instruction would wait for its own latency.
 
-What fixes a token's bits is that every row is summed over all of K in one order, by one accumulator.
+What fixes a token's bits: K is summed in `chains` of every so manyth chunk, by one accumulator each
+and in order; then the chains are added up, in order. Their number depends on the matrix alone, and
+both instructions, whatever their number of columns, give the same bits.
 
 Letters: T tokens, N rows of the matrix (out), K its columns (in).
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.experimental.pallas as pl
@@ -25,12 +27,13 @@ from jax import lax
 from jax.experimental.mosaic.gpu import utils
 
 from pallas_kernels import sm90_dequantise as registers
-from pallas_kernels.quant_packing import COLUMNS, ROWS, WORDS, Format, PackedMatrix, unpack_chunks
+from pallas_kernels.quant_packing import BLOCK, COLUMNS, UNIT, Format, PackedMatrix, unpack_chunks
+from pallas_kernels.sm90_dequantise import PAD, PARTS, Work
 from pallas_kernels.sm90_ir import inline_mgpu
 from pallas_kernels.sm90_shapes import ACC, BITS16, ROW, WGMMA, Refs, Swizzle, Tile
 
 SHARED_BYTES = 225 << 10  # of a block, less what barriers and alignment need
-PARTS = COLUMNS // 64  # of a chunk: as many columns as a swizzled line has
+WIDE = 16384  # rows that keep all multiprocessors busy without splitting K
 
 
 @dataclass(frozen=True)
@@ -38,21 +41,27 @@ class Config:
     """Tuning. None of it changes a bit of the result.
 
     Attributes:
-        consumers: warpgroups that compute.
-        blocks: of 64 rows, of each consumer.
-        depth: chunks of a stage.
+        way: who multiplies 16 or 64 rows: `warp`; `group`, a warpgroup, in both cases for one
+            chain; `tile`, a warpgroup for all chains in turn.
+        units: of 16 rows, of a block's tile.
         tokens: the most of a tile.
+        depth: chunks of a stage.
+        blocks: of 64 rows, of each warpgroup; `tile` only.
         stages: copies in flight, at most.
-        warps: each warp multiplies by itself.
     """
 
-    consumers: int = 2
-    blocks: int = 2
+    way: Literal["warp", "group", "tile"]
+    units: int
+    tokens: int
     depth: int = 1
-    tokens: int = 128
-    stages: int = 12
-    warps: bool = False
-    debug: str = ""
+    blocks: int = 1
+    stages: int = 16
+
+
+def chains_of(N: int, K: int) -> int:
+    """Into how many K is split: as many as keep the latency of a sum from showing."""
+    chunks = K // COLUMNS
+    return 1 if N > WIDE else next(n for n in (4, 2, 1) if chunks % n == 0)
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,24 @@ class Shape:
     on_gpu: bool
 
     @property
+    def chains(self) -> int:
+        return chains_of(self.N, self.K)
+
+    @property
+    def in_turn(self) -> bool:
+        """Whether a worker goes through the chains one after the other."""
+        return self.config.way == "tile"
+
+    @property
+    def work(self) -> Work:
+        c = self.config
+        return Work(self.format, c.units, c.depth, self.chains, not self.in_turn, c.way == "warp")
+
+    @property
+    def consumers(self) -> int:
+        return self.work.consumers // self.config.blocks
+
+    @property
     def box(self) -> int:
         """Tokens of a tile: fewer than eight, or a multiple of eight."""
         return min(self.T, self.config.tokens)
@@ -79,57 +106,52 @@ class Shape:
         return -(-self.box // 8) * 8
 
     @property
-    def padding(self) -> int:
-        """Bytes between one box of results and the next; alignment makes up for less than a KiB."""
-        return (self.columns - self.box) // 8 * 1024
-
-    @property
-    def tile_blocks(self) -> int:
-        """Blocks of 64 rows of one tile."""
-        return self.config.consumers * self.config.blocks
-
-    @property
     def row_tiles(self) -> int:
-        return self.N // ROWS // self.tile_blocks
+        return -(-self.N // (UNIT * self.config.units))
 
     @property
     def token_tiles(self) -> int:
         return -(-self.T // self.box)
 
     @property
-    def depth(self) -> int:
-        return self.config.depth
+    def blocks(self) -> int:
+        """Of the grid."""
+        return min(self.sms, self.row_tiles * self.token_tiles)
 
     @property
     def steps(self) -> int:
         """Stages to go through for one tile."""
-        return self.K // (COLUMNS * self.depth)
+        return self.K // (COLUMNS * self.config.depth)
 
     @property
-    def parts(self) -> int:
-        """Of a stage: as many columns as a swizzled line has."""
-        return self.depth * PARTS
+    def result_bytes(self) -> int:
+        """Of shared memory, where results are put together."""
+        rows = self.config.units * UNIT
+        if self.in_turn:
+            return 2 * rows * self.columns
+        return 4 * self.chains * self.columns * (rows + PAD)
 
     @property
     def stages(self) -> int:
         lut = registers.PAIRS * 128 if self.format.table else 0
-        staged = self.tile_blocks * self.columns * ROWS * 2
-        stage = self.tile_blocks * self.depth * self.format.lines * 128
-        stage += self.columns * self.depth * COLUMNS * 2
-        most = (SHARED_BYTES - lut - staged) // stage
+        stage = self.config.depth * (
+            self.config.units * self.format.words * 4 + self.columns * COLUMNS * 2
+        )
+        most = (SHARED_BYTES - lut - self.result_bytes) // stage
         return min(self.config.stages, most, max(2, self.steps), 32)
 
 
 def default_config(T: int, N: int, K: int, form: Format, sms: int) -> Config:
-    few = T <= 32
-    depth = next(d for d in (4, 2, 1) if K % (COLUMNS * d) == 0) if few else 1
-    blocks = N // ROWS
-    shapes = ((4, 1), (3, 1), (2, 1), (1, 1)) if few else ((2, 2), (2, 1), (1, 1))
-    for consumers, each in shapes:
-        tiles, left = divmod(blocks, consumers * each)
-        if not left and (T > 128 or tiles >= sms * 0.7):
-            return Config(consumers, each, depth, warps=few)
-    return Config(1, 1, depth, warps=few)
+    chains, units = chains_of(N, K), N // UNIT
+    if T <= 16 or T <= 32 and chains > 1:
+        most = 16 // chains
+        each = min(most, -(-units // sms))
+        return Config("warp", each, 32, depth=max(chains, 4 if K % (4 * COLUMNS) == 0 else 1))
+    if T <= 64 or chains > 1 and T <= 512:
+        blocks = N // BLOCK
+        each = next(n for n in (4, 2, 1) if n * chains <= 4 and blocks % n == 0)
+        return Config("group", 4 * each, 64, depth=chains)
+    return Config("tile", 8 if chains > 1 or T <= 1024 or N < 192 else 12, 128)
 
 
 @partial(jax.jit, static_argnames=("config", "sms", "on_gpu"))
@@ -144,9 +166,10 @@ def matmul(
     """x [T, K] · packed [N, K] → [T, N] in x's dtype."""
     T, K = x.shape
     N, _ = packed.shape
-    if T > 8 and T % 8:
-        x = jnp.pad(x, ((0, -T % 8), (0, 0)))
     config = config or default_config(T, N, K, packed.format, sms)
+    # Copies bring eight rows at a time, or the few that there are, of which four chunks are aligned
+    if T % 8 and (T > 8 or config.depth % 4):
+        x = jnp.pad(x, ((0, -T % 8), (0, 0)))
     s = Shape(x.shape[0], N, K, packed.format, x.dtype, config, sms if on_gpu else 1, on_gpu)
     inputs = [x, packed.words, packed.row_scale]
     if s.format.table and on_gpu:
@@ -160,32 +183,30 @@ def _pairs(form: Format) -> jax.Array:
     return jnp.asarray((values[None, :] | (values[:, None] << 16)).reshape(-1).view(np.int32))
 
 
-def _boxes(s: Shape, count: int) -> list[Any]:
-    """`count` boxes of 64 columns of the tile's tokens, as copies bring them: see `Shape.padding`."""
-    box = plgpu.SMEM((s.box, 64), s.dtype, transforms=(Swizzle(128),))
-    padding = [plgpu.SMEM((s.padding,), jnp.int8)] if s.padding else []
-    return [box, *padding] * count
-
-
 def _kernel(s: Shape) -> Any:
-    c = s.config
-    stages = s.stages
-    matrices = partial(plgpu.SMEM, dtype=s.dtype, transforms=BITS16)
+    stages, w, consumers = s.stages, s.work, s.consumers
     scratch: dict[str, Any] = {
-        "words": plgpu.SMEM((stages, s.tile_blocks, s.depth, s.format.lines, WORDS), jnp.int32),
+        "words": plgpu.SMEM((stages, w.units, w.depth, *s.format.tile), jnp.int32),
         "tokens": plgpu.SMEM(
-            (stages, s.box, s.depth * COLUMNS),
+            (stages, s.box, w.depth * COLUMNS),
             s.dtype,
             transforms=(Tile((min(8, s.box), 64)), Swizzle(128)),
         ),
-        "staging": plgpu.RefUnion(
-            matrices((s.tile_blocks, s.columns, ROWS)), _boxes(s, s.tile_blocks)
-        ),
         "full": plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-        "free": plgpu.Barrier(num_arrivals=c.consumers, num_barriers=stages),
+        "free": plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
     }
+    if s.in_turn or not s.on_gpu:
+        blocks = w.units * UNIT // BLOCK
+        # The same bytes as what is written transposed, and as what is copied.
+        scratch["staging"] = plgpu.RefUnion(
+            plgpu.SMEM((blocks, s.columns, BLOCK), s.dtype, transforms=BITS16),
+            [plgpu.SMEM((s.columns, BLOCK), s.dtype, transforms=(Swizzle(128),))] * blocks,
+        )
+    else:
+        scratch["partial"] = plgpu.SMEM((s.result_bytes // 4,), jnp.float32)
+        scratch["met"] = plgpu.Barrier(num_arrivals=consumers, num_barriers=2)
     if s.format.table and s.on_gpu:
-        scratch["table"] = plgpu.SMEM((registers.PAIRS, WORDS), jnp.int32)
+        scratch["table"] = plgpu.SMEM((registers.PAIRS, 32), jnp.int32)
         scratch["table_full"] = plgpu.Barrier(num_arrivals=1)
 
     def body(*refs: Any, **scoped: Any) -> None:
@@ -194,17 +215,17 @@ def _kernel(s: Shape) -> Any:
         r = Refs(dict(zip([*names, "out"], refs, strict=True)) | scoped)
         warpgroup = lax.axis_index("warpgroup")
 
-        @pl.when(warpgroup == c.consumers)
+        @pl.when(warpgroup == consumers)
         def _copy() -> None:
-            if c.consumers > 1:  # what it gives up, the others take
+            if consumers > 1:  # what it gives up, the others take
                 plgpu.set_max_registers(40, action="decrease")
             _produce(s, r)
 
-        @pl.when(warpgroup < c.consumers)
+        @pl.when(warpgroup < consumers)
         def _compute() -> None:
-            if c.consumers > 1:
-                at_launch = 65536 // (128 * (c.consumers + 1)) // 8 * 8
-                most = (at_launch * (c.consumers + 1) - 40) // c.consumers // 8 * 8
+            if consumers > 1:
+                at_launch = 65536 // (128 * (consumers + 1)) // 8 * 8
+                most = (at_launch * (consumers + 1) - 40) // consumers // 8 * 8
                 plgpu.set_max_registers(min(232, most), action="increase")
             _consume(s, r, warpgroup)
 
@@ -212,52 +233,56 @@ def _kernel(s: Shape) -> Any:
         body,
         out_type=jax.ShapeDtypeStruct((s.T, s.N), s.dtype),
         scratch_types=scratch,
-        grid=(min(s.sms, s.row_tiles * s.token_tiles),),
+        grid=(s.blocks,),
         grid_names=("block",),
-        num_threads=c.consumers + 1,
+        num_threads=consumers + 1,
         thread_name="warpgroup",
         kernel_name="quant_matmul",
     )
 
 
-def _items(s: Shape, item: Any, carry: Any) -> None:
-    """Runs item(tile of rows, first token, carry) for each tile of this block's."""
-    total, blocks = s.row_tiles * s.token_tiles, min(s.sms, s.row_tiles * s.token_tiles)
+def _items(s: Shape, item: Any) -> None:
+    """Runs item(first unit, first token, stages so far) for each tile of this block's."""
+    total = s.row_tiles * s.token_tiles
 
-    def run(i: Any, carry: Any) -> Any:
-        at = lax.axis_index("block") + i * blocks
+    def run(i: Any, done: Any) -> Any:
+        at = lax.axis_index("block") + i * s.blocks
         token = lax.rem(at, jnp.int32(s.token_tiles)) * s.box
+        unit = lax.div(at, jnp.int32(s.token_tiles)) * s.config.units
         # The last tile begins earlier: what it repeats has the same bits.
-        return item(lax.div(at, jnp.int32(s.token_tiles)), lax.min(token, s.T - s.box), carry)
+        unit = lax.min(unit, jnp.int32(s.N // UNIT - s.config.units))
+        item(unit, lax.min(token, s.T - s.box), done)
+        return done + s.steps
 
-    count = lax.div(total - lax.axis_index("block") + blocks - 1, jnp.int32(blocks))
-    lax.fori_loop(0, count, run, carry)
+    count = lax.div(total - lax.axis_index("block") + s.blocks - 1, jnp.int32(s.blocks))
+    lax.fori_loop(0, count, run, jnp.int32(0))
 
 
 def _produce(s: Shape, r: Refs) -> None:
-    stages, blocks = s.stages, s.tile_blocks
+    depth = s.config.depth
+    of_chain = s.steps // s.chains  # stages, when chains come one after the other
 
-    def item(tile: Any, token: Any, done: Any) -> Any:
+    def item(unit: Any, token: Any, done: Any) -> None:
         def copy(step: Any, _: Any) -> None:
             count = done + step
-            slot = lax.rem(count, jnp.int32(stages))
+            slot = lax.rem(count, jnp.int32(s.stages))
 
-            @pl.when(count >= stages)
+            @pl.when(count >= s.stages)
             def _wait() -> None:
                 plgpu.barrier_wait(r.free.at[slot])
 
+            if s.in_turn and s.chains > 1:
+                chain = lax.div(step, jnp.int32(of_chain))
+                step = (step - chain * of_chain) * s.chains + chain
             full = r.full.at[slot]
-            chunks = pl.ds(step * s.depth, s.depth)
-            plgpu.copy_gmem_to_smem(
-                r.packed.at[pl.ds(tile * blocks, blocks), chunks], r.words.at[slot], full
-            )
-            columns = pl.ds(step * s.depth * COLUMNS, s.depth * COLUMNS)
+            units, chunks = pl.ds(unit, s.config.units), pl.ds(step * depth, depth)
+            plgpu.copy_gmem_to_smem(r.packed.at[units, chunks], r.words.at[slot], full)
+            columns = pl.ds(step * depth * COLUMNS, depth * COLUMNS)
             plgpu.copy_gmem_to_smem(r.x.at[pl.ds(token, s.box), columns], r.tokens.at[slot], full)
 
         lax.fori_loop(0, s.steps, copy, None)
-        return done + s.steps
 
-    _items(s, item, jnp.int32(0))
+    _items(s, item)
 
 
 def _consume(s: Shape, r: Refs, worker: Any) -> None:
@@ -270,97 +295,151 @@ def _consume(s: Shape, r: Refs, worker: Any) -> None:
 
         plgpu.barrier_wait(r.table_full)
 
-    def item(tile: Any, token: Any, done: Any) -> Any:
-        sums = _sums(s, r, worker, done)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for block, acc in enumerate(sums):
-            _stage(s, r, tile, worker, block, acc)
-        plgpu.commit_smem()
-        for index in range(s.tile_blocks):
-            owner, _ = divmod(index, s.config.blocks)
-            pl.when(worker == owner)(partial(_copy_out, s, r, tile, token, index))
-        return done + s.steps
+    def item(unit: Any, token: Any, done: Any) -> None:
+        if not s.on_gpu:
+            _finish(s, r, worker, unit, token, _plainly(s, r, done))
+        elif s.in_turn:
+            _finish(s, r, worker, unit, token, _chains_in_turn(s, r, worker, done))
+        else:
+            by_warp = s.config.way == "warp"
+            _finish_partial(s, r, unit, token, (_by_warps if by_warp else _by_groups)(s, r, done))
 
-    _items(s, item, jnp.int32(0))
-    plgpu.wait_smem_to_gmem(0)
+    _items(s, item)
+    if s.in_turn or not s.on_gpu:
+        plgpu.wait_smem_to_gmem(0)
 
 
-def _sums(s: Shape, r: Refs, worker: Any, done: Any) -> list[Any]:
-    """Of the consumer's blocks, float32 [64, columns]."""
-    c = s.config
-    shape = (ROWS, s.columns)
+def _slot(s: Shape, count: Any) -> Any:
+    return lax.rem(count, jnp.int32(s.stages))
 
-    def slot_of(step: Any) -> Any:
-        return lax.rem(done + step, jnp.int32(s.stages))
 
-    def chunk_of(slot: Any, block: int, part: int) -> Any:
-        return r.words.at[slot, worker * c.blocks + block, part // PARTS]
+def _zeros(s: Shape) -> Any:
+    return plgpu.layout_cast(jnp.zeros((BLOCK, s.columns), jnp.float32), WGMMA)
 
-    def multiply(*accs: Any) -> list[Any]:
-        def add(step: Any, _: Any) -> None:
-            slot = slot_of(step)
-            plgpu.barrier_wait(r.full.at[slot])
-            for part in range(s.parts):
-                tokens = r.tokens.at[slot].at[:, pl.ds(part * 64, 64)].transpose((1, 0))
-                for block, acc in enumerate(accs):
-                    chunk = chunk_of(slot, block, part)
-                    plgpu.wgmma(acc, registers.weights(s.format, chunk, part % PARTS, r.table), tokens)
-                    # The registers of what was multiplied before may now be written again.
-                    plgpu.wgmma_wait(1)
-                    if block == part == 0:
 
-                        @pl.when(step > 0)
-                        def _release() -> None:
-                            plgpu.barrier_arrive(r.free.at[slot_of(step - 1)])
+def _by_warps(s: Shape, r: Refs, done: Any) -> Any:
+    """Sums of a warpgroup's warps, each of its own rows: float32 [64, columns]."""
 
-        lax.fori_loop(0, s.steps, add, None)
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(r.free.at[slot_of(s.steps - 1)])
-        return [acc[...] for acc in accs]
-
-    def by_warps(step: Any, accs: tuple[Any, ...]) -> tuple[Any, ...]:
-        slot = slot_of(step)
+    def add(step: Any, acc: Any) -> Any:
+        slot = _slot(s, done + step)
         plgpu.barrier_wait(r.full.at[slot])
-        made = list(accs)
-        for part in range(s.parts):
-            for block, acc in enumerate(made):
-                chunk = chunk_of(slot, block, part)
-                made[block] = registers.add_products(
-                    s.format, acc, chunk, r.tokens.at[slot], part, r.table
-                )
+        acc = registers.add_products(s.work, acc, r.words.at[slot], r.tokens.at[slot], r.table)
         plgpu.barrier_arrive(r.free.at[slot])
-        return tuple(made)
+        return acc
 
-    def plainly(step: Any, accs: tuple[Any, ...]) -> tuple[Any, ...]:
-        slot = slot_of(step)
+    return lax.fori_loop(0, s.steps, add, _zeros(s))
+
+
+def _run_wgmma(s: Shape, r: Refs, accs: Any, first: Any, steps: int, operands: Any) -> None:
+    """Adds `steps` stages to the accumulators; operands(slot): those of each, tokens with them."""
+
+    def add(step: Any, _: Any) -> None:
+        slot = _slot(s, first + step)
         plgpu.barrier_wait(r.full.at[slot])
-        made = []
-        for block, acc in enumerate(accs):
-            words = r.words[slot, worker * c.blocks + block][None]
-            w = unpack_chunks(words, s.format)
-            made.append(acc + jnp.dot(w, r.tokens[slot].T, preferred_element_type=jnp.float32))
+        for i, (acc, load, tokens) in enumerate(operands(accs, slot)):
+            plgpu.wgmma(acc, load(), tokens.transpose((1, 0)))
+            # The registers of what was multiplied before may now be written again.
+            plgpu.wgmma_wait(1)
+            if i == 0:
+
+                @pl.when(step > 0)
+                def _release() -> None:
+                    plgpu.barrier_arrive(r.free.at[_slot(s, first + step - 1)])
+
+    lax.fori_loop(0, steps, add, None)
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(r.free.at[_slot(s, first + steps - 1)])
+
+
+def _by_groups(s: Shape, r: Refs, done: Any) -> Any:
+    """A warpgroup's sums of one chain, float32 [64, columns]."""
+    w = s.work
+    chain = lax.div(lax.axis_index("warpgroup"), jnp.int32(w.places))
+
+    def operands(accs: Any, slot: Any) -> Any:
+        for turn, part in np.ndindex(w.turns, PARTS):
+            at = turn * w.chains * COLUMNS + part * 64
+            if w.chains > 1:
+                at = pl.multiple_of(at + chain * COLUMNS, 64)
+            load = partial(registers.weights, w, r.words.at[slot], turn, part, r.table)
+            yield accs[0], load, r.tokens.at[slot].at[:, pl.ds(at, 64)]
+
+    def multiply(*accs: Any) -> Any:
+        _run_wgmma(s, r, accs, done, s.steps, operands)
+        return accs[0][...]
+
+    return pl.run_scoped(multiply, ACC((BLOCK, s.columns), jnp.float32))
+
+
+def _chains_in_turn(s: Shape, r: Refs, worker: Any, done: Any) -> list[Any]:
+    """Of a warpgroup's blocks, float32 [64, columns] each."""
+    blocks = s.config.blocks
+    steps = s.steps // s.chains
+
+    def operands(accs: Any, slot: Any) -> Any:
+        for part in range(PARTS):
+            for block, acc in enumerate(accs):
+                first = worker * blocks + block
+                units = r.words.at[slot, pl.ds(first * 4, 4)]
+                w = Work(s.format, 4, 1, 1, False, False)
+                load = partial(registers.weights, w, units, 0, part, r.table)
+                yield acc, load, r.tokens.at[slot].at[:, pl.ds(part * 64, 64)]
+
+    def chain(first: Any) -> list[Any]:
+        def multiply(*accs: Any) -> list[Any]:
+            _run_wgmma(s, r, accs, first, steps, operands)
+            return [acc[...] for acc in accs]
+
+        return pl.run_scoped(multiply, *[ACC((BLOCK, s.columns), jnp.float32)] * blocks)
+
+    if s.chains == 1:
+        return chain(done)
+
+    def add(i: Any, totals: Any) -> Any:
+        return [a + b for a, b in zip(totals, chain(done + i * steps), strict=True)]
+
+    return lax.fori_loop(0, s.chains, add, [_zeros(s)] * blocks)
+
+
+def _plainly(s: Shape, r: Refs, done: Any) -> list[Any]:
+    """What the others do, for the interpreter: blocks of 64 rows, float32 [64, columns] each."""
+    blocks = s.config.units * UNIT // BLOCK
+
+    def add(step: Any, totals: Any) -> Any:
+        slot = _slot(s, done + step)
+        plgpu.barrier_wait(r.full.at[slot])
+        w = unpack_chunks(r.words[slot], s.format)
+        sums = jnp.dot(w, r.tokens[slot].T, preferred_element_type=jnp.float32)
         plgpu.barrier_arrive(r.free.at[slot])
-        return tuple(made)
+        return [t + sums[i * BLOCK : (i + 1) * BLOCK] for i, t in enumerate(totals)]
 
-    if s.on_gpu and not c.warps:
-        return pl.run_scoped(multiply, *[ACC(shape, jnp.float32)] * c.blocks)
-    nothing = jnp.zeros(shape, jnp.float32)
-    if s.on_gpu:
-        nothing = plgpu.layout_cast(nothing, WGMMA)
-    run = by_warps if s.on_gpu else plainly
-    return list(lax.fori_loop(0, s.steps, run, (nothing,) * c.blocks))
+    return lax.fori_loop(0, s.steps, add, [jnp.zeros((BLOCK, s.columns), jnp.float32)] * blocks)
 
 
-def _stage(s: Shape, r: Refs, tile: Any, worker: Any, block: int, acc: Any) -> None:
-    """Scales rows and puts them, transposed, where they are copied from."""
-    index = worker * s.config.blocks + block
-    first = (tile * s.tile_blocks + index) * ROWS
-    scale = plgpu.load(r.row_scale.at[pl.ds(first, ROWS)], layout=ROW, optimized=False)
-    scale = lax.broadcast_in_dim(scale, acc.shape, (0,))
-    if s.on_gpu:
-        scale = plgpu.layout_cast(scale, WGMMA)
-    made = (acc * scale).astype(s.dtype)
-    into = r.staging[0].at[index]
+def _finish(s: Shape, r: Refs, worker: Any, unit: Any, token: Any, sums: list[Any]) -> None:
+    """Scales rows and copies them out, transposed."""
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    for block, acc in enumerate(sums):
+        index = worker * len(sums) + block
+        scale = plgpu.load(
+            r.row_scale.at[pl.ds(unit * UNIT + index * BLOCK, BLOCK)], layout=ROW, optimized=False
+        )
+        scale = lax.broadcast_in_dim(scale, acc.shape, (0,))
+        if s.on_gpu:
+            scale = plgpu.layout_cast(scale, WGMMA)
+        _transpose(s, (acc * scale).astype(s.dtype), r.staging[0].at[index])
+    plgpu.commit_smem()
+    for index in range(s.work.units * UNIT // BLOCK):
+        owner = index // len(sums)
+        pl.when(worker == owner)(partial(_copy_out, s, r, unit, token, index))
+
+
+def _copy_out(s: Shape, r: Refs, unit: Any, token: Any, index: int) -> None:
+    rows = pl.ds(unit * UNIT + index * BLOCK, BLOCK)
+    plgpu.copy_smem_to_gmem(r.staging[1][index], r.out.at[pl.ds(token, s.box), rows])
+
+
+def _transpose(s: Shape, made: Any, into: Any) -> None:
     if not s.on_gpu:
         into[...] = made.T
         return
@@ -373,7 +452,16 @@ def _stage(s: Shape, r: Refs, tile: Any, worker: Any, block: int, acc: Any) -> N
     store(made, into)
 
 
-def _copy_out(s: Shape, r: Refs, tile: Any, token: Any, index: int) -> None:
-    box = r.staging[1][index * (2 if s.padding else 1)]
-    columns = pl.ds((tile * s.tile_blocks + index) * ROWS, ROWS)
-    plgpu.copy_smem_to_gmem(box, r.out.at[pl.ds(token, s.box), columns])
+def _finish_partial(s: Shape, r: Refs, unit: Any, token: Any, acc: Any) -> None:
+    """Puts together what the workers summed, each a part of the rows or of K."""
+
+    def meet(i: int) -> None:
+        plgpu.barrier_arrive(r.met.at[i])
+        plgpu.barrier_wait(r.met.at[i])
+
+    registers.store_partial(s.work, acc, r.partial)
+    meet(0)
+    rows = pl.ds(unit * UNIT, s.work.rows)
+    out = r.out.at[pl.ds(token, s.box), rows]
+    registers.store_sums(s.work, r.partial, r.row_scale.at[rows], out, s.columns)
+    meet(1)

@@ -1,8 +1,8 @@
 """The layout in which the kernels of `quant_matmul` read weights: made once, when they are loaded.
 
-A matrix [N, K] is cut into chunks of 64 rows and 128 columns, each one piece of memory: its codes,
-in the order in which a matrix instruction's first operand lies in registers, then its scales. A
-thread loads 16 bytes and has what it multiplies: nothing passes from lane to lane.
+A matrix [N, K] is cut into chunks of 16 rows and 128 columns, each one piece of memory: its codes,
+in the order in which a matrix instruction's first operand lies in a warp's registers, then its
+scales. A lane loads 16 bytes and has what it multiplies: nothing passes from lane to lane.
 
 What a kernel multiplies by is a bfloat16 number, rounded once where that is possible:
 
@@ -23,8 +23,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-ROWS, COLUMNS = 64, 128  # of a chunk
-WORDS = 32  # in a line: 128 bytes
+UNIT, COLUMNS = 16, 128  # rows and columns of a chunk
+LINE = 8  # words: what one load of a group's scales brings
+BLOCK = 64  # rows of a warpgroup's matrix instruction: N is a multiple
+LONGEST = 256  # words of a row of what one copy brings
 STEP = 16  # columns of one matrix instruction: a group is a multiple of them
 
 Kind = Literal["int", "table", "float"]
@@ -50,17 +52,25 @@ class Format:
     table: tuple[float, ...] = ()
 
     @property
-    def code_lines(self) -> int:
-        return ROWS * COLUMNS * self.bits // 32 // WORDS
-
-    @property
-    def scale_lines(self) -> int:
-        return self.groups * (1 if self.offset == "none" else 2)
-
-    @property
-    def lines(self) -> int:
+    def code_words(self) -> int:
         """Of a chunk."""
-        return self.code_lines + self.scale_lines
+        return UNIT * COLUMNS * self.bits // 32
+
+    @property
+    def group_words(self) -> int:
+        """Of a group's scales, and offsets if there are any."""
+        return LINE * (1 if self.offset == "none" else 2)
+
+    @property
+    def words(self) -> int:
+        """Of a chunk."""
+        return self.code_words + self.groups * self.group_words
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """The words of a chunk as a matrix with rows as long as can be copied."""
+        longest = max(n for n in range(4, LONGEST + 1, 4) if self.words % n == 0)
+        return self.words // longest, longest
 
     @property
     def exponent(self) -> int:
@@ -80,7 +90,7 @@ class PackedMatrix:
     """A matrix [N, K] for the kernels.
 
     Attributes:
-        words: int32 [N / 64, K / 128, lines, 32].
+        words: int32 [N / 16, K / 128, *format.tile].
         row_scale: float32 [N].
         format: its static part.
     """
@@ -91,12 +101,12 @@ class PackedMatrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.words.shape[0] * ROWS, self.words.shape[1] * COLUMNS
+        return self.words.shape[0] * UNIT, self.words.shape[1] * COLUMNS
 
 
 def groups_of_chunk(N: int, K: int, G: int) -> int | None:
     """Groups of 128 columns when [N, K] can be packed with G scales a row; None when it cannot."""
-    if N % ROWS or K % COLUMNS or K % G or (K // G) % STEP:
+    if N % BLOCK or K % COLUMNS or K % G or (K // G) % STEP:
         return None
     group = K // G
     if group % COLUMNS and COLUMNS % group:
@@ -131,15 +141,16 @@ def pack(
     groups = groups_of_chunk(N, K, scales.shape[1])
     if groups is None:
         raise ValueError(
-            f"[{N}, {K}] with {scales.shape[1]} groups: expected rows a multiple of {ROWS}, columns"
+            f"[{N}, {K}] with {scales.shape[1]} groups: expected rows a multiple of {BLOCK}, columns"
             f" of {COLUMNS}, and groups of 16, 32, 64 or a multiple of 128 columns"
         )
     offset: Offset = "zeros" if zeros is not None else "none" if mins is None else "mins"
     form = Format(kind, bits, groups, offset, table)
     scales, row_scale = _normalised(scales.astype(jnp.float32), offset)
-    lines = [_code_lines(_raw(codes, form), form)]
-    lines += _scale_lines(form, scales, row_scale, zeros, mins, K)
-    words = jnp.concatenate(lines, axis=2)
+    pieces = [_code_words(_raw(codes, form), form)]
+    pieces.append(_scale_words(form, scales, row_scale, zeros, mins, K))
+    words = jnp.concatenate(pieces, axis=2)
+    words = words.reshape(*words.shape[:2], *form.tile)
     return PackedMatrix(words, row_scale * 2.0**form.exponent, form)
 
 
@@ -164,9 +175,9 @@ def _raw(codes: jax.Array, form: Format) -> jax.Array:
 
 
 def _split(x: jax.Array) -> jax.Array:
-    """[N, K] as [m, warp, row 8s, row, chunk, step, column 8s, lane, column 2s]."""
+    """[N, K] as [unit, row 8s, row, chunk, step, column 8s, lane, column 2s]."""
     N, K = x.shape
-    return x.reshape(N // ROWS, 4, 2, 8, K // COLUMNS, COLUMNS // STEP, 2, 4, 2)
+    return x.reshape(N // UNIT, 2, 8, K // COLUMNS, COLUMNS // STEP, 2, 4, 2)
 
 
 def _places(form: Format) -> jax.Array:
@@ -179,16 +190,16 @@ def _places(form: Format) -> jax.Array:
     return 4 * (2 * half + row) + 16 * odd
 
 
-def _code_lines(raw: jax.Array, form: Format) -> jax.Array:
-    placed = _split(raw) << _places(form)[None, None, :, None, None, None, :, None, :]
-    summed = (2, 8) if form.bits == 8 else (2, 6, 8)
+def _code_words(raw: jax.Array, form: Format) -> jax.Array:
+    placed = _split(raw) << _places(form)[:, None, None, None, :, None, :]
+    summed = (1, 7) if form.bits == 8 else (1, 5, 7)
     words = placed.sum(axis=summed, dtype=jnp.uint32)
-    m, chunks = words.shape[0], words.shape[3]
-    if form.bits == 8:  # [m, warp, row, chunk, step, half, lane]; 16 bytes: two steps
-        words = words.reshape(m, 4, 8, chunks, 4, 2, 2, 4).transpose(0, 3, 4, 1, 2, 7, 5, 6)
-    else:  # [m, warp, row, chunk, step, lane]; 16 bytes: four steps
-        words = words.reshape(m, 4, 8, chunks, 2, 4, 4).transpose(0, 3, 4, 1, 2, 6, 5)
-    words = words.reshape(m, chunks, form.code_lines, WORDS)
+    units, _, chunks = words.shape[:3]
+    if form.bits == 8:  # [unit, row, chunk, step, half, lane]; 16 bytes: two steps
+        words = words.reshape(units, 8, chunks, 4, 2, 2, 4).transpose(0, 2, 3, 1, 6, 4, 5)
+    else:  # [unit, row, chunk, step, lane]; 16 bytes: four steps
+        words = words.reshape(units, 8, chunks, 2, 4, 4).transpose(0, 2, 3, 1, 5, 4)
+    words = words.reshape(units, chunks, form.code_words)
     return jax.lax.bitcast_convert_type(words, jnp.int32)
 
 
@@ -204,10 +215,10 @@ def scale_factors(form: Format) -> tuple[float, float]:
     return 2.0**126, 2.0**126 if form.bits == 8 else 2.0**122
 
 
-def _scale_lines(
+def _scale_words(
     form: Format, scales: jax.Array, row_scale: jax.Array, zeros: Any, mins: Any, K: int
-) -> list[jax.Array]:
-    """[m, chunk, lines, 32] of scales, and of offsets if there are any."""
+) -> jax.Array:
+    """[unit, chunk, words]: each group's scales, then its offsets if there are any."""
     factors = jnp.asarray(scale_factors(form), jnp.float32)
     values = [_line(scales, K, form, factors)]
     if zeros is not None:
@@ -216,20 +227,18 @@ def _scale_lines(
     elif mins is not None:
         offsets = -mins.astype(jnp.float32) / row_scale[:, None] * 2.0**-form.exponent
         values.append(_line(offsets, K, form))
-    # A group's scales and offsets lie side by side.
-    m, chunks = values[0].shape[:2]
-    return [jnp.stack(values, axis=3).reshape(m, chunks, form.scale_lines, WORDS)]
+    words = jnp.stack(values, axis=3)
+    return words.reshape(*words.shape[:2], form.groups * form.group_words)
 
 
 def _line(x: jax.Array, K: int, form: Format, factors: Any = 1.0) -> jax.Array:
-    """float32 [N, G] → words [m, chunk, groups, 32]: two rows, eight apart, in each."""
+    """float32 [N, G] → words [unit, chunk, groups, 8]: two rows, eight apart, in each."""
     N, chunks = x.shape[0], K // COLUMNS
     x = jnp.repeat(x, chunks * form.groups // x.shape[1], axis=1)
-    x = x.reshape(N // ROWS, 4, 2, 8, chunks, form.groups).transpose(0, 4, 5, 1, 3, 2) * factors
+    x = x.reshape(N // UNIT, 2, 8, chunks, form.groups).transpose(0, 3, 4, 2, 1) * factors
     pairs = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16).astype(jnp.uint32)
     words = pairs[..., 0] | (pairs[..., 1] << 16)
-    words = jax.lax.bitcast_convert_type(words, jnp.int32)
-    return words.reshape(N // ROWS, chunks, form.groups, WORDS)
+    return jax.lax.bitcast_convert_type(words, jnp.int32)
 
 
 # -- and back ------------------------------------------------------------------------------------
@@ -241,18 +250,19 @@ def unpack(packed: PackedMatrix) -> jax.Array:
 
 
 def unpack_chunks(words: jax.Array, form: Format) -> jax.Array:
-    """int32 [m, chunks, lines, 32] → bfloat16 [64 m, 128 chunks]."""
-    m, chunks = words.shape[:2]
-    words = jax.lax.bitcast_convert_type(words, jnp.uint32)
-    codes, rest = words[:, :, : form.code_lines], words[:, :, form.code_lines :]
+    """int32 [units, chunks, *form.tile] → bfloat16 [16 units, 128 chunks]."""
+    units, chunks = words.shape[:2]
+    words = jax.lax.bitcast_convert_type(words, jnp.uint32).reshape(units, chunks, -1)
+    codes, rest = words[..., : form.code_words], words[..., form.code_words :]
     values = _code_values(_codes(codes, form), form)
-    rest = rest.reshape(m, chunks, form.groups, -1, 4, 8, 1)
+    rest = rest.reshape(units, chunks, form.groups, -1, 8, 1)
     pairs = jnp.concatenate([rest & 0xFFFF, rest >> 16], axis=-1).astype(jnp.uint16)
     pairs = jax.lax.bitcast_convert_type(pairs, jnp.bfloat16).astype(jnp.float32)
-    # [m, chunk, group, scale or offset, warp, row, row 8s] to the order of `_split`
-    pairs = jnp.repeat(pairs, COLUMNS // STEP // form.groups, axis=2).transpose(3, 0, 4, 6, 5, 1, 2)
+    # [unit, chunk, group, scale or offset, row, row 8s] to the order of `_split`
+    pairs = jnp.repeat(pairs, COLUMNS // STEP // form.groups, axis=2).transpose(3, 0, 5, 4, 1, 2)
     scales = pairs[0][..., None, None, None]
-    scales = scales / jnp.asarray(scale_factors(form))[None, None, :, None, None, None, None, None, None]
+    factors = jnp.asarray(scale_factors(form), jnp.float32)
+    scales = scales / factors[:, None, None, None, None, None, None]
     small = 2.0**-form.exponent
     if form.offset == "zeros":
         zeros = pairs[1][..., None, None, None]
@@ -262,19 +272,19 @@ def unpack_chunks(words: jax.Array, form: Format) -> jax.Array:
     else:
         bias = 0 if form.kind != "int" else 8 if form.bits == 4 else 128
         values = (values - bias) * small * scales
-    return values.astype(jnp.bfloat16).reshape(m * ROWS, chunks * COLUMNS)
+    return values.astype(jnp.bfloat16).reshape(units * UNIT, chunks * COLUMNS)
 
 
 def _codes(words: jax.Array, form: Format) -> jax.Array:
     """Bits of the codes, in the order of `_split`."""
-    m, chunks = words.shape[:2]
+    units, chunks = words.shape[:2]
     if form.bits == 8:
-        words = words.reshape(m, chunks, 4, 4, 8, 4, 2, 2).transpose(0, 3, 4, 1, 2, 6, 7, 5)
-        words = words.reshape(m, 4, 1, 8, chunks, 8, 2, 4, 1)
+        words = words.reshape(units, chunks, 4, 8, 4, 2, 2).transpose(0, 3, 1, 2, 5, 6, 4)
+        words = words.reshape(units, 1, 8, chunks, 8, 2, 4, 1)
     else:
-        words = words.reshape(m, chunks, 2, 4, 8, 4, 4).transpose(0, 3, 4, 1, 2, 6, 5)
-        words = words.reshape(m, 4, 1, 8, chunks, 8, 1, 4, 1)
-    places = _places(form)[None, None, :, None, None, None, :, None, :]
+        words = words.reshape(units, chunks, 2, 8, 4, 4).transpose(0, 3, 1, 2, 5, 4)
+        words = words.reshape(units, 1, 8, chunks, 8, 1, 4, 1)
+    places = _places(form)[:, None, None, None, :, None, :]
     return (words >> places) & (2**form.bits - 1)
 
 

@@ -11,6 +11,9 @@ A table of 16 values is looked up two codes at a time, in shared memory: each la
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial as partial_of
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -18,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm
+from jaxlib.mlir.dialects import arith, llvm, scf
 
-from pallas_kernels.quant_packing import COLUMNS, ROWS, STEP, WORDS, Format
+from pallas_kernels.quant_packing import BLOCK, COLUMNS, LINE, STEP, UNIT, Format
 from pallas_kernels.sm90_ir import (
     Fragments,
     add,
@@ -40,36 +43,85 @@ from pallas_kernels.sm90_shapes import WGMMA, Swizzle, Tile
 
 PAIRS = 256  # of two codes of 4 bits
 STEPS = 4  # matrix instructions of 64 columns
-LINE_BYTES = 4 * WORDS
+PARTS = COLUMNS // 64  # of a chunk: as many columns as a swizzled line has
+PAD = 4  # numbers between one token's partial sums and the next: no two lanes share a bank
 
 
-def weights(form: Format, chunk: Any, part: int, table: Any = None) -> Any:
-    """64 columns of a chunk, bfloat16 [64, 64], as an operand of wgmma.
+@dataclass(frozen=True)
+class Work:
+    """How a stage of a block's weights is shared out.
 
-    `chunk`: int32 [lines, 32] in shared memory; `table`: what `store_table` wrote.
+    A worker is a warp, with 16 rows, or a warpgroup, with 64. It takes the chunks of one chain:
+    every `chains`-th.
+
+    Attributes:
+        form: of the weights.
+        units: of 16 rows.
+        depth: chunks of each.
+        chains: into which K is split, and that are added up at last.
+        spread: workers have a chain each; else every worker has all of them, one after the other.
+        by_warp: a worker is a warp.
     """
-    refs = [chunk] if table is None else [chunk, table]
+
+    form: Format
+    units: int
+    depth: int
+    chains: int
+    spread: bool
+    by_warp: bool
+
+    @property
+    def rows(self) -> int:
+        return self.units * UNIT
+
+    @property
+    def places(self) -> int:
+        """Workers beside each other, with the same chain."""
+        return self.units if self.by_warp else self.units * UNIT // BLOCK
+
+    @property
+    def workers(self) -> int:
+        return self.places * (self.chains if self.spread else 1)
+
+    @property
+    def consumers(self) -> int:
+        """Warpgroups."""
+        return -(-self.workers // 4) if self.by_warp else self.workers
+
+    @property
+    def turns(self) -> int:
+        """Chunks of a stage that a worker takes."""
+        return self.depth // (self.chains if self.spread else 1)
+
+
+def weights(w: Work, words: Any, turn: int, part: int, table: Any = None) -> Any:
+    """64 columns of this warpgroup's chunk, bfloat16 [64, 64], as an operand of wgmma.
+
+    `words`: int32 [units, depth, ...] in shared memory; `table`: what `store_table` wrote.
+    """
+    refs = [words] if table is None else [words, table]
 
     @inline_mgpu(
         arg_types=(plgpu.RefType(),) * len(refs),
-        return_type=plgpu.ShapeDtypeStruct((ROWS, 64), jnp.bfloat16, WGMMA),
+        return_type=plgpu.ShapeDtypeStruct((BLOCK, 64), jnp.bfloat16, WGMMA),
     )
-    def load(ctx: Any, chunk: Any, *table: Any) -> Any:
-        registers = _operand(form, chunk, part, *table)
+    def load(ctx: Any, words: Any, *table: Any) -> Any:
+        unit, chain = _place(w)
+        registers = _operand(w.form, _chunk(w, words, unit, chain, turn), part, *table)
         layout = WGMMA.to_mgpu()
-        registers = registers.reshape(layout.registers_shape((ROWS, 64)))
+        registers = registers.reshape(layout.registers_shape((BLOCK, 64)))
         return Fragments(_registers=registers, _layout=layout, _is_signed=None)
 
     return load(*refs)
 
 
-def add_products(form: Format, acc: Any, chunk: Any, tokens: Any, part: int, table: Any) -> Any:
-    """acc [64, columns] + 64 columns of a chunk times those of all of `tokens` [columns, K].
+def add_products(w: Work, acc: Any, words: Any, tokens: Any, table: Any = None) -> Any:
+    """acc [64, columns] + each warp's part of a stage of weights times tokens [columns, K].
 
-    A warp at a time (`mma`), where wgmma would wait for its own latency; the bits are the same.
-    `tokens` may have fewer than eight rows: then the last one stands for those that lack.
+    A warp multiplies by itself (`mma`), where wgmma would wait for its own latency; bits are the
+    same. `tokens` may have fewer than eight rows: then the last one stands for those that lack.
     """
-    refs = [chunk, tokens] if table is None else [chunk, tokens, table]
+    refs = [words, tokens] if table is None else [words, tokens, table]
     count, K = tokens.shape
     rows = min(8, count)
     kind = plgpu.RefType((Tile((rows, 64)), Swizzle(128)))
@@ -79,29 +131,103 @@ def add_products(form: Format, acc: Any, chunk: Any, tokens: Any, part: int, tab
         arg_types=(WGMMA, *types),
         return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, WGMMA),
     )
-    def multiply(ctx: Any, acc: Any, chunk: Any, tokens: Any, *table: Any) -> Any:
-        weights = _operand(form, chunk, part % (COLUMNS // 64), *table)
+    def multiply(ctx: Any, acc: Any, words: Any, tokens: Any, *table: Any) -> Any:
+        unit, chain = _place(w)
         lane, _ = lane_and_warp()
-        line = bits_and(lane, 7)
-        if rows < 8:
-            line = arith.minui(line, const(rows - 1))
-        line = add(line, part * rows)
-        base = add(shared_address(tokens), mul(line, 128))
-        swizzle = bits_and(line, 7)
-        at = [add(base, mul(xor(add(div(lane, 8), 4 * i), swizzle), 16)) for i in range(2)]
-        sums = acc.registers.reshape(-1, 2)
-        made = np.empty_like(sums)
-        for octet in range(sums.shape[0]):
-            four = [element(x, i) for x in sums[octet] for i in (0, 1)]
-            for pair in range(2):
-                b = _load_matrices(add(at[pair], octet * K // 64 * 1024))
-                for step in (0, 1):
-                    a = weights[0, 4 * pair + 2 * step : 4 * pair + 2 * step + 2].reshape(-1)
-                    four = _mma(four, a, b[2 * step : 2 * step + 2])
-            made[octet] = [vector_of(four[:2]), vector_of(four[2:])]
-        return like(acc, made.reshape(acc.registers.shape))
+        start, half = shared_address(tokens), div(lane, 8)
+
+        def all_turns() -> list[Any]:
+            sums = list(acc.registers.flat)
+            for turn, part in np.ndindex(w.turns, PARTS):
+                operand = _operand(w.form, _chunk(w, words, unit, chain, turn), part, *table)
+                line = bits_and(lane, 7)
+                line = line if rows == 8 else arith.minui(line, const(rows - 1))
+                first = mul(_number(w, chain, turn), PARTS * rows)
+                line = add(line, add(first, part * rows))
+                base = add(start, mul(line, 128))
+                swizzle = bits_and(line, 7)
+                at = [add(base, mul(xor(add(half, 4 * i), swizzle), 16)) for i in range(2)]
+                for octet in range(len(sums) // 2):
+                    mine = slice(2 * octet, 2 * octet + 2)
+                    four = [element(x, i) for x in sums[mine] for i in (0, 1)]
+                    for pair in range(2):
+                        b = _load_matrices(add(at[pair], octet * (K // 64) * 1024))
+                        for step in (0, 1):
+                            k = 4 * pair + 2 * step
+                            a = operand[0, k : k + 2].reshape(-1)
+                            four = _mma(four, a, b[2 * step : 2 * step + 2])
+                    sums[mine] = [vector_of(four[:2]), vector_of(four[2:])]
+            return sums
+
+        made = _if(_works(w), all_turns, list(acc.registers.flat))
+        return like(acc, np.array(made, object).reshape(acc.registers.shape))
 
     return multiply(acc, *refs)
+
+
+def store_partial(w: Work, acc: Any, into: Any) -> None:
+    """Puts a worker's sums, acc [64, columns], into float32 [chains · columns · (rows + PAD)]."""
+    columns = acc.shape[1]
+
+    @inline_mgpu(arg_types=(WGMMA, plgpu.RefType()))
+    def store(ctx: Any, acc: Any, into: Any) -> None:
+        unit, chain = _place(w)
+        lane, _ = lane_and_warp()
+        row = add(mul(unit, UNIT), div(lane, 4))
+        column = add(mul(chain, columns), mul(bits_and(lane, 3), 2))
+        at = add(shared_address(into), mul(add(mul(column, w.rows + PAD), row), 4))
+
+        def all_sums() -> list[Any]:
+            for (octet, half), x in np.ndenumerate(acc.registers.reshape(-1, 2)):
+                for odd in (0, 1):
+                    moved = (8 * octet + odd) * (w.rows + PAD) + 8 * half
+                    llvm.store(element(x, odd), _pointer(add(at, 4 * moved)))
+            return []
+
+        _if(_works(w), all_sums, [])
+
+    store(acc, into)
+
+
+def store_sums(w: Work, partial: Any, row_scale: Any, out: Any, columns: int) -> None:
+    """Adds up the chains that `store_partial` left, in order, and writes out [tokens, rows]."""
+    count = out.shape[0]
+    threads = 128 * w.consumers
+    pairs = w.rows // 2
+
+    @inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
+    def store(ctx: Any, partial: Any, row_scale: Any, out: Any) -> None:
+        f32 = ir.F32Type.get()
+        two, two16 = (ir.VectorType.get((2,), t) for t in (f32, ir.BF16Type.get()))
+        strides, _ = ir.MemRefType(out.type).get_strides_and_offset()
+        start, scale_at, out_at = shared_address(partial), *map(utils.memref_ptr, (row_scale, out))
+
+        def one(index: Any) -> list[Any]:
+            token, pair = arith.divui(index, const(pairs)), arith.remui(index, const(pairs))
+            row = mul(pair, 2)
+            at = add(start, mul(add(mul(token, w.rows + PAD), row), 4))
+            step = 4 * columns * (w.rows + PAD)
+            parts = [llvm.load(two, _pointer(add(at, i * step))) for i in range(w.chains)]
+            total = parts[0]
+            if w.chains > 1:  # zeros first, as where one accumulator follows another
+                total = arith.addf(vector_of([arith.constant(f32, 0.0)] * 2), total)
+                for part in parts[1:]:
+                    total = arith.addf(total, part)
+            scale = llvm.load(two, utils.getelementptr(scale_at, [row], f32), alignment=8)
+            made = arith.truncf(two16, arith.mulf(total, scale))
+            place = add(mul(token, strides[0]), row)
+            llvm.store(made, utils.getelementptr(out_at, [place], ir.BF16Type.get()), alignment=4)
+            return []
+
+        for first in range(0, count * pairs, threads):
+            index = add(utils.thread_idx(), first)
+            if first + threads <= count * pairs:
+                one(index)
+            else:
+                inside = arith.cmpi(arith.CmpIPredicate.ult, index, const(count * pairs))
+                _if(inside, partial_of(one, index), [])
+
+    store(partial, row_scale, out)
 
 
 def store_table(pairs: Any, into: Any) -> None:
@@ -113,10 +239,10 @@ def store_table(pairs: Any, into: Any) -> None:
         lane, warp = bits_and(thread, 31), div(thread, 32)
         source = utils.memref_ptr(pairs)
         i32 = ir.IntegerType.get_signless(32)
-        to = add(add(shared_address(into), mul(lane, 4)), mul(warp, LINE_BYTES))
+        to = add(add(shared_address(into), mul(lane, 4)), mul(warp, 128))
         for i in range(0, PAIRS, 4):
             at = utils.getelementptr(source, [add(warp, i)], i32)
-            llvm.store(llvm.load(i32, at), _pointer(add(to, i * LINE_BYTES)))
+            llvm.store(llvm.load(i32, at), _pointer(add(to, i * 128)))
 
     store(pairs, into)
 
@@ -124,21 +250,63 @@ def store_table(pairs: Any, into: Any) -> None:
 # -- what they are made of -----------------------------------------------------------------------
 
 
+def _if(condition: Any, then: Callable[[], list[Any]], otherwise: list[Any]) -> list[Any]:
+    """What `then` gives, run only where the condition holds; None of it means always."""
+    if condition is None:
+        return then()
+    branch: Any = scf.IfOp(condition, [x.type for x in otherwise], has_else=bool(otherwise))
+    with ir.InsertionPoint(branch.then_block):
+        scf.yield_(then())
+    if otherwise:
+        with ir.InsertionPoint(branch.else_block):
+            scf.yield_(otherwise)
+    return list(branch.results)
+
+
+def _worker(w: Work) -> Any:
+    return div(utils.thread_idx(), 32 if w.by_warp else 128)
+
+
+def _works(w: Work) -> Any:
+    """Whether a worker has anything to do; None where all have."""
+    if w.workers == 4 * w.consumers or not w.by_warp:
+        return None
+    return arith.cmpi(arith.CmpIPredicate.ult, _worker(w), const(w.workers))
+
+
+def _place(w: Work) -> tuple[Any, Any]:
+    """(This warp's unit, its worker's chain)."""
+    worker = _worker(w)
+    place = arith.remui(worker, const(w.places))
+    chain = arith.divui(worker, const(w.places)) if w.spread and w.chains > 1 else const(0)
+    if w.by_warp:
+        return place, chain
+    return add(mul(place, BLOCK // UNIT), lane_and_warp()[1]), chain
+
+
+def _number(w: Work, chain: Any, turn: int) -> Any:
+    """Of a worker's chunk in its stage."""
+    return add(chain, turn * w.chains) if w.spread else const(turn)
+
+
+def _chunk(w: Work, words: Any, unit: Any, chain: Any, turn: int) -> Any:
+    """Its address."""
+    number = add(mul(unit, w.depth), _number(w, chain, turn))
+    return add(shared_address(words), mul(number, 4 * w.form.words))
+
+
 def _operand(form: Format, chunk: Any, part: int, *table: Any) -> Any:
-    """Registers of two weights each: [1, columns / 8, row / 8 of 16]."""
-    thread = bits_and(utils.thread_idx(), 127)
-    base = shared_address(chunk)
-    codes = _load_codes(form, add(base, mul(thread, 16)), part)
-    line = add(add(base, form.code_lines * LINE_BYTES), mul(div(thread, 4), 4))
-    pairs_at = None
-    if table:
-        pairs_at = add(shared_address(table[0]), mul(bits_and(thread, 31), 4))
+    """64 columns of a chunk in registers of two weights each: [1, columns / 8, row / 8 of 16]."""
+    lane, _ = lane_and_warp()
+    codes = _load_codes(form, add(chunk, mul(lane, 16)), part)
+    line = add(add(chunk, 4 * form.code_words), mul(div(lane, 4), 4))
+    pairs_at = add(shared_address(table[0]), mul(lane, 4)) if table else None
     registers = np.empty((1, 2 * STEPS, 2), object)
     scales: list[list[Any]] = []
     for step in range(STEPS):
         if step % max(1, COLUMNS // form.groups // STEP) == 0:
             group = (part * STEPS + step) * STEP * form.groups // COLUMNS
-            scales = _scales(form, line, group)
+            scales = _scales(form, add(line, 4 * group * form.group_words))
         for half in (0, 1):
             pairs = _pairs(form, codes[step], half, pairs_at)
             for row in (0, 1):
@@ -181,8 +349,8 @@ def _load(address: Any, words: int) -> list[Any]:
 def _load_codes(form: Format, address: Any, part: int) -> list[list[Any]]:
     """For each step of 16 columns a word, or with 8 bits one for each half of them."""
     if form.bits == 4:
-        return [[word] for word in _load(add(address, part * 2048), 4)]
-    found = [_load(add(address, (2 * part + i) * 2048), 4) for i in range(2)]
+        return [[word] for word in _load(add(address, part * 512), 4)]
+    found = [_load(add(address, (2 * part + i) * 512), 4) for i in range(2)]
     return [pair for four in found for pair in (four[:2], four[2:])]
 
 
@@ -196,12 +364,11 @@ def _both(word: Any, upper: bool) -> Any:
     return _ptx(f"prmt.b32 $0, $1, 0, {'0x3232' if upper else '0x1010'};", word)
 
 
-def _scales(form: Format, line: Any, group: int) -> list[list[Any]]:
-    """For each of a thread's two rows: the scale and, where there is one, the offset; twice."""
-    at = add(line, group * (form.scale_lines // form.groups) * LINE_BYTES)
+def _scales(form: Format, at: Any) -> list[list[Any]]:
+    """For each of a lane's two rows: the scale and, where there is one, the offset; twice."""
     words = _load(at, 1)
     if form.offset != "none":
-        words += _load(add(at, LINE_BYTES), 1)
+        words += _load(add(at, 4 * LINE), 1)
     rows = [[_both(word, bool(row)) for word in words] for row in (0, 1)]
     if form.kind == "int" and form.offset == "none":  # -8 or -128 times the scale, exactly
         upper = 0x0080
