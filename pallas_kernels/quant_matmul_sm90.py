@@ -138,6 +138,8 @@ class Shape:
             self.config.units * self.format.words * 4 + self.columns * COLUMNS * 2
         )
         most = (SHARED_BYTES - lut - self.result_bytes) // stage
+        if most < 2:
+            raise ValueError(f"{self.config}: two stages of {stage} bytes are too much")
         return min(self.config.stages, most, max(2, self.steps), 32)
 
 
@@ -147,10 +149,8 @@ def default_config(T: int, N: int, K: int, form: Format, sms: int) -> Config:
         most = 16 // chains
         each = min(most, -(-units // sms))
         return Config("warp", each, 32, depth=max(chains, 4 if K % (4 * COLUMNS) == 0 else 1))
-    if T <= 64 or chains > 1 and T <= 512:
-        blocks = N // BLOCK
-        each = next(n for n in (4, 2, 1) if n * chains <= 4 and blocks % n == 0)
-        return Config("group", 4 * each, 64, depth=chains)
+    if T <= 64 or chains > 1 and T <= 256:
+        return Config("group", 16 // chains, 64 if chains == 1 else 32, depth=chains)
     return Config("tile", 8 if chains > 1 or T <= 1024 or N < 192 else 12, 128)
 
 
