@@ -90,17 +90,18 @@ def start_llm(shape: str, context: int, options: dict[str, Any]) -> tuple[LLM, d
         marks.append((stage, time.time()))
 
     import jax
+    import jax.numpy as jnp
 
     from jaxinfer import LLM, SamplingParams
-    from jaxinfer.models.weights import init_params
 
     config = shapes.model_config(shape)
     mark("imports_s")
     parts.check_platform(jax.default_backend())
     mark("backend_s")
-    params = jax.block_until_ready(init_params(config, jax.random.key(0)))
+    params = shapes.init_params(shape, jnp.bfloat16)
     mark("weights_s")
     llm = LLM.from_params(params, config, **options)
+    del params  # quantised ones are packed: these are not needed any more
     mark("engine_s")
     (prompt,) = random_prompts(0, 1, context, config.vocab_size)
     sampling = SamplingParams(temperature=0, max_tokens=START_TOKENS, ignore_eos=True)

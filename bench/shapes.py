@@ -81,21 +81,43 @@ HF_CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+# What the matrices of a shape's layers are rounded to: fields of `quant.make.Recipe`, and the bytes
+# of a weight, with its share of the scales.
+QUANTISED: dict[str, tuple[dict[str, Any], float]] = {
+    "int4": ({"kind": "int", "bits": 4, "group": 128}, 0.5 + 2 / 128),
+    "int8": ({"kind": "int", "bits": 8, "group": -1}, 1.0),
+    "nf4": ({"kind": "nf4", "bits": 4, "group": 64}, 0.5 + 2 / 64),
+    "fp8": ({"kind": "fp8", "bits": 8, "group": -1, "activations": "token"}, 1.0),
+}
+
+
 def hf_config(name: str) -> dict[str, Any]:
-    """The shape's `config.json`; `NAME@4` has four layers only, and is compiled in less time.
+    """The shape's `config.json`; `NAME@4` has four layers only, and is compiled in less time;
+    `NAME:int4` has quantised layers, and otherwise the same.
 
     Raises:
         ValueError: no such shape.
     """
-    shape, _, layers = name.partition("@")
-    if shape not in HF_CONFIGS or (layers and not layers.isdecimal()):
-        raise ValueError(f"unknown shape {name!r}; known: {', '.join(HF_CONFIGS)}, or NAME@LAYERS")
+    whole, _, quantised = name.partition(":")
+    shape, _, layers = whole.partition("@")
+    unknown = shape not in HF_CONFIGS or (quantised and quantised not in QUANTISED)
+    if unknown or (layers and not layers.isdecimal()):
+        raise ValueError(
+            f"unknown shape {name!r}; known: {', '.join(HF_CONFIGS)}, with @LAYERS,"
+            f" then :{', :'.join(QUANTISED)}"
+        )
     return {**HF_CONFIGS[shape], **({"num_hidden_layers": int(layers)} if layers else {})}
 
 
 def short(name: str) -> str:
-    """What the shape is called in the names of records: `llama-3.1-8b` → `8b`."""
-    return name.rsplit("-", 1)[-1]
+    """What the shape is called in the names of records: `llama-3.1-8b:int4` → `8b.int4`."""
+    return name.rsplit("-", 1)[-1].replace(":", ".")
+
+
+def weight_bytes(name: str) -> float:
+    """Of one weight of the layers' matrices."""
+    quantised = name.partition(":")[2]
+    return QUANTISED[quantised][1] if quantised else 2.0
 
 
 def model_config(name: str) -> ModelConfig:
@@ -103,3 +125,18 @@ def model_config(name: str) -> ModelConfig:
     from jaxinfer.models.families import parse_config
 
     return parse_config(hf_config(name))
+
+
+def init_params(name: str, dtype: Any) -> Any:
+    """Random weights on the device, the layers' rounded where the name says so."""
+    import jax
+
+    from jaxinfer.models import weights
+    from jaxinfer.quant.make import Recipe
+    from jaxinfer.quantise import Method, quantise_params
+
+    config = model_config(name)
+    params = weights.init_params(config, jax.random.key(0), dtype)
+    if quantised := name.partition(":")[2]:
+        params = quantise_params(params, config, Method(Recipe(**QUANTISED[quantised][0])))
+    return jax.block_until_ready(params)

@@ -41,7 +41,6 @@ def load(name: str) -> Model:
     from jaxinfer.hub import resolve_model
     from jaxinfer.loading import load_weights
     from jaxinfer.models.families import read_config
-    from jaxinfer.models.weights import init_params
 
     parts.check_platform(jax.default_backend())
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -50,8 +49,7 @@ def load(name: str) -> Model:
         config = read_config(directory)
         return Model(name, load_weights(directory, config, jnp.dtype(dtype)), config, dtype)
     config = shapes.model_config(name)
-    params = init_params(config, jax.random.key(0), jnp.dtype(dtype))
-    return Model(shapes.short(name), jax.block_until_ready(params), config, dtype)
+    return Model(shapes.short(name), shapes.init_params(name, jnp.dtype(dtype)), config, dtype)
 
 
 def start(model: Model, options: dict[str, Any]) -> LLM:

@@ -25,7 +25,7 @@ def prefix(engine: str, shape: str, batch: int, context: int) -> str:
 
 
 def bytes_per_step(shape: str, batch: int, context: int) -> int:
-    """Fewest bytes that one bf16 decode step must move through device memory.
+    """Fewest bytes that one decode step must move through device memory.
 
     Every weight is read once, of an untied embedding only the batch's rows; each sequence's keys
     and values are read once and the new token's are written.
@@ -40,10 +40,10 @@ def bytes_per_step(shape: str, batch: int, context: int) -> int:
     H, K, L, V = (
         c["num_attention_heads"], c["num_key_value_heads"], c["num_hidden_layers"], c["vocab_size"]
     )  # fmt: skip
-    layer = (2 * H + 2 * K) * D * E + 3 * E * F + 2 * E
-    weights = L * layer + V * E + E  # the last two: output projection, final norm
+    matrices = L * ((2 * H + 2 * K) * D * E + 3 * E * F)
+    others = (2 * L + 1) * E + V * E  # norms, output projection
     kv = 2 * L * K * D * batch * (context + 1)
-    return WIDTH * (weights + kv + batch * E)
+    return round(shapes.weight_bytes(shape) * matrices) + WIDTH * (others + kv + batch * E)
 
 
 def step_records(

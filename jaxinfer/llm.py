@@ -40,6 +40,7 @@ from jaxinfer.loading import (
     weight_bytes,
 )  # fmt: skip
 from jaxinfer.models.sites import widths
+from jaxinfer.quant import pack_params
 from jaxinfer.requests import (
     Request,
     Sample,
@@ -52,7 +53,6 @@ from jaxinfer.requests import (
     token_logprobs,
 )
 from jaxinfer.response_cache import Key, ResponseCache, response_key
-from jaxinfer.sizing import MemoryPlan
 from jaxinfer.types import (
     MAX_PRIORITY,
     MAX_SEED,
@@ -176,8 +176,7 @@ class LLM:
         plan(config, options, loaded=False, weights=expected)  # whether it fits, before reading
         tokenizer = model_tokenizer(source)
         params = load_weights(source, config, jnp.dtype(dtype))
-        memory = plan(config, options, loaded=True, weights=tree_bytes(params))
-        self._start(params, config, memory, tokenizer, options)
+        self._start(params, config, tokenizer, options, owned=True)
 
     @classmethod
     def from_params(
@@ -200,18 +199,21 @@ class LLM:
         check_params(params, config, jnp.dtype(chosen.dtype))
         prepare_backend(chosen)
         self = cls.__new__(cls)
-        memory = plan(config, chosen, loaded=True, weights=tree_bytes(params))
-        self._start(jax.device_put(params), config, memory, tokenizer, chosen)
+        self._start(jax.device_put(params), config, tokenizer, chosen, owned=False)
         return self
 
     def _start(
         self,
         params: Params,
         config: ModelConfig,
-        memory: MemoryPlan,
         tokenizer: Tokenizer | None,
         options: EngineOptions,
+        *,
+        owned: bool,
     ) -> None:
+        self._given = jax.eval_shape(lambda tree: tree, params)  # as updates must be
+        params = pack_params(params, jnp.dtype(options.dtype), consume=owned)
+        memory = plan(config, options, loaded=True, weights=tree_bytes(params))
         logger.info("%s", memory)
         self.config, self.memory_plan, self.tokenizer = config, memory, tokenizer
         self._options = options
@@ -590,7 +592,7 @@ class LLM:
         if in_flight not in ("drain", "abort"):
             raise ValueError(f"in_flight={in_flight!r}: expected 'drain' or 'abort'")
         version = next_version(self.params_version, version)
-        check_params(params, self.config, jnp.dtype(self._options.dtype), like=self.params)
+        check_params(params, self.config, jnp.dtype(self._options.dtype), like=self._given)
         if in_flight == "abort":
             owners = saving.distinct(request for request, _ in self._owners.values())
             self.cancel(owners)
@@ -599,7 +601,9 @@ class LLM:
         while self._owners:
             self.pump()
         try:
-            self.engine.update_params(params)
+            self.engine.update_params(
+                pack_params(params, jnp.dtype(self._options.dtype), consume=False)
+            )
         except BaseException as error:
             self.close()
             raise JaxinferError(f"the update broke off, the LLM is closed: {error}") from error

@@ -19,6 +19,11 @@ def capability() -> float | None:
     return float(found) if device.platform in ("gpu", "cuda") and found else None
 
 
+def sm_count() -> int | None:
+    """Multiprocessors of the device; None where it does not say."""
+    return getattr(target_device(), "core_count", 0) or None
+
+
 def has_kernels(capability: float | None) -> bool:
     """Whether the kernels run on a GPU of this capability, A100 to H200; None is no GPU."""
     return capability is not None and 8 <= capability < 10

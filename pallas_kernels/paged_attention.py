@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.attention_plan import Work
-from pallas_kernels.device import capability, has_kernels, target_device
+from pallas_kernels.device import capability, has_kernels, sm_count
 from pallas_kernels.kv_quantise import LARGEST
 from pallas_kernels.qkv_write import check_scales
 
@@ -118,7 +118,7 @@ def paged_attention(
 
         return paged_attention_sm90.attend(
             *arrays, **options, plan=plan, invariant=invariant, into=into,
-            sm_count=getattr(target_device(), "core_count", 0) or paged_attention_sm90.FEWEST_SMS,
+            sm_count=sm_count() or paged_attention_sm90.FEWEST_SMS,
         )  # fmt: skip
     if chosen == "sm80":
         from pallas_kernels import paged_attention_sm80

@@ -33,6 +33,7 @@ from pallas_kernels.sm90_ir import inline_mgpu
 from pallas_kernels.sm90_shapes import ACC, BITS16, ROW, WGMMA, Refs, Swizzle, Tile
 
 SHARED_BYTES = 225 << 10  # of a block, less what barriers and alignment need
+FEWEST_SMS = 78  # of any Hopper GPU (H20)
 WIDE = 16384  # rows that keep all multiprocessors busy without splitting K
 
 
@@ -46,7 +47,7 @@ class Config:
         units: of 16 rows, of a block's tile.
         tokens: the most of a tile.
         depth: chunks of a stage.
-        blocks: of 64 rows, of each warpgroup; `tile` only.
+        blocks: of 16 or 64 rows, of each worker.
         stages: copies in flight, at most.
     """
 
@@ -89,11 +90,13 @@ class Shape:
     @property
     def work(self) -> Work:
         c = self.config
-        return Work(self.format, c.units, c.depth, self.chains, not self.in_turn, c.way == "warp")
+        warps = c.way == "warp"
+        each = c.blocks if warps else 1
+        return Work(self.format, c.units, c.depth, self.chains, not self.in_turn, warps, each)
 
     @property
     def consumers(self) -> int:
-        return self.work.consumers // self.config.blocks
+        return self.work.consumers // (self.config.blocks if self.in_turn else 1)
 
     @property
     def box(self) -> int:
@@ -144,14 +147,17 @@ class Shape:
 
 
 def default_config(T: int, N: int, K: int, form: Format, sms: int) -> Config:
+    """By what was measured on an H100."""
     chains, units = chains_of(N, K), N // UNIT
-    if T <= 16 or T <= 32 and chains > 1:
-        most = 16 // chains
-        each = min(most, -(-units // sms))
-        return Config("warp", each, 32, depth=max(chains, 4 if K % (4 * COLUMNS) == 0 else 1))
-    if T <= 64 or chains > 1 and T <= 256:
-        return Config("group", 16 // chains, 64 if chains == 1 else 32, depth=chains)
-    return Config("tile", 8 if chains > 1 or T <= 1024 or N < 192 else 12, 128)
+    if T <= 16 or (T <= 32 and chains > 1):
+        depth = 2 if chains == 1 and form.bits == 8 else 4
+        depth = max(chains, depth if K % (depth * COLUMNS) == 0 else 1)
+        return Config("warp", min(16 // chains, -(-units // sms)), 32, depth)
+    if T <= 64 or (chains > 1 and T <= 128):
+        return Config("group", 16 // chains, 64 if chains == 1 else 32, chains)
+    if chains > 1:
+        return Config("tile", 4 if T <= 256 else 8, 128)
+    return Config("tile", 8 if T <= 1024 else 12, 128)
 
 
 @partial(jax.jit, static_argnames=("config", "sms", "on_gpu"))
@@ -160,12 +166,13 @@ def matmul(
     packed: PackedMatrix,
     *,
     config: Config | None = None,
-    sms: int = 132,
+    sms: int | None = None,
     on_gpu: bool = True,
 ) -> jax.Array:
     """x [T, K] · packed [N, K] → [T, N] in x's dtype."""
     T, K = x.shape
     N, _ = packed.shape
+    sms = sms or FEWEST_SMS
     config = config or default_config(T, N, K, packed.format, sms)
     # Copies bring eight rows at a time, or the few that there are, of which four chunks are aligned
     if T % 8 and (T > 8 or config.depth % 4):
@@ -317,17 +324,17 @@ def _zeros(s: Shape) -> Any:
     return plgpu.layout_cast(jnp.zeros((BLOCK, s.columns), jnp.float32), WGMMA)
 
 
-def _by_warps(s: Shape, r: Refs, done: Any) -> Any:
-    """Sums of a warpgroup's warps, each of its own rows: float32 [64, columns]."""
+def _by_warps(s: Shape, r: Refs, done: Any) -> list[Any]:
+    """Sums of a warpgroup's warps, each of its own rows: for each unit float32 [64, columns]."""
 
-    def add(step: Any, acc: Any) -> Any:
+    def add(step: Any, accs: Any) -> Any:
         slot = _slot(s, done + step)
         plgpu.barrier_wait(r.full.at[slot])
-        acc = registers.add_products(s.work, acc, r.words.at[slot], r.tokens.at[slot], r.table)
+        accs = registers.add_products(s.work, accs, r.words.at[slot], r.tokens.at[slot], r.table)
         plgpu.barrier_arrive(r.free.at[slot])
-        return acc
+        return accs
 
-    return lax.fori_loop(0, s.steps, add, _zeros(s))
+    return lax.fori_loop(0, s.steps, add, [_zeros(s)] * s.config.blocks)
 
 
 def _run_wgmma(s: Shape, r: Refs, accs: Any, first: Any, steps: int, operands: Any) -> None:
@@ -351,7 +358,7 @@ def _run_wgmma(s: Shape, r: Refs, accs: Any, first: Any, steps: int, operands: A
     plgpu.barrier_arrive(r.free.at[_slot(s, first + steps - 1)])
 
 
-def _by_groups(s: Shape, r: Refs, done: Any) -> Any:
+def _by_groups(s: Shape, r: Refs, done: Any) -> list[Any]:
     """A warpgroup's sums of one chain, float32 [64, columns]."""
     w = s.work
     chain = lax.div(lax.axis_index("warpgroup"), jnp.int32(w.places))
@@ -366,7 +373,7 @@ def _by_groups(s: Shape, r: Refs, done: Any) -> Any:
 
     def multiply(*accs: Any) -> Any:
         _run_wgmma(s, r, accs, done, s.steps, operands)
-        return accs[0][...]
+        return [accs[0][...]]
 
     return pl.run_scoped(multiply, ACC((BLOCK, s.columns), jnp.float32))
 
@@ -452,14 +459,15 @@ def _transpose(s: Shape, made: Any, into: Any) -> None:
     store(made, into)
 
 
-def _finish_partial(s: Shape, r: Refs, unit: Any, token: Any, acc: Any) -> None:
+def _finish_partial(s: Shape, r: Refs, unit: Any, token: Any, sums: list[Any]) -> None:
     """Puts together what the workers summed, each a part of the rows or of K."""
 
     def meet(i: int) -> None:
         plgpu.barrier_arrive(r.met.at[i])
         plgpu.barrier_wait(r.met.at[i])
 
-    registers.store_partial(s.work, acc, r.partial)
+    for which, acc in enumerate(sums):
+        registers.store_partial(s.work, acc, r.partial, which)
     meet(0)
     rows = pl.ds(unit * UNIT, s.work.rows)
     out = r.out.at[pl.ds(token, s.box), rows]

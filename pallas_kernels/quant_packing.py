@@ -141,8 +141,8 @@ def pack(
     groups = groups_of_chunk(N, K, scales.shape[1])
     if groups is None:
         raise ValueError(
-            f"[{N}, {K}] with {scales.shape[1]} groups: expected rows a multiple of {BLOCK}, columns"
-            f" of {COLUMNS}, and groups of 16, 32, 64 or a multiple of 128 columns"
+            f"[{N}, {K}] with {scales.shape[1]} groups: expected rows a multiple of {BLOCK},"
+            f" columns of {COLUMNS}, and groups of 16, 32, 64 or a multiple of 128 columns"
         )
     offset: Offset = "zeros" if zeros is not None else "none" if mins is None else "mins"
     form = Format(kind, bits, groups, offset, table)

@@ -61,6 +61,7 @@ class Work:
         chains: into which K is split, and that are added up at last.
         spread: workers have a chain each; else every worker has all of them, one after the other.
         by_warp: a worker is a warp.
+        each: units of a warp that is a worker.
     """
 
     form: Format
@@ -69,6 +70,7 @@ class Work:
     chains: int
     spread: bool
     by_warp: bool
+    each: int = 1
 
     @property
     def rows(self) -> int:
@@ -77,7 +79,7 @@ class Work:
     @property
     def places(self) -> int:
         """Workers beside each other, with the same chain."""
-        return self.units if self.by_warp else self.units * UNIT // BLOCK
+        return self.units // self.each if self.by_warp else self.units * UNIT // BLOCK
 
     @property
     def workers(self) -> int:
@@ -115,8 +117,8 @@ def weights(w: Work, words: Any, turn: int, part: int, table: Any = None) -> Any
     return load(*refs)
 
 
-def add_products(w: Work, acc: Any, words: Any, tokens: Any, table: Any = None) -> Any:
-    """acc [64, columns] + each warp's part of a stage of weights times tokens [columns, K].
+def add_products(w: Work, accs: list[Any], words: Any, tokens: Any, table: Any = None) -> Any:
+    """Each of accs [64, columns] + a unit of each warp's part of a stage times tokens [columns, K].
 
     A warp multiplies by itself (`mma`), where wgmma would wait for its own latency; bits are the
     same. `tokens` may have fewer than eight rows: then the last one stands for those that lack.
@@ -126,20 +128,21 @@ def add_products(w: Work, acc: Any, words: Any, tokens: Any, table: Any = None) 
     rows = min(8, count)
     kind = plgpu.RefType((Tile((rows, 64)), Swizzle(128)))
     types = (plgpu.RefType(), kind, plgpu.RefType())[: len(refs)]
+    made_type = plgpu.ShapeDtypeStruct(accs[0].shape, jnp.float32, WGMMA)
 
-    @inline_mgpu(
-        arg_types=(WGMMA, *types),
-        return_type=plgpu.ShapeDtypeStruct(acc.shape, jnp.float32, WGMMA),
-    )
-    def multiply(ctx: Any, acc: Any, words: Any, tokens: Any, *table: Any) -> Any:
+    @inline_mgpu(arg_types=([WGMMA] * len(accs), *types), return_type=[made_type] * len(accs))
+    def multiply(ctx: Any, accs: Any, words: Any, tokens: Any, *table: Any) -> Any:
         unit, chain = _place(w)
         lane, _ = lane_and_warp()
         start, half = shared_address(tokens), div(lane, 8)
 
         def all_turns() -> list[Any]:
-            sums = list(acc.registers.flat)
+            sums = [list(acc.registers.flat) for acc in accs]
             for turn, part in np.ndindex(w.turns, PARTS):
-                operand = _operand(w.form, _chunk(w, words, unit, chain, turn), part, *table)
+                operands = [
+                    _operand(w.form, _chunk(w, words, add(unit, e), chain, turn), part, *table)
+                    for e in range(w.each)
+                ]
                 line = bits_and(lane, 7)
                 line = line if rows == 8 else arith.minui(line, const(rows - 1))
                 first = mul(_number(w, chain, turn), PARTS * rows)
@@ -147,33 +150,41 @@ def add_products(w: Work, acc: Any, words: Any, tokens: Any, table: Any = None) 
                 base = add(start, mul(line, 128))
                 swizzle = bits_and(line, 7)
                 at = [add(base, mul(xor(add(half, 4 * i), swizzle), 16)) for i in range(2)]
-                for octet in range(len(sums) // 2):
+                for octet, pair in np.ndindex(len(sums[0]) // 2, 2):
+                    b = _load_matrices(add(at[pair], octet * (K // 64) * 1024))
                     mine = slice(2 * octet, 2 * octet + 2)
-                    four = [element(x, i) for x in sums[mine] for i in (0, 1)]
-                    for pair in range(2):
-                        b = _load_matrices(add(at[pair], octet * (K // 64) * 1024))
-                        for step in (0, 1):
-                            k = 4 * pair + 2 * step
-                            a = operand[0, k : k + 2].reshape(-1)
-                            four = _mma(four, a, b[2 * step : 2 * step + 2])
-                    sums[mine] = [vector_of(four[:2]), vector_of(four[2:])]
-            return sums
+                    for own, operand in zip(sums, operands, strict=True):
+                        own[mine] = _two_steps(own[mine], operand[0, 4 * pair : 4 * pair + 4], b)
+            return [x for own in sums for x in own]
 
-        made = _if(_works(w), all_turns, list(acc.registers.flat))
-        return like(acc, np.array(made, object).reshape(acc.registers.shape))
+        made = _if(_works(w), all_turns, [x for acc in accs for x in acc.registers.flat])
+        made = np.array(made, object).reshape(len(accs), *accs[0].registers.shape)
+        return [like(acc, registers) for acc, registers in zip(accs, made, strict=True)]
 
-    return multiply(acc, *refs)
+    return multiply(accs, *refs)
 
 
-def store_partial(w: Work, acc: Any, into: Any) -> None:
-    """Puts a worker's sums, acc [64, columns], into float32 [chains · columns · (rows + PAD)]."""
+def _two_steps(sums: list[Any], weights: Any, b: Any) -> list[Any]:
+    """The sums of eight tokens after 32 columns more."""
+    four = [element(x, i) for x in sums for i in (0, 1)]
+    for step in (0, 1):
+        a = weights[2 * step : 2 * step + 2].reshape(-1)
+        four = _mma(four, a, b[2 * step : 2 * step + 2])
+    return [vector_of(four[:2]), vector_of(four[2:])]
+
+
+def store_partial(w: Work, acc: Any, into: Any, which: int = 0) -> None:
+    """Puts a worker's sums, acc [64, columns], into float32 [chains · columns · (rows + PAD)].
+
+    `which`: of a warp's units.
+    """
     columns = acc.shape[1]
 
     @inline_mgpu(arg_types=(WGMMA, plgpu.RefType()))
     def store(ctx: Any, acc: Any, into: Any) -> None:
         unit, chain = _place(w)
         lane, _ = lane_and_warp()
-        row = add(mul(unit, UNIT), div(lane, 4))
+        row = add(mul(add(unit, which), UNIT), div(lane, 4))
         column = add(mul(chain, columns), mul(bits_and(lane, 3), 2))
         at = add(shared_address(into), mul(add(mul(column, w.rows + PAD), row), 4))
 
@@ -275,12 +286,12 @@ def _works(w: Work) -> Any:
 
 
 def _place(w: Work) -> tuple[Any, Any]:
-    """(This warp's unit, its worker's chain)."""
+    """(This warp's unit, or the first of them; its worker's chain)."""
     worker = _worker(w)
     place = arith.remui(worker, const(w.places))
     chain = arith.divui(worker, const(w.places)) if w.spread and w.chains > 1 else const(0)
     if w.by_warp:
-        return place, chain
+        return mul(place, w.each), chain
     return add(mul(place, BLOCK // UNIT), lane_and_warp()[1]), chain
 
 
@@ -391,9 +402,7 @@ def _pairs(form: Format, words: list[Any], half: int, pairs_at: Any) -> list[Any
     if form.kind == "float":
         moved = (arith.shli(word, const(8)), word)
         return [
-            arith.ori(
-                bits_and(x, 0x80008000), bits_and(arith.shrui(x, const(4)), 0x07F007F0)
-            )
+            arith.ori(bits_and(x, 0x80008000), bits_and(arith.shrui(x, const(4)), 0x07F007F0))
             for x in moved
         ]
     return [bits_and(word, 0x00FF00FF), _ptx("prmt.b32 $0, $1, 0, 0x4341;", word)]
@@ -407,7 +416,7 @@ def _looked_up(word: Any, byte: int, pairs_at: Any) -> Any:
 
 
 def _weight(form: Format, pair: Any, scales: list[Any], row: int) -> Any:
-    """Two weights. Where it is written it stays: wgmma's operands must be there before its fence."""
+    """Two weights. Made where it is written: wgmma's operands must be there before its fence."""
     kind = ir.VectorType.get((2,), ir.BF16Type.get())
     if form.offset == "zeros":
         # Two steps, the first exact: bits times 2^127 (2^123 in a byte's upper half), less zeros.

@@ -12,6 +12,7 @@ from jaxinfer.quant.arrays import (
     unpack4,
 )
 from jaxinfer.quant.matmul import matmul
+from jaxinfer.quant.packing import pack_params
 from jaxinfer.quant.partition import partition
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "join_rows",
     "matmul",
     "pack4",
+    "pack_params",
     "partition",
     "take_rows",
     "unpack4",

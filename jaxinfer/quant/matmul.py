@@ -12,12 +12,15 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.quant.arrays import Matrix, Parts, QuantisedMatrix, in_code_order
+from jaxinfer.quant.packing import Ordered
 from pallas_kernels.kv_quantise import LARGEST
+from pallas_kernels.quant_matmul import quant_matmul
+from pallas_kernels.quant_packing import PackedMatrix
 
 FP8_MAX = LARGEST[jnp.dtype(jnp.float8_e4m3fn)]
 
 
-def matmul(x: jax.Array, matrix: Matrix) -> jax.Array:
+def matmul(x: jax.Array, matrix: Matrix | PackedMatrix | Ordered) -> jax.Array:
     """x [..., K] · matrix [N, K] → [..., N] in x's dtype.
 
     The matrix is dequantised to x's dtype, or x is rounded to 8 bits where the scheme says so.
@@ -25,6 +28,10 @@ def matmul(x: jax.Array, matrix: Matrix) -> jax.Array:
     """
     if isinstance(matrix, Parts):
         return jnp.concatenate([matmul(x, part) for part in matrix.parts], axis=-1)
+    if isinstance(matrix, Ordered):
+        return quant_matmul(x[..., matrix.order], matrix.matrix)
+    if isinstance(matrix, PackedMatrix):
+        return quant_matmul(x, matrix)
     if not isinstance(matrix, QuantisedMatrix):
         return dot(x, matrix, x.dtype)
     if matrix.order is not None:

@@ -1,0 +1,99 @@
+"""A model's quantised matrices in the layout of the GPU's kernels: made once, when it is loaded."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jaxinfer.quant.arrays import Matrix, Parts, QuantisedMatrix
+from pallas_kernels.device import capability
+from pallas_kernels.quant_matmul import DTYPE, has_kernel
+from pallas_kernels.quant_packing import UNIT, PackedMatrix, groups_of_chunk, pack
+
+SLABS = 8  # of rows, packed one after the other: what it takes meanwhile is that much less
+
+
+def can_pack(matrix: Any) -> bool:
+    """Whether a kernel multiplies by this matrix; activations that are rounded have another way."""
+    return (
+        isinstance(matrix, QuantisedMatrix)
+        and matrix.scheme.activations is None
+        and groups_of_chunk(*matrix.shape, matrix.scales.shape[1]) is not None
+    )
+
+
+def pack_params(params: Any, dtype: Any, *, consume: bool) -> Any:
+    """The model's weights with those matrices packed that the device has a kernel for.
+
+    Args:
+        params: dicts and lists of arrays and matrices, on the device.
+        dtype: of activations; only bfloat16 has kernels.
+        consume: takes matrices out of `params` as they are packed, so that both forms of only one
+            are in memory.
+    """
+    if dtype != DTYPE or not has_kernel(capability()):
+        return params
+    return _pack_all(params, consume)
+
+
+def _pack_all(tree: Any, consume: bool) -> Any:
+    if isinstance(tree, list):
+        return [_pack_all(x, consume) for x in tree]
+    if isinstance(tree, dict):
+        packed = {}
+        for name, value in tree.items():
+            packed[name] = _pack_all(value, consume)
+            if consume and packed[name] is not value and not isinstance(value, dict | list):
+                tree[name] = None
+        return packed
+    if isinstance(tree, QuantisedMatrix | Parts):
+        return jax.block_until_ready(pack_matrix(tree))
+    return tree
+
+
+def pack_matrix(matrix: Matrix) -> Any:
+    """The matrix packed, where it can be; its parts, where it has some."""
+    if isinstance(matrix, Parts):
+        return Parts(tuple(pack_matrix(part) for part in matrix.parts))
+    if not isinstance(matrix, QuantisedMatrix) or not can_pack(matrix):
+        return matrix
+    packed = _pack(matrix)
+    return packed if matrix.order is None else Ordered(packed, matrix.order)
+
+
+@jax.jit
+def _pack(matrix: QuantisedMatrix) -> PackedMatrix:
+    scheme = matrix.scheme
+    N, _ = matrix.shape
+    count = SLABS if N % (SLABS * 64) == 0 else 1
+    fields = (matrix.codes, matrix.scales, matrix.zeros, matrix.mins)
+    slabs = [None if x is None else x.reshape(count, N // count, -1) for x in fields]
+
+    def one(slab: Any) -> PackedMatrix:
+        codes, scales, zeros, mins = slab
+        return pack(
+            codes, scales, kind=scheme.kind, bits=scheme.bits, zeros=zeros, mins=mins,
+            table=scheme.table,
+        )  # fmt: skip
+
+    done = jax.lax.map(one, slabs)
+    words = done.words.reshape(N // UNIT, *done.words.shape[2:])
+    return PackedMatrix(words, done.row_scale.reshape(N), done.format)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["matrix", "order"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class Ordered:
+    """A matrix whose columns are in another order: column j multiplies x[order[j]]."""
+
+    matrix: PackedMatrix
+    order: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape
