@@ -1,8 +1,8 @@
 """x · wᵀ for packed weights: 4- or 8-bit codes with scales, 16-bit activations.
 
-`quant_matmul` is the op: it checks its arguments and picks a backend. `reference` is the definition,
-in plain jnp, over all of the matrix at once; `quant_matmul_sm90` is the kernel, which dequantises in
-registers and never holds a dense copy. `quant_packing` says what packed weights are.
+`quant_matmul` is the op: it checks its arguments and picks a backend. `reference` is the
+definition, in plain jnp, over all of the matrix at once; `quant_matmul_sm90` is the kernel, which
+dequantises in registers and never holds a dense copy. `quant_packing` says what packed weights are.
 
 Letters: N rows of the matrix (out), K its columns (in).
 """

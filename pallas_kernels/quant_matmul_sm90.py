@@ -24,16 +24,13 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.mosaic.gpu import utils
 
 from pallas_kernels import sm90_dequantise as registers
 from pallas_kernels.quant_packing import BLOCK, COLUMNS, UNIT, Format, PackedMatrix, unpack_chunks
 from pallas_kernels.sm90_dequantise import PAD, PARTS, Work
-from pallas_kernels.sm90_ir import inline_mgpu
 from pallas_kernels.sm90_shapes import ACC, BITS16, ROW, WGMMA, Refs, Swizzle, Tile
+from pallas_kernels.sm90_tiles import FEWEST_SMS, SHARED_BYTES, persistent, store_transposed
 
-SHARED_BYTES = 225 << 10  # of a block, less what barriers and alignment need
-FEWEST_SMS = 78  # of any Hopper GPU (H20)
 WIDE = 16384  # rows that keep all multiprocessors busy without splitting K
 
 
@@ -109,8 +106,13 @@ class Shape:
         return -(-self.box // 8) * 8
 
     @property
+    def rows(self) -> int:
+        """Of a tile."""
+        return UNIT * self.config.units
+
+    @property
     def row_tiles(self) -> int:
-        return -(-self.N // (UNIT * self.config.units))
+        return -(-self.N // self.rows)
 
     @property
     def token_tiles(self) -> int:
@@ -129,10 +131,9 @@ class Shape:
     @property
     def result_bytes(self) -> int:
         """Of shared memory, where results are put together."""
-        rows = self.config.units * UNIT
         if self.in_turn:
-            return 2 * rows * self.columns
-        return 4 * self.chains * self.columns * (rows + PAD)
+            return 2 * self.rows * self.columns
+        return 4 * self.chains * self.columns * (self.rows + PAD)
 
     @property
     def stages(self) -> int:
@@ -203,7 +204,7 @@ def _kernel(s: Shape) -> Any:
         "free": plgpu.Barrier(num_arrivals=consumers, num_barriers=stages),
     }
     if s.in_turn or not s.on_gpu:
-        blocks = w.units * UNIT // BLOCK
+        blocks = s.rows // BLOCK
         # The same bytes as what is written transposed, and as what is copied.
         scratch["staging"] = plgpu.RefUnion(
             plgpu.SMEM((blocks, s.columns, BLOCK), s.dtype, transforms=BITS16),
@@ -248,28 +249,13 @@ def _kernel(s: Shape) -> Any:
     )
 
 
-def _items(s: Shape, item: Any) -> None:
-    """Runs item(first unit, first token, stages so far) for each tile of this block's."""
-    total = s.row_tiles * s.token_tiles
-
-    def run(i: Any, done: Any) -> Any:
-        at = lax.axis_index("block") + i * s.blocks
-        token = lax.rem(at, jnp.int32(s.token_tiles)) * s.box
-        unit = lax.div(at, jnp.int32(s.token_tiles)) * s.config.units
-        # The last tile begins earlier: what it repeats has the same bits.
-        unit = lax.min(unit, jnp.int32(s.N // UNIT - s.config.units))
-        item(unit, lax.min(token, s.T - s.box), done)
-        return done + s.steps
-
-    count = lax.div(total - lax.axis_index("block") + s.blocks - 1, jnp.int32(s.blocks))
-    lax.fori_loop(0, count, run, jnp.int32(0))
-
-
 def _produce(s: Shape, r: Refs) -> None:
     depth = s.config.depth
     of_chain = s.steps // s.chains  # stages, when chains come one after the other
 
-    def item(unit: Any, token: Any, done: Any) -> None:
+    def item(row: Any, token: Any, done: Any) -> None:
+        unit = lax.div(row, jnp.int32(UNIT))
+
         def copy(step: Any, _: Any) -> None:
             count = done + step
             slot = lax.rem(count, jnp.int32(s.stages))
@@ -289,7 +275,7 @@ def _produce(s: Shape, r: Refs) -> None:
 
         lax.fori_loop(0, s.steps, copy, None)
 
-    _items(s, item)
+    persistent(s, item)
 
 
 def _consume(s: Shape, r: Refs, worker: Any) -> None:
@@ -302,16 +288,16 @@ def _consume(s: Shape, r: Refs, worker: Any) -> None:
 
         plgpu.barrier_wait(r.table_full)
 
-    def item(unit: Any, token: Any, done: Any) -> None:
+    def item(row: Any, token: Any, done: Any) -> None:
         if not s.on_gpu:
-            _finish(s, r, worker, unit, token, _plainly(s, r, done))
+            _finish(s, r, worker, row, token, _plainly(s, r, done))
         elif s.in_turn:
-            _finish(s, r, worker, unit, token, _chains_in_turn(s, r, worker, done))
+            _finish(s, r, worker, row, token, _chains_in_turn(s, r, worker, done))
         else:
             by_warp = s.config.way == "warp"
-            _finish_partial(s, r, unit, token, (_by_warps if by_warp else _by_groups)(s, r, done))
+            _finish_partial(s, r, row, token, (_by_warps if by_warp else _by_groups)(s, r, done))
 
-    _items(s, item)
+    persistent(s, item)
     if s.in_turn or not s.on_gpu:
         plgpu.wait_smem_to_gmem(0)
 
@@ -410,7 +396,7 @@ def _chains_in_turn(s: Shape, r: Refs, worker: Any, done: Any) -> list[Any]:
 
 def _plainly(s: Shape, r: Refs, done: Any) -> list[Any]:
     """What the others do, for the interpreter: blocks of 64 rows, float32 [64, columns] each."""
-    blocks = s.config.units * UNIT // BLOCK
+    blocks = s.rows // BLOCK
 
     def add(step: Any, totals: Any) -> Any:
         slot = _slot(s, done + step)
@@ -423,43 +409,31 @@ def _plainly(s: Shape, r: Refs, done: Any) -> list[Any]:
     return lax.fori_loop(0, s.steps, add, [jnp.zeros((BLOCK, s.columns), jnp.float32)] * blocks)
 
 
-def _finish(s: Shape, r: Refs, worker: Any, unit: Any, token: Any, sums: list[Any]) -> None:
+def _finish(s: Shape, r: Refs, worker: Any, row: Any, token: Any, sums: list[Any]) -> None:
     """Scales rows and copies them out, transposed."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for block, acc in enumerate(sums):
         index = worker * len(sums) + block
         scale = plgpu.load(
-            r.row_scale.at[pl.ds(unit * UNIT + index * BLOCK, BLOCK)], layout=ROW, optimized=False
+            r.row_scale.at[pl.ds(row + index * BLOCK, BLOCK)], layout=ROW, optimized=False
         )
         scale = lax.broadcast_in_dim(scale, acc.shape, (0,))
         if s.on_gpu:
             scale = plgpu.layout_cast(scale, WGMMA)
-        _transpose(s, (acc * scale).astype(s.dtype), r.staging[0].at[index])
+        made = (acc * scale).astype(s.dtype)
+        store_transposed(made, r.staging[0].at[index], on_gpu=s.on_gpu)
     plgpu.commit_smem()
-    for index in range(s.work.units * UNIT // BLOCK):
+    for index in range(s.rows // BLOCK):
         owner = index // len(sums)
-        pl.when(worker == owner)(partial(_copy_out, s, r, unit, token, index))
+        pl.when(worker == owner)(partial(_copy_out, s, r, row, token, index))
 
 
-def _copy_out(s: Shape, r: Refs, unit: Any, token: Any, index: int) -> None:
-    rows = pl.ds(unit * UNIT + index * BLOCK, BLOCK)
+def _copy_out(s: Shape, r: Refs, row: Any, token: Any, index: int) -> None:
+    rows = pl.ds(row + index * BLOCK, BLOCK)
     plgpu.copy_smem_to_gmem(r.staging[1][index], r.out.at[pl.ds(token, s.box), rows])
 
 
-def _transpose(s: Shape, made: Any, into: Any) -> None:
-    if not s.on_gpu:
-        into[...] = made.T
-        return
-
-    @inline_mgpu(arg_types=(WGMMA, plgpu.RefType(BITS16)))
-    def store(ctx: Any, made: Any, into: Any) -> None:
-        made.store_tiled(utils.memref_transpose(into, (1, 0, 3, 2)), swizzle=128)
-        utils.commit_shared()
-
-    store(made, into)
-
-
-def _finish_partial(s: Shape, r: Refs, unit: Any, token: Any, sums: list[Any]) -> None:
+def _finish_partial(s: Shape, r: Refs, row: Any, token: Any, sums: list[Any]) -> None:
     """Puts together what the workers summed, each a part of the rows or of K."""
 
     def meet(i: int) -> None:
@@ -469,7 +443,7 @@ def _finish_partial(s: Shape, r: Refs, unit: Any, token: Any, sums: list[Any]) -
     for which, acc in enumerate(sums):
         registers.store_partial(s.work, acc, r.partial, which)
     meet(0)
-    rows = pl.ds(unit * UNIT, s.work.rows)
+    rows = pl.ds(row, s.rows)
     out = r.out.at[pl.ds(token, s.box), rows]
     registers.store_sums(s.work, r.partial, r.row_scale.at[rows], out, s.columns)
     meet(1)

@@ -16,6 +16,7 @@ from jaxinfer.quant.packing import Ordered
 from pallas_kernels.kv_quantise import LARGEST
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.quant_packing import PackedMatrix
+from pallas_kernels.scaled_matmul import scaled_matmul
 
 FP8_MAX = LARGEST[jnp.dtype(jnp.float8_e4m3fn)]
 
@@ -62,12 +63,9 @@ def _rounded(x: jax.Array, matrix: QuantisedMatrix) -> jax.Array:
     else:
         scale = _absmax(x) / LARGEST[matrix.codes.dtype]
     codes = round_to(x, scale, matrix.codes.dtype)
-    if codes.dtype == jnp.int8:
-        sums = dot(codes, matrix.codes, jnp.int32).astype(jnp.float32)
-    else:  # every FP8 number is a bfloat16 number too
-        wide = (codes.astype(jnp.bfloat16), matrix.codes.astype(jnp.bfloat16))
-        sums = dot(*wide, jnp.float32)
-    return (sums * scale * matrix.scales[:, 0].astype(jnp.float32)).astype(x.dtype)
+    of_rows = matrix.scales[:, 0].astype(jnp.float32)
+    scale = jnp.broadcast_to(scale, (*x.shape[:-1], 1))[..., 0]
+    return scaled_matmul(codes, matrix.codes, scale, of_rows, x.dtype)
 
 
 def _by_groups(x: jax.Array, matrix: QuantisedMatrix) -> jax.Array:
