@@ -29,7 +29,7 @@ from pallas_kernels import sm90_dequantise as registers
 from pallas_kernels.quant_packing import BLOCK, COLUMNS, UNIT, Format, PackedMatrix, unpack_chunks
 from pallas_kernels.sm90_dequantise import PAD, PARTS, Work
 from pallas_kernels.sm90_shapes import ACC, BITS16, ROW, WGMMA, Refs, Swizzle, Tile
-from pallas_kernels.sm90_tiles import FEWEST_SMS, SHARED_BYTES, persistent, store_transposed
+from pallas_kernels.sm90_tiles import FEWEST_SMS, SHARED_BYTES, drain, persistent, store_transposed
 
 WIDE = 16384  # rows that keep all multiprocessors busy without splitting K
 
@@ -175,6 +175,8 @@ def matmul(
     N, _ = packed.shape
     sms = sms or FEWEST_SMS
     config = config or default_config(T, N, K, packed.format, sms)
+    if not on_gpu:  # plain products want host threads, of which consumers block one each
+        config = Config("tile", 4, config.tokens)
     # Copies bring eight rows at a time, or the few that there are, of which four chunks are aligned
     if T % 8 and (T > 8 or config.depth % 4):
         x = jnp.pad(x, ((0, -T % 8), (0, 0)))
@@ -275,7 +277,7 @@ def _produce(s: Shape, r: Refs) -> None:
 
         lax.fori_loop(0, s.steps, copy, None)
 
-    persistent(s, item)
+    drain(s, r, persistent(s, item))
 
 
 def _consume(s: Shape, r: Refs, worker: Any) -> None:
@@ -411,6 +413,7 @@ def _plainly(s: Shape, r: Refs, done: Any) -> list[Any]:
 
 def _finish(s: Shape, r: Refs, worker: Any, row: Any, token: Any, sums: list[Any]) -> None:
     """Scales rows and copies them out, transposed."""
+    matrices, boxes = r.staging
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     for block, acc in enumerate(sums):
         index = worker * len(sums) + block
@@ -421,7 +424,7 @@ def _finish(s: Shape, r: Refs, worker: Any, row: Any, token: Any, sums: list[Any
         if s.on_gpu:
             scale = plgpu.layout_cast(scale, WGMMA)
         made = (acc * scale).astype(s.dtype)
-        store_transposed(made, r.staging[0].at[index], on_gpu=s.on_gpu)
+        store_transposed(s, made, matrices.at[index], boxes[block])
     plgpu.commit_smem()
     for index in range(s.rows // BLOCK):
         owner = index // len(sums)

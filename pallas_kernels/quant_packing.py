@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 UNIT, COLUMNS = 16, 128  # rows and columns of a chunk
 LINE = 8  # words: what one load of a group's scales brings
@@ -219,8 +220,7 @@ def _scale_words(
     form: Format, scales: jax.Array, row_scale: jax.Array, zeros: Any, mins: Any, K: int
 ) -> jax.Array:
     """[unit, chunk, words]: each group's scales, then its offsets if there are any."""
-    factors = jnp.asarray(scale_factors(form), jnp.float32)
-    values = [_line(scales, K, form, factors)]
+    values = [_line(scales, K, form, _by_row(*scale_factors(form)))]
     if zeros is not None:
         bias = 128 if form.bits == 8 else 0
         values.append(_line(-(zeros.astype(jnp.float32) + bias) * 2.0**-6, K, form))
@@ -261,8 +261,7 @@ def unpack_chunks(words: jax.Array, form: Format) -> jax.Array:
     # [unit, chunk, group, scale or offset, row, row 8s] to the order of `_split`
     pairs = jnp.repeat(pairs, COLUMNS // STEP // form.groups, axis=2).transpose(3, 0, 5, 4, 1, 2)
     scales = pairs[0][..., None, None, None]
-    factors = jnp.asarray(scale_factors(form), jnp.float32)
-    scales = scales / factors[:, None, None, None, None, None, None]
+    scales = scales / _by_row(*scale_factors(form))[:, None, None, None, None, None, None]
     small = 2.0**-form.exponent
     if form.offset == "zeros":
         zeros = pairs[1][..., None, None, None]
@@ -288,9 +287,17 @@ def _codes(words: jax.Array, form: Format) -> jax.Array:
     return (words >> places) & (2**form.bits - 1)
 
 
+def _by_row(lower: float, upper: float) -> jax.Array:
+    """float32 [2]. Computed, not a constant: kernels, and so their interpreter, can have none."""
+    return jnp.where(jax.lax.iota(jnp.int32, 2) == 0, lower, upper)
+
+
 def _code_values(codes: jax.Array, form: Format) -> jax.Array:
     if form.kind == "table":
-        return jnp.asarray(form.table, jnp.bfloat16).astype(jnp.float32)[codes]
+        values = jnp.zeros(codes.shape, jnp.float32)
+        for code, value in enumerate(np.asarray(form.table, jnp.bfloat16)):
+            values = jnp.where(codes == code, float(value), values)
+        return values
     if form.kind == "float":
         raw = jax.lax.bitcast_convert_type(codes.astype(jnp.uint8), jnp.float8_e4m3fn)
         return raw.astype(jnp.float32)

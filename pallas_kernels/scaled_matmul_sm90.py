@@ -13,7 +13,7 @@ Letters: T tokens, N rows of the matrix (out), K its columns (in).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,7 +25,7 @@ from jax import lax
 
 from pallas_kernels.quant_packing import BLOCK, COLUMNS
 from pallas_kernels.sm90_shapes import ACC, BITS16, COLUMN, ROW, WGMMA, Refs, Swizzle, Tile
-from pallas_kernels.sm90_tiles import FEWEST_SMS, SHARED_BYTES, persistent, store_transposed
+from pallas_kernels.sm90_tiles import FEWEST_SMS, SHARED_BYTES, drain, persistent, store_transposed
 
 BYTES = (Tile((8, COLUMNS)), Swizzle(128))
 
@@ -136,11 +136,15 @@ def matmul(
     N = w.shape[0]
     sms = sms or FEWEST_SMS
     config = config or default_config(T, N, K, sms)
+    if not on_gpu:  # plain products want host threads, of which consumers block one each
+        config = replace(config, consumers=1)
     if T % 8:
         x = jnp.pad(x, ((0, -T % 8), (0, 0)))
         x_scale = jnp.pad(x_scale, (0, -T % 8))
-    s = Shape(T, N, K, x.dtype, out_dtype, config, sms if on_gpu else 1, on_gpu)
-    return _kernel(s)(x, w, x_scale, w_scale)
+    # Of several tiles, each begins at a multiple of eight; a single one has no row too many.
+    rows = x.shape[0] if config.tokens < T else T
+    s = Shape(rows, N, K, x.dtype, out_dtype, config, sms if on_gpu else 1, on_gpu)
+    return _kernel(s)(x, w, x_scale, w_scale)[:T]
 
 
 def _kernel(s: Shape) -> Any:
@@ -168,7 +172,7 @@ def _kernel(s: Shape) -> Any:
         def _copy() -> None:
             if c.consumers > 1:  # what it gives up, the others take
                 plgpu.set_max_registers(40, action="decrease")
-            persistent(s, partial(_produce, s, r))
+            drain(s, r, persistent(s, partial(_produce, s, r)))
 
         @pl.when(warpgroup < c.consumers)
         def _compute() -> None:
@@ -220,13 +224,14 @@ def _consume(s: Shape, r: Refs, worker: Any, row: Any, token: Any, done: Any) ->
         scales.append(plgpu.layout_cast(scale, WGMMA) if s.on_gpu else scale)
     made = (sums * scales[1] * scales[0]).astype(s.out_dtype)
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    store_transposed(made, r.staging[0].at[worker], on_gpu=s.on_gpu)
+    matrices, boxes = r.staging
+    store_transposed(s, made, matrices.at[worker], boxes[0])
     plgpu.commit_smem()
     for index in range(s.config.consumers):
 
         @pl.when(worker == index)
         def _copy_out(index: int = index) -> None:
-            box = r.staging[1][index * (2 if s.padding else 1)]
+            box = boxes[index * (2 if s.padding else 1)]
             to = r.out.at[pl.ds(token, s.box), pl.ds(row + index * BLOCK, BLOCK)]
             plgpu.copy_smem_to_gmem(box, to)
 

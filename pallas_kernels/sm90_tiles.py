@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental.mosaic.gpu import utils
 
 from pallas_kernels.sm90_ir import inline_mgpu
-from pallas_kernels.sm90_shapes import BITS16, WGMMA
+from pallas_kernels.sm90_shapes import BITS16, WGMMA, Refs
 
 SHARED_BYTES = 225 << 10  # of a block, less what barriers and alignment need
 FEWEST_SMS = 78  # of any Hopper GPU (H20)
@@ -39,10 +39,15 @@ class Tiled(Protocol):
     def blocks(self) -> int: ...
     @property
     def steps(self) -> int: ...
+    @property
+    def stages(self) -> int: ...
+    @property
+    def on_gpu(self) -> bool: ...
 
 
-def persistent(s: Tiled, item: Callable[[Any, Any, Any], None]) -> None:
-    """Runs item(first row, first token, stages so far) for each tile of this block's.
+def persistent(s: Tiled, item: Callable[[Any, Any, Any], None]) -> Any:
+    """Runs item(first row, first token, stages so far) for each tile of this block's; how many
+    stages there were.
 
     Neighbouring blocks have the same rows: what their tokens are multiplied by comes from the L2
     cache. The last tile begins earlier than it would: what it repeats has the same bits.
@@ -57,13 +62,28 @@ def persistent(s: Tiled, item: Callable[[Any, Any, Any], None]) -> None:
 
     total = s.row_tiles * s.token_tiles
     count = lax.div(total - lax.axis_index("block") + s.blocks - 1, jnp.int32(s.blocks))
-    lax.fori_loop(0, count, run, jnp.int32(0))
+    return lax.fori_loop(0, count, run, jnp.int32(0))
 
 
-def store_transposed(made: Any, into: Any, *, on_gpu: bool) -> None:
-    """made [64, columns], 16 bits, to [columns, 64] in shared memory."""
-    if not on_gpu:
-        into[...] = made.T
+def drain(s: Tiled, r: Refs, done: Any) -> None:
+    """Sees the last stages freed, which the interpreter wants of everything that is signalled."""
+    if s.on_gpu:
+        return
+
+    def see(i: Any, _: Any) -> None:
+        plgpu.barrier_wait(r.free.at[lax.rem(i, jnp.int32(s.stages))])
+
+    lax.fori_loop(lax.max(done - s.stages, jnp.int32(0)), done, see, None)
+
+
+def store_transposed(s: Tiled, made: Any, matrix: Any, box: Any) -> None:
+    """made [64, columns], 16 bits, to [columns, 64] in shared memory.
+
+    That is `matrix`, and `box` the part of its bytes that is copied; the interpreter, where they
+    are not the same bytes, writes to `box`.
+    """
+    if not s.on_gpu:
+        box[...] = made.T[: box.shape[0]]
         return
 
     @inline_mgpu(arg_types=(WGMMA, plgpu.RefType(BITS16)))
@@ -71,4 +91,4 @@ def store_transposed(made: Any, into: Any, *, on_gpu: bool) -> None:
         made.store_tiled(utils.memref_transpose(into, (1, 0, 3, 2)), swizzle=128)
         utils.commit_shared()
 
-    store(made, into)
+    store(made, matrix)
