@@ -1,8 +1,9 @@
 """x · wᵀ for packed weights: 4- or 8-bit codes with scales, 16-bit activations.
 
 `quant_matmul` is the op: it checks its arguments and picks a backend. `reference` is the
-definition, in plain jnp, over all of the matrix at once; `quant_matmul_sm90` is the kernel, which
-dequantises in registers and never holds a dense copy. `quant_packing` says what packed weights are.
+definition, in plain jnp, over all of the matrix at once; the kernels, in `quant_matmul_sm90` and
+`quant_matmul_sm80`, dequantise in registers and never hold a dense copy. `quant_packing` says what
+packed weights are.
 
 Letters: N rows of the matrix (out), K its columns (in).
 """
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels.device import capability, sm_count
+from pallas_kernels.device import capability, has_kernels, sm_count
 from pallas_kernels.quant_packing import PackedMatrix, unpack
 
 Backend = Literal["auto", "reference", "mosaic"]
@@ -31,9 +32,10 @@ def quant_matmul(x: jax.Array, packed: PackedMatrix, *, backend: Backend = "auto
     Args:
         x: bfloat16.
         packed: of `quant_packing.pack`.
-        backend: `mosaic`: one kernel launch, on a Hopper GPU (or in Pallas's GPU interpreter); the
-            bits of a row of x's result depend on that row alone. `auto` is that where it can run,
-            and `reference` elsewhere. The gradient, of x alone, is that of `reference`.
+        backend: `mosaic`: one kernel launch, on a GPU from sm_80 on (or in Pallas's GPU
+            interpreter); the bits of a row of x's result depend on that row alone. `auto` is that
+            where it can run, and `reference` elsewhere. The gradient, of x alone, is that of
+            `reference`.
 
     Returns:
         As x, summed in float32.
@@ -43,7 +45,7 @@ def quant_matmul(x: jax.Array, packed: PackedMatrix, *, backend: Backend = "auto
     """
     _check(x, packed, backend)
     if backend == "auto":
-        backend = "mosaic" if has_kernel(capability()) else "reference"
+        backend = "mosaic" if has_kernels(capability()) else "reference"
     if backend == "reference":
         return reference(x, packed)
     return _kernel(x.reshape(-1, x.shape[-1]), packed).reshape(*x.shape[:-1], packed.shape[0])
@@ -56,9 +58,13 @@ def _kernel(x: jax.Array, packed: PackedMatrix) -> jax.Array:
 
 @jax.custom_batching.custom_vmap
 def _rows(x: jax.Array, packed: PackedMatrix) -> jax.Array:
-    from pallas_kernels import quant_matmul_sm90  # importing Mosaic changes the environment
+    # Imported here: importing Mosaic changes the environment.
+    from pallas_kernels import quant_matmul_sm80, quant_matmul_sm90
 
-    return quant_matmul_sm90.matmul(x, packed, sms=sm_count(), on_gpu=capability() is not None)
+    of_gpu = capability()
+    if of_gpu is not None and of_gpu < 9:
+        return quant_matmul_sm80.matmul(x, packed)
+    return quant_matmul_sm90.matmul(x, packed, sms=sm_count(), on_gpu=of_gpu is not None)
 
 
 @_rows.def_vmap
@@ -92,11 +98,6 @@ def _no_gradient(x: jax.Array) -> Any:
 
 
 _kernel.defvjp(_forward, _backward)
-
-
-def has_kernel(capability: float | None) -> bool:
-    """Whether the kernel runs on a GPU of this compute capability; None is no GPU."""
-    return capability is not None and 9 <= capability < 10
 
 
 def reference(x: jax.Array, packed: PackedMatrix) -> jax.Array:

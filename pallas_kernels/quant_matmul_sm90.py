@@ -183,14 +183,8 @@ def matmul(
     s = Shape(x.shape[0], N, K, packed.format, x.dtype, config, sms if on_gpu else 1, on_gpu)
     inputs = [x, packed.words, packed.row_scale]
     if s.format.table and on_gpu:
-        inputs.append(_pairs(s.format))
+        inputs.append(registers.table_pairs(s.format))
     return _kernel(s)(*inputs)[:T]
-
-
-def _pairs(form: Format) -> jax.Array:
-    """int32 [256]: the two values that a byte stands for, the lower code's in the lower half."""
-    values = np.asarray(form.table, jnp.bfloat16).view(np.uint16).astype(np.uint32)
-    return jnp.asarray((values[None, :] | (values[:, None] << 16)).reshape(-1).view(np.int32))
 
 
 def _kernel(s: Shape) -> Any:

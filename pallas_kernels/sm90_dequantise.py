@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial as partial_of
 from typing import Any
 
+import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
@@ -241,6 +242,12 @@ def store_sums(w: Work, partial: Any, row_scale: Any, out: Any, columns: int) ->
     store(partial, row_scale, out)
 
 
+def table_pairs(form: Format) -> jax.Array:
+    """int32 [256]: the two values that a byte stands for, the lower code's in the lower half."""
+    values = np.asarray(form.table, jnp.bfloat16).view(np.uint16).astype(np.uint32)
+    return jnp.asarray((values[None, :] | (values[:, None] << 16)).reshape(-1).view(np.int32))
+
+
 def store_table(pairs: Any, into: Any) -> None:
     """Copies pairs, int32 [256] in memory, to shared memory [256, 32], each lane its own."""
 
@@ -370,6 +377,12 @@ def _ptx(ptx: str, *operands: Any, in_place: bool = False) -> Any:
     return utils.inline_ptx(ptx, *operands, result_types=i32, has_side_effects=in_place)
 
 
+def _multiply(x: Any, y: Any, in_place: bool = False) -> Any:
+    """Of two numbers each. Ampere has sums of products only: minus zero changes no bit."""
+    ptx = "fma.rn.bf16x2 $0, $1, $2, $3;"
+    return _ptx(ptx, x, y, const(0x80008000), in_place=in_place)
+
+
 def _both(word: Any, upper: bool) -> Any:
     """A half of a word, twice."""
     return _ptx(f"prmt.b32 $0, $1, 0, {'0x3232' if upper else '0x1010'};", word)
@@ -385,9 +398,7 @@ def _scales(form: Format, at: Any) -> list[list[Any]]:
         upper = 0x0080
         for row, values in enumerate(rows):
             small = 0x0008 if form.bits == 4 and row == 0 else upper
-            values.append(
-                _ptx("mul.rn.bf16x2 $0, $1, $2;", values[0], const(0x80008000 | small * 0x10001))
-            )
+            values.append(_multiply(values[0], const(0x80008000 | small * 0x10001)))
     return rows
 
 
@@ -425,5 +436,5 @@ def _weight(form: Format, pair: Any, scales: list[Any], row: int) -> Any:
     if form.kind == "int" and form.offset != "zeros":
         made = _ptx("fma.rn.bf16x2 $0, $1, $2, $3;", pair, scales[0], scales[1], in_place=True)
     else:
-        made = _ptx("mul.rn.bf16x2 $0, $1, $2;", pair, scales[0], in_place=True)
+        made = _multiply(pair, scales[0], in_place=True)
     return utils.bitcast(made, kind)

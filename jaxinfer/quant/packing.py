@@ -9,8 +9,8 @@ from typing import Any
 import jax
 
 from jaxinfer.quant.arrays import Matrix, Parts, QuantisedMatrix
-from pallas_kernels.device import capability
-from pallas_kernels.quant_matmul import DTYPE, has_kernel
+from pallas_kernels.device import capability, has_kernels
+from pallas_kernels.quant_matmul import DTYPE
 from pallas_kernels.quant_packing import UNIT, PackedMatrix, groups_of_chunk, pack
 
 SLABS = 8  # of rows, packed one after the other: what it takes meanwhile is that much less
@@ -34,7 +34,7 @@ def pack_params(params: Any, dtype: Any, *, consume: bool) -> Any:
         consume: takes matrices out of `params` as they are packed, so that both forms of only one
             are in memory.
     """
-    if dtype != DTYPE or not has_kernel(capability()):
+    if dtype != DTYPE or not has_kernels(capability()):
         return params
     return _pack_all(params, consume)
 
