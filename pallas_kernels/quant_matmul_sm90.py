@@ -14,6 +14,7 @@ Letters: T tokens, N rows of the matrix (out), K its columns (in).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -31,6 +32,7 @@ from pallas_kernels.sm90_dequantise import PAD, PARTS, Work
 from pallas_kernels.sm90_shapes import ACC, BITS16, ROW, WGMMA, Refs, Swizzle, Tile
 from pallas_kernels.sm90_tiles import FEWEST_SMS, SHARED_BYTES, drain, persistent, store_transposed
 
+DTYPE = jnp.dtype(jnp.bfloat16)
 WIDE = 16384  # rows that keep all multiprocessors busy without splitting K
 
 
@@ -136,29 +138,37 @@ class Shape:
         return 4 * self.chains * self.columns * (self.rows + PAD)
 
     @property
+    def most_stages(self) -> int:
+        """That shared memory has room for."""
+        table = registers.PAIRS * 128 if self.format.table else 0
+        weights, tokens = self.config.units * self.format.words * 4, self.columns * COLUMNS * 2
+        left = SHARED_BYTES - table - self.result_bytes
+        return left // (self.config.depth * (weights + tokens))
+
+    @property
     def stages(self) -> int:
-        lut = registers.PAIRS * 128 if self.format.table else 0
-        stage = self.config.depth * (
-            self.config.units * self.format.words * 4 + self.columns * COLUMNS * 2
-        )
-        most = (SHARED_BYTES - lut - self.result_bytes) // stage
-        if most < 2:
-            raise ValueError(f"{self.config}: two stages of {stage} bytes are too much")
-        return min(self.config.stages, most, max(2, self.steps), 32)
+        if self.most_stages < 2:
+            raise ValueError(f"{self.config}: shared memory has no room for two stages")
+        return min(self.config.stages, self.most_stages, max(2, self.steps), 32)
 
 
 def default_config(T: int, N: int, K: int, form: Format, sms: int) -> Config:
-    """By what was measured on an H100."""
+    """By what was measured on an H100. Units are as many as keep copies at multiples of 128 bytes,
+    and stages as deep as leave room for two."""
     chains, units = chains_of(N, K), N // UNIT
     if T <= 16 or (T <= 32 and chains > 1):
-        depth = 2 if chains == 1 and form.bits == 8 else 4
-        depth = max(chains, depth if K % (depth * COLUMNS) == 0 else 1)
-        return Config("warp", min(16 // chains, -(-units // sms)), 32, depth)
+        for depth in (4, 2, 1):
+            if depth % chains or K % (depth * COLUMNS):
+                continue
+            aligned = 4 // math.gcd(4, depth)
+            each = -(-min(16 // chains, -(-units // sms)) // aligned) * aligned
+            config = Config("warp", each, 32, depth)
+            if Shape(max(8, T), N, K, form, DTYPE, config, sms, True).most_stages >= 2:
+                return config
     if T <= 64 or (chains > 1 and T <= 128):
-        return Config("group", 16 // chains, 64 if chains == 1 else 32, chains)
-    if chains > 1:
-        return Config("tile", 4 if T <= 256 else 8, 128)
-    return Config("tile", 8 if T <= 1024 else 12, 128)
+        return Config("group", min(16 // chains, units // 4 * 4), 64 if chains == 1 else 32, chains)
+    most = 4 if chains > 1 and T <= 256 else 8 if chains > 1 or T <= 1024 else 12
+    return Config("tile", min(most, units // 4 * 4), 128)
 
 
 @partial(jax.jit, static_argnames=("config", "sms", "on_gpu"))

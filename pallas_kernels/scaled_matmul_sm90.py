@@ -67,8 +67,9 @@ class Shape:
 
     @property
     def columns(self) -> int:
-        """Of the matrix instruction."""
-        return -(-self.box // 8) * 8
+        """Of the matrix instruction, which of more than 32 integers has multiples of 16."""
+        least = 16 if self.dtype == jnp.int8 and self.box > 32 else 8
+        return -(-self.box // least) * least
 
     @property
     def padding(self) -> int:
@@ -116,7 +117,7 @@ def default_config(T: int, N: int, K: int, sms: int) -> Config:
     depth = next(d for d in (4, 2, 1) if K % (d * COLUMNS) == 0) if T <= 64 else 1
     if 2 * sms > N // BLOCK and T <= 256:
         return Config(1, 128, depth)
-    return Config(2, 128 if T <= 128 else 256, min(depth, 2))
+    return Config(min(2, N // BLOCK), 128 if T <= 128 else 256, min(depth, 2))
 
 
 @partial(jax.jit, static_argnames=("out_dtype", "config", "sms", "on_gpu"))
@@ -138,12 +139,12 @@ def matmul(
     config = config or default_config(T, N, K, sms)
     if not on_gpu:  # plain products want host threads, of which consumers block one each
         config = replace(config, consumers=1)
-    if T % 8:
-        x = jnp.pad(x, ((0, -T % 8), (0, 0)))
-        x_scale = jnp.pad(x_scale, (0, -T % 8))
     # Of several tiles, each begins at a multiple of eight; a single one has no row too many.
-    rows = x.shape[0] if config.tokens < T else T
+    rows = T if config.tokens >= T else -(-T // 8) * 8
     s = Shape(rows, N, K, x.dtype, out_dtype, config, sms if on_gpu else 1, on_gpu)
+    more = max(s.columns, rows) - T
+    if more:
+        x, x_scale = jnp.pad(x, ((0, more), (0, 0))), jnp.pad(x_scale, (0, more))
     return _kernel(s)(x, w, x_scale, w_scale)[:T]
 
 

@@ -1,5 +1,5 @@
 """What a GPU must show of the attention kernels: numerics and bit invariance. The same of
-`rms_norm`; and of `threshold` the definition's results.
+`rms_norm`, `quant_matmul` and `scaled_matmul`; and of `threshold` the definition's results.
 
     python -m tests.pallas_kernels.gpu_check --quick --backend sm90
 
@@ -17,16 +17,21 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle, pairwise, product
 from multiprocessing import active_children, get_context
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer.backend import default_cache_directory, use_compilation_cache
+from pallas_kernels import quant_matmul_sm80
+from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.threshold_mosaic import Config
 from tests.pallas_kernels import norm_problems as norms
+from tests.pallas_kernels import quant_problems as quant
 from tests.pallas_kernels.attention_problems import (
     Item,
     Options,
@@ -65,6 +70,27 @@ def checks(backend: str, *, quick: bool = False) -> Iterator[Check]:
     if backend == "rms_norm":
         for E, dtype in product((64, 320, 896, 1152, 4096, 8192), ("bfloat16", "float32")):
             yield Check(f"rms_norm E={E} {dtype}", lambda E=E, t=dtype: norms.invariance(E, t))
+        return
+    if backend == "quant_matmul":
+        shapes = ((28672, 512), (1024, 1536), (192, 896), (4096, 4096))
+        for name, (N, K) in product(quant.KINDS, shapes[:1] if quick else shapes):
+            if K % (quant.KINDS[name][2] or K):
+                continue
+            for arch, multiply in (
+                ("sm90", partial(quant_matmul, backend="mosaic")),
+                ("sm80", partial(quant_matmul_sm80.matmul, arch="sm90")),
+            ):
+                yield Check(
+                    f"quant_matmul {arch} {name} {N}x{K}",
+                    partial(quant.invariance, name, N, K, multiply),
+                )
+        return
+    if backend == "scaled_matmul":
+        for dtype, (N, K) in product(("int8", "float8_e4m3fn"), ((1024, 1536), (28672, 512))):
+            yield Check(
+                f"scaled_matmul {dtype} {N}x{K}",
+                partial(quant.scaled_invariance, jnp.dtype(dtype), N, K),
+            )
         return
     if backend == "threshold":
         for V, config in product((128_256, 151_936, 37, 2**18 + 1), (None, Config(8, 1024))):
