@@ -1,4 +1,4 @@
-"""Host memory that loading a checkpoint takes, beside the parameters themselves.
+"""Memory that loading a checkpoint takes: the host's, beside the parameters, and the GPU's.
 
     python -m bench.load --shape llama-3.2-1b
 
@@ -28,48 +28,64 @@ def status_bytes(field: str) -> int:
 
 
 def write(shape: str, folder: Path) -> None:
-    """A checkpoint of the shape with random bf16 weights."""
-    import jax
+    """A checkpoint of the shape with random weights: bf16, or in compressed-tensors' format."""
+    import jax.numpy as jnp
 
     from checkpoints import write_hf
-    from jaxinfer.models.weights import declare, init_params
+    from checkpoints.formats.export import Writer, quantization_config
+    from jaxinfer.models.weights import declare
+    from jaxinfer.quant.make import Recipe
 
-    config = shapes.model_config(shape)
-    params = init_params(config, jax.random.key(0))
-    write_hf(folder, params, declare(config), shapes.hf_config(shape))
+    weights, hf = declare(shapes.model_config(shape)), shapes.hf_config(shape)
+    params = shapes.init_params(shape, jnp.bfloat16)
+    quantised = shape.partition(":")[2]
+    if not quantised:
+        write_hf(folder, params, weights, hf)
+        return
+    said = quantization_config(Recipe(**shapes.QUANTISED[quantised][0]))
+    writer = Writer(folder)
+    writer.write(*({k: v for k, v in tree.items() if k != "layers"} for tree in (params, weights)))
+    for layer, weight in zip(params["layers"], weights["layers"], strict=True):
+        writer.write(layer, weight)
+    writer.close({**hf, "quantization_config": said})
 
 
 def load(shape: str, folder: Path) -> list[Record]:
-    """Loads it; `load.peak_rss_above_mapped_bytes` and the seconds taken."""
+    """Loads it as an LLM does; the host's and the GPU's memory, and the seconds taken."""
     import jax
     import jax.numpy as jnp
 
-    from checkpoints import load_params
-    from jaxinfer.models.weights import declare
+    from jaxinfer.loading import load_weights, tree_bytes
+    from jaxinfer.quant import pack_params
 
-    config = shapes.model_config(shape)
-    on_host = jax.devices()[0].platform == "cpu"
+    (device,) = jax.devices()[:1]
     before, began = status_bytes("VmRSS"), time.perf_counter()
-    params = load_params(folder, declare(config), dtype=jnp.bfloat16)
-    jax.block_until_ready(params)
-    seconds = time.perf_counter() - began
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    above = status_bytes("VmHWM") - before - (size if on_host else 0)
+    params = load_weights(folder, shapes.model_config(shape), jnp.bfloat16)
+    params = jax.block_until_ready(pack_params(params, jnp.bfloat16, consume=True))
+    seconds, size = time.perf_counter() - began, tree_bytes(params)
+    above = status_bytes("VmHWM") - before - (size if device.platform == "cpu" else 0)
     detail = {"shape": shape, "parameters_bytes": size, "files": "read, not mapped"}
-    return [
+    name = f"load.{shapes.short(shape)}"
+    found = [
         Record("load.peak_rss_above_mapped_bytes", above, "bytes", detail),
-        Record(f"load.{shapes.short(shape)}.s", round(seconds, 2), "s", detail),
+        Record(f"{name}.s", round(seconds, 2), "s", detail),
+        Record(f"{name}.weight_bytes", size, "bytes", detail),
     ]
+    if stats := device.memory_stats():
+        peak = stats["peak_bytes_in_use"]
+        found.append(Record(f"{name}.device_peak_bytes", peak, "bytes", detail))
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="host memory that loading takes")
-    parser.add_argument("--shape", default="llama-3.2-1b", choices=shapes.HF_CONFIGS)
+    parser.add_argument("--shape", default="llama-3.2-1b", help="or llama-3.1-8b:int4")
     parser.add_argument("--part", choices=("write", "load"), help="do this step in this process")
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     parser.add_argument("--records", type=Path)
     args = parser.parse_args()
+    shapes.hf_config(args.shape)
     if args.part == "write":
         write(args.shape, args.folder)
     elif args.part == "load":
