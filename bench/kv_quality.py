@@ -29,6 +29,7 @@ from jaxinfer.batch import Batch, Ragged
 from jaxinfer.cache import KV_DTYPES, PagedCache, Scales, init_cache
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.decoder import AttentionOptions, Params, forward, logits
+from jaxinfer.quality import divergence
 from pallas_kernels.kv_quantise import calibrate, quantise
 from pallas_kernels.paged_attention import paged_attention
 
@@ -94,12 +95,6 @@ def static_scales(
         found = new if found is None else jax.tree.map(jnp.maximum, found, new)
     assert found is not None
     return found
-
-
-def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
-    """KL(p || q) in nats at each position, from log-probabilities [N, V]; summed in float64."""
-    p64, q64 = p.astype(np.float64), q.astype(np.float64)
-    return (np.exp(p64) * (p64 - q64)).sum(-1)
 
 
 def kl_records(dtype: str, files: int | None) -> list[Record]:

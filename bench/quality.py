@@ -18,12 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench import parts, record
-from bench.kv_quality import DEMO, divergence, windows
+from bench.kv_quality import DEMO, windows
 from bench.parts import Part, emit
 from bench.record import Record
 from checkpoints import load_params
 from jaxinfer.models.families import read_config
 from jaxinfer.models.weights import MATRICES, declare
+from jaxinfer.quality import compare, tree_bytes
 from jaxinfer.quant.make import Recipe
 from jaxinfer.quantise import Method, quantise_params
 from jaxinfer.tokenizer import load_tokenizer
@@ -76,34 +77,36 @@ def _record(
     name: str, want: list[np.ndarray], got: list[np.ndarray], tokens: np.ndarray,
     dense: Any, params: Any,
 ) -> Record:  # fmt: skip
-    kl = np.concatenate([divergence(p, q) for p, q in zip(want, got, strict=True)])
-    same = np.concatenate([p.argmax(-1) == q.argmax(-1) for p, q in zip(want, got, strict=True)])
-
-    def perplexity(logs: list[np.ndarray]) -> float:
-        each = [x[np.arange(LENGTH - 1), t[1:]] for x, t in zip(logs, tokens, strict=True)]
-        return float(np.exp(-np.concatenate(each).mean()))
-
-    def size(tree: Any) -> int:
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-
     values = sum(layer[m].size for layer in dense["layers"] for m in MATRICES)
-    stored = sum(size(layer[m]) for layer in params["layers"] for m in MATRICES)
-    detail = {
-        "bits_per_weight": 8 * stored / values,
-        "layer_bytes": stored,
-        "max_kl": float(kl.max()),
-        "top1_agreement": float(same.mean()),
-        "perplexity": perplexity(got),
-        "perplexity_bf16": perplexity(want),
-        "positions": int(kl.size),
-    }
-    return Record(f"quality.{name}.mean_kl", float(kl.mean()), "nats", detail)
+    stored = sum(tree_bytes(layer[m]) for layer in params["layers"] for m in MATRICES)
+    found = compare(want, got, tokens, values=values, stored=stored)
+    return Record(f"quality.{name}.mean_kl", found.mean_kl, "nats", found._asdict())
+
+
+def plot(run: record.Run, path: Path) -> None:
+    """Quality against bytes: the mean KL of each method over the bits of its weights."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for one in run.records:
+        if one.value is None:
+            continue
+        bits = one.detail["bits_per_weight"]
+        axes.scatter(bits, one.value, s=20)
+        name = one.name.removeprefix("quality.").removesuffix(".mean_kl")
+        axes.annotate(name, (bits, one.value), textcoords="offset points", xytext=(5, 3), size=8)
+    axes.set(xlabel="bits a weight, with scales", ylabel="mean KL against bf16, nats", yscale="log")
+    axes.set_title("Demo target on held-out code: quality against bytes")
+    axes.margins(x=0.15)
+    figure.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="quality of quantised weights")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--files", type=int, default=24, help="held-out files")
+    parser.add_argument("--plot", type=Path, help="a picture of it, such as quality.svg")
     parser.add_argument("--part", action="store_true")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     parser.add_argument("--records", type=Path)
@@ -116,7 +119,10 @@ def main() -> None:
     passed = ("--part", "--methods", args.methods, "--files", str(args.files))
     path = record.path_for(measured, "quality", args.out)
     todo = [Part("quality", "bench.quality", passed, 1800)]
-    parts.print_table(parts.run_parts(todo, measured, path))
+    measured = parts.run_parts(todo, measured, path)
+    parts.print_table(measured)
+    if args.plot is not None:
+        plot(measured, args.plot)
 
 
 if __name__ == "__main__":

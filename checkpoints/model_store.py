@@ -56,13 +56,16 @@ def is_saved_model(directory: str | Path) -> bool:
     ).is_file()
 
 
-def restore_model(directory: str | Path, weights: Any, shardings: Any = None) -> Any:
+def restore_model(
+    directory: str | Path, weights: Any, shardings: Any = None, *, dtype: Any = None
+) -> Any:
     """Reads what `save_model` wrote onto the devices.
 
     Args:
         directory: of it.
         weights: `declare(config)`.
         shardings: as for `load_params`.
+        dtype: of what is not quantised; None: as it was saved.
 
     Raises:
         CheckpointError: as `store.restore`; or the arrays are not those of the model.
@@ -86,7 +89,14 @@ def restore_model(directory: str | Path, weights: Any, shardings: Any = None) ->
             found, leaves, flat_shardings(treedef, shardings), strict=True
         )
     ]
-    return store.restore(directory, abstract, jax.tree.unflatten(treedef, places))
+    params = store.restore(directory, abstract, jax.tree.unflatten(treedef, places))
+    if dtype is None:
+        return params
+    return jax.tree.map(
+        lambda x: x if isinstance(x, QuantisedMatrix) else x.astype(dtype),
+        params,
+        is_leaf=lambda x: isinstance(x, QuantisedMatrix),
+    )
 
 
 def _shape(matrix: Any) -> str:

@@ -167,7 +167,7 @@ def load_weights(source: Source, config: ModelConfig, dtype: Any) -> Params:
                 source, declare(config), dtype=dtype, head_dim=config.head_dim, progress=progress
             )
     if is_saved_model(source):
-        return restore_model(source, declare(config))
+        return restore_model(source, declare(config), dtype=dtype)
     # What a checkpoint may hold beside the weights: constants, and the tied matrix once more.
     extra = [r".*rotary_emb\.inv_freq"]
     if config.tie_embeddings:

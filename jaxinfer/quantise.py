@@ -123,7 +123,7 @@ def quantise_layers(
         InvalidRequest, ValueError: as `quantise_params`, before the first layer is asked for.
     """
     check_columns(config, method.recipe)
-    hidden = _begin(embed, tokens, config) if method.needs_text else None
+    hidden = embed_text(embed, tokens, config) if method.needs_text else None
     return _quantised(layers, config, method, hidden, progress)
 
 
@@ -136,7 +136,12 @@ def check_columns(config: ModelConfig, recipe: Recipe) -> None:
             raise ValueError(f"a matrix of an odd number of columns, {columns}, is not quantised")
 
 
-def _begin(embed: jax.Array, tokens: Any, config: ModelConfig) -> jax.Array:
+def only_layer(config: ModelConfig, index: int) -> ModelConfig:
+    """Of a model that is one layer of another, for `run_layer`."""
+    return replace(config, layers=(config.layers[index],), vocab_size=1, tie_embeddings=True)
+
+
+def embed_text(embed: jax.Array, tokens: Any, config: ModelConfig) -> jax.Array:
     """The text's embeddings [B, T, E]."""
     if tokens is None or len(tokens) == 0:
         raise InvalidRequest("this method needs a calibration text", field="tokens")
@@ -165,12 +170,12 @@ def _quantised(
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[dict[str, Any]]:
     for index, layer in enumerate(layers):
-        alone = replace(config, layers=(config.layers[index],), vocab_size=1, tie_embeddings=True)
+        alone = only_layer(config, index)
         if hidden is None:
             done = _rounded(layer, method, None)
         else:
             done = _quantise_layer(layer, alone, method, hidden)
-            hidden = _run(done, alone, hidden, (RESID,))[RESID]
+            hidden = run_layer(done, alone, hidden, (RESID,))[RESID]
         if progress is not None:
             progress(index + 1, config.num_layers)
         yield done
@@ -248,7 +253,7 @@ def _scaled(layer: dict[str, Any], method: Method, found: dict[str, Statistics])
 def _statistics(
     layer: dict[str, Any], config: ModelConfig, hidden: jax.Array
 ) -> dict[str, Statistics]:
-    seen = _run(layer, config, hidden, tuple(INPUTS.values()))
+    seen = run_layer(layer, config, hidden, tuple(INPUTS.values()))
     return {name: _statistic(seen[site]) for name, site in INPUTS.items()}
 
 
@@ -260,7 +265,7 @@ def _statistic(x: jax.Array) -> Statistics:
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sites"))
-def _run(
+def run_layer(
     layer: dict[str, Any], config: ModelConfig, hidden: jax.Array, sites: tuple[str, ...]
 ) -> dict[str, jax.Array]:
     """What one layer, as a model of its own, makes of hidden states [B, T, E], at `sites`."""

@@ -46,7 +46,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "plans": ({"jaxinfer.plans", "jaxinfer.warmup"}, {"runner", "batcher", "buckets"}),
     "engine": ({"jaxinfer.engine", "jaxinfer.observe", "jaxinfer.state"}, {"plans"}),
     "functional": ({"jaxinfer.functional"}, {"plans"}),
-    "quantise": ({"jaxinfer.quantise"}, {"models"}),
+    "quantise": ({"jaxinfer.quantise", "jaxinfer.quality"}, {"models"}),
     "sharding": ({"jaxinfer.sharding"}, {"models"}),
     "sizing": ({"jaxinfer.sizing", "jaxinfer.hardware"}, {"models", "buckets"}),
     "host": (

@@ -297,6 +297,9 @@ def quantize(
     form: Annotated[
         str, typer.Option("--format", help="compressed-tensors, or orbax: jaxinfer's own.")
     ] = "compressed-tensors",
+    report: Annotated[
+        Path | None, typer.Option(help="Held-out text to compare with the dense model on.")
+    ] = None,
 ) -> None:
     """Quantises a model, one layer at a time, into a directory that jaxinfer reads; PyTorch
     engines read compressed-tensors."""
@@ -304,13 +307,16 @@ def quantize(
     from jaxinfer.progress import layers_bar
 
     options = quantizing.QuantizeOptions(
-        model, out, method, bits, group_size, symmetric, act_order, data, samples, length, form
-    )
+        model, out, method, bits, group_size, symmetric, act_order, data, samples, length, form,
+        report,
+    )  # fmt: skip
     try:
         with layers_bar(out.name) as progress:
-            quantizing.quantize(options, progress)
+            found = quantizing.quantize(options, progress)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+    if found is not None:
+        print_info({"quality": found._asdict()})
 
 
 @app.command(epilog=EPILOG)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import tee
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from jaxinfer.errors import CheckpointError, InvalidRequest, UnsupportedModel
+
+if TYPE_CHECKING:
+    from jaxinfer.quality import Quality
 
 FORMS = ("compressed-tensors", "orbax")
 COPIED = ("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
@@ -30,10 +35,14 @@ class QuantizeOptions:
     samples: int
     length: int
     form: str = "compressed-tensors"
+    report: Path | None = None
 
 
-def quantize(options: QuantizeOptions, progress: Callable[[int, int], None] | None) -> None:
-    """Writes `options.out`, whole or not at all.
+def quantize(
+    options: QuantizeOptions, progress: Callable[[int, int], None] | None
+) -> Quality | None:
+    """Writes `options.out`, whole or not at all; with a report, its quality, which `quality.json`
+    there holds too.
 
     Raises:
         CheckpointError: `out` exists, or the model cannot be read.
@@ -49,9 +58,11 @@ def quantize(options: QuantizeOptions, progress: Callable[[int, int], None] | No
     from checkpoints.model_store import save_model
     from checkpoints.safetensors_reader import read_json
     from checkpoints.store import write_whole
+    from checkpoints.write import write_atomically
+    from jaxinfer import quality
     from jaxinfer.models.families import read_config
     from jaxinfer.models.weights import declare
-    from jaxinfer.quantise import check_columns, quantise_layers
+    from jaxinfer.quantise import check_columns, only_layer, quantise_layers
 
     method = choose(options)
     if options.form not in FORMS:
@@ -66,7 +77,8 @@ def quantize(options: QuantizeOptions, progress: Callable[[int, int], None] | No
     if not orbax:
         said = quantization_config(method.recipe, act_order=method.act_order)
         hf = {**hf, "quantization_config": said}
-    tokens = read_text(options, directory) if method.needs_text else None
+    tokens = read_text(options, directory, "data") if method.needs_text else None
+    held_out = None if options.report is None else read_text(options, directory, "report")
 
     def load(tree: Any) -> Any:
         return load_params(directory, tree, dtype=jnp.bfloat16, allowed_extra=[".*"])
@@ -77,24 +89,40 @@ def quantize(options: QuantizeOptions, progress: Callable[[int, int], None] | No
 
     rest = {name: weight for name, weight in weights.items() if name != "layers"}
     others = load(rest)
-    done = quantise_layers(layers(), config, method, others["embed"], tokens, progress=progress)
+    dense, again = tee(layers())
+    made = quantise_layers(dense, config, method, others["embed"], tokens, progress=progress)
+    streams = None if held_out is None else quality.begin(others["embed"], held_out, config)
+
+    def done() -> Iterator[Any]:
+        nonlocal streams
+        for index, (before, layer) in enumerate(zip(again, made, strict=True)):
+            if streams is not None:
+                streams = quality.through(streams, before, layer, only_layer(config, index))
+            yield layer
+
     files = [file for pattern in COPIED for file in directory.glob(pattern)]
     hf = {**hf, "torch_dtype": "bfloat16"}
     if orbax:
-        kept = [jax.device_get(layer) for layer in done]  # one on the device at a time
+        kept = [jax.device_get(layer) for layer in done()]  # one on the device at a time
         save_model(options.out, {**others, "layers": kept}, hf, files)
-        return
 
     def write(path: Path) -> None:
         writer = Writer(path)
         writer.write(others, rest)
-        for one, weight in zip(done, weights["layers"], strict=True):
+        for one, weight in zip(done(), weights["layers"], strict=True):
             writer.write(one, weight)
         for file in files:
             shutil.copy(file, path / file.name)
         writer.close(hf)
 
-    write_whole(options.out, write)
+    if not orbax:
+        write_whole(options.out, write)
+    if held_out is None or streams is None:
+        return None
+    found = quality.finish(streams, others, config, held_out)
+    text = json.dumps(found._asdict(), indent=1).encode()
+    write_atomically(options.out / "quality.json", lambda file: file.write(text))
+    return found
 
 
 def _dense_model(name: str) -> Path:
@@ -131,29 +159,32 @@ def choose(options: QuantizeOptions) -> Any:
     return Method(recipe, options.method, options.act_order)  # type: ignore[arg-type]
 
 
-def read_text(options: QuantizeOptions, directory: Path) -> list[list[int]]:
-    """`samples` pieces of `length` tokens of the calibration file, evenly from all of it.
+def read_text(
+    options: QuantizeOptions, directory: Path, field: Literal["data", "report"]
+) -> list[list[int]]:
+    """`samples` pieces of `length` tokens of a file of text, evenly from all of it.
 
     Raises:
         InvalidRequest: there is no file, or it is too short for one piece.
     """
     from jaxinfer.tokenizer import load_tokenizer
 
-    if options.data is None:
+    path = getattr(options, field)
+    if path is None:
         raise InvalidRequest(f"{options.method} needs a calibration text", field="--data")
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:
-        raise InvalidRequest("this model has no tokenizer", field="--data")
+        raise InvalidRequest("this model has no tokenizer", field=f"--{field}")
     try:
-        ids = tokenizer.encode(options.data.read_text(encoding="utf-8"))
+        ids = tokenizer.encode(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{options.data} cannot be read: {error}", field="--data") from error
+        raise InvalidRequest(f"{path} cannot be read: {error}", field=f"--{field}") from error
     pieces = [ids[i : i + options.length] for i in range(0, len(ids), options.length)]
     whole = [piece for piece in pieces if len(piece) == options.length]
     if not whole:
         raise InvalidRequest(
-            f"{options.data} holds {len(ids)} tokens, not one piece of {options.length}",
-            field="--data",
+            f"{path} holds {len(ids)} tokens, not one piece of {options.length}",
+            field=f"--{field}",
         )
     step = max(1, len(whole) // options.samples)
     return whole[::step][: options.samples]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from checkpoints.formats.export import Writer, quantization_config
 from checkpoints.load import load_params
 from checkpoints.model_store import restore_model, save_model, saved_bytes
 from jaxinfer import LLM, SamplingParams, models
-from jaxinfer.cli.quantizing import QuantizeOptions, choose, quantize
+from jaxinfer.cli.quantizing import QuantizeOptions, choose, quantize, read_text
 from jaxinfer.errors import CheckpointError, InvalidRequest, UnsupportedModel
 from jaxinfer.models.families import read_config
 from jaxinfer.models.weights import declare
+from jaxinfer.quality import compare
 from jaxinfer.quant import Parts, QuantisedMatrix, dequantise
 from jaxinfer.quant.make import (
     NF4,
@@ -33,6 +34,7 @@ from jaxinfer.quant.make import (
     smooth_scales,
 )
 from jaxinfer.quantise import Method, quantise_params
+from jaxinfer.training.lm import log_probs
 
 DEMO = Path(__file__).parents[2] / "checkpoints" / "demo" / "draft"
 INT4 = Recipe("int", 4, 32)
@@ -242,6 +244,32 @@ def test_the_command(tmp_path: Path) -> None:
         quantize(options(tmp_path, model=str(out), out=tmp_path / "again"), None)
 
 
+@pytest.mark.parametrize("form", ["compressed-tensors", "orbax"])
+def test_the_report_is_that_of_the_whole_models(tmp_path: Path, form: str) -> None:
+    """Layers side by side give what the two models give."""
+    own = options(tmp_path, method="awq", form=form, report=Path(__file__), samples=2, length=128)
+    found = quantize(own, None)
+    assert found is not None
+    assert json.loads((own.out / "quality.json").read_text()) == found._asdict()
+    config = read_config(own.out)
+    load = restore_model if form == "orbax" else partial(load_params, dtype=jnp.bfloat16)
+    dense = load_params(DEMO, declare(config), dtype=jnp.bfloat16)
+    made = load(own.out, declare(config))
+    texts = read_text(own, DEMO, "report")
+    want, got = (
+        [np.asarray(log_probs(params, config, jnp.asarray([t])))[0] for t in texts]
+        for params in (dense, made)
+    )
+    whole = compare(want, got, texts, values=1, stored=0)
+    assert found.positions == 256
+    assert 4 < found.bits_per_weight < 5
+    assert 0 < found.mean_kl == pytest.approx(whole.mean_kl, rel=0.05)
+    assert found.perplexity == pytest.approx(whole.perplexity, rel=0.01)
+    assert found.perplexity_dense == pytest.approx(whole.perplexity_dense, rel=0.01)
+    with LLM(own.out, max_model_len=64, max_num_seqs=2, kv_cache_bytes=1 << 22) as llm:
+        assert llm.config == config
+
+
 @pytest.mark.parametrize("method", ["nf4", "gptq", "fp8"])
 def test_our_own_form(tmp_path: Path, method: str) -> None:
     """The same weights as in the other form, and text out of the engine."""
@@ -257,7 +285,8 @@ def test_our_own_form(tmp_path: Path, method: str) -> None:
         for a, b in zip(jax.tree.leaves(params), jax.tree.leaves(other), strict=True):
             np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     sizes: dict[str, Any] = {
-        "max_num_seqs": 4, "max_model_len": 64, "kv_cache_bytes": 1 << 22, "dtype": "bfloat16",
+        "max_num_seqs": 4, "max_model_len": 64, "kv_cache_bytes": 1 << 22,
+        "dtype": "float32" if method == "nf4" else "bfloat16",  # saved as bfloat16
         "max_num_batched_tokens": 32, "max_steps": 1,
     }  # fmt: skip
     with LLM(own.out, **sizes) as llm:
@@ -291,6 +320,7 @@ def test_our_own_form_damaged(tmp_path: Path, damage: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
+        ({"report": Path("none.txt")}, InvalidRequest, "none.txt cannot be read"),
         ({"form": "gguf"}, ValueError, "--format gguf: expected compressed-tensors or orbax"),
         ({"method": "nf4", "group_size": 64}, ValueError, "compressed-tensors has no NF4"),
         ({"method": "hqq"}, ValueError, "--method hqq: expected rtn, gptq"),
