@@ -40,6 +40,7 @@ def test_a_scale_of_zero_steers_nothing() -> None:
     assert texts[1] != texts[0]
 
 
+@pytest.mark.slow
 def test_banned_tokens_do_not_come() -> None:
     found, banned = logits.main(prompts=("import ", "for i in "), tokens=8)
     assert banned & {token for tokens in found["plain"] for token in tokens}
@@ -49,6 +50,7 @@ def test_banned_tokens_do_not_come() -> None:
     assert found["both"] != found["banned"]
 
 
+@pytest.mark.slow
 def test_guidance_of_scale_one_is_the_prompt_alone() -> None:
     (one, three), plain = guidance.main(scales=(1.0, 3.0), tokens=12)
     assert one == plain[:12]

@@ -343,7 +343,7 @@ def close(got: Any, want: Any) -> None:
             )
 
 
-@PAGES
+@pytest.mark.parametrize("pages", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("turns", some(0, 3, 20, 45, quick=20))
 def test_requests_go_on(llm: LLM, other: LLM, tmp_path: Path, turns: int, pages: bool) -> None:
     requests = prepared(llm)

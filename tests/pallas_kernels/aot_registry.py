@@ -41,7 +41,7 @@ def cases(arch: str) -> list[Any]:
     """
     quick = QUICK_SM80 if arch == "sm80" else QUICK_SM90
     small = aot_cases.cases(arch)[:1] + threshold_cases.cases(arch)[::3] + norm_cases.cases(arch)
-    small += quant_cases.cases(arch)[::6]
+    small += quant_cases.cases(arch)[::9]
     quick += tuple(case.name for case in small)
     found = [case for case in everything(arch) if case.name in quick]
     if len(found) < len(quick):
