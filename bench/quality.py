@@ -89,17 +89,16 @@ def plot(run: record.Run, path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for one in run.records:
-        if one.value is None:
-            continue
-        bits = one.detail["bits_per_weight"]
-        axes.scatter(bits, one.value, s=20)
-        name = one.name.removeprefix("quality.").removesuffix(".mean_kl")
-        axes.annotate(name, (bits, one.value), textcoords="offset points", xytext=(5, 3), size=8)
+    for index, one in enumerate(run.records):
+        if one.value is not None:
+            name = one.name.removeprefix("quality.").removesuffix(".mean_kl")
+            marker = "osD^v"[index // 10]  # colours come again after ten
+            axes.scatter(one.detail["bits_per_weight"], one.value, marker=marker, label=name)
     axes.set(xlabel="bits a weight, with scales", ylabel="mean KL against bf16, nats", yscale="log")
     axes.set_title("Demo target on held-out code: quality against bytes")
-    axes.margins(x=0.15)
-    figure.savefig(path)
+    axes.grid(visible=True, alpha=0.3)
+    figure.legend(loc="outside right center")
+    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
 def main() -> None:

@@ -67,7 +67,7 @@ def profile(program: Callable[[], Any]) -> list[tuple[float, float, str]]:
         with jax.profiler.trace(folder):
             jax.block_until_ready([program() for _ in range(ROUNDS)])
         (file,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-        return sorted(_events(file))
+        return sorted(gpu_events(file))
 
 
 def of_kernel(events: Sequence[tuple[float, float, str]], name: str) -> tuple[float, float]:
@@ -84,7 +84,7 @@ def of_kernel(events: Sequence[tuple[float, float, str]], name: str) -> tuple[fl
     return statistics.median(took for _, took in found) / 1e3, steps / 1e3
 
 
-def _events(file: str) -> list[tuple[float, float, str]]:
+def gpu_events(file: str) -> list[tuple[float, float, str]]:
     """(start, duration, name) of what ran on the GPU, in nanoseconds."""
     from jax.profiler import ProfileData
 

@@ -39,3 +39,26 @@ def test_a_case(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert us.detail["bf16_us"] == 0.5
     assert us.detail["relative_error"] < 0.05
     assert over.value == 1.0
+
+
+def test_configs_that_are_tried_hold_the_default() -> None:
+    from bench.tune_quant_matmul import packed_configs, scaled_configs
+    from pallas_kernels.quant_matmul_sm90 import default_config
+    from tests.pallas_kernels.quant_problems import packed
+
+    form = packed("int4", 64, 128).format
+    for T, N, K in ((1, 28672, 4096), (16, 4096, 14336), (64, 28672, 4096), (512, 6144, 4096)):
+        found = list(packed_configs(T, N, K, form, 132))
+        assert default_config(T, N, K, form, 132).way in {config.way for config in found}
+        assert len(set(found)) == len(found)
+    assert len(list(scaled_configs(64, 4096, 4096, "int8", 132))) > 4
+
+
+def test_the_table_of_a_step() -> None:
+    from bench.inside_step import table
+
+    events = [(0.0, 4000.0, "a"), (5000.0, 1000.0, "b"), (6000.0, 4000.0, "a")]
+    first, *rows = table(events, 1)
+    assert first == "kernels run 90.0 % of the time, 3 a step"
+    assert [row.split()[0] for row in rows] == ["a", "b"]
+    assert rows[0].split()[1:] == ["2.0", "x", "4.00", "us", "80.0", "%"]
