@@ -18,6 +18,7 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.models.decoder import apply
 from jaxinfer.quant.make import (
+    TINY,
     Recipe,
     awq_scales,
     gptq,
@@ -25,6 +26,7 @@ from jaxinfer.quant.make import (
     round_to_nearest,
     smooth_scales,
 )
+from pallas_kernels.kv_quantise import LARGEST
 
 Algorithm = Literal["rtn", "gptq", "awq", "smoothquant"]
 # Each matrix, and the site of its inputs.
@@ -65,11 +67,13 @@ class Method:
             raise ValueError(f"act_order is of gptq, not of {self.algorithm}")
         if self.algorithm == "smoothquant" and self.recipe.activations is None:
             raise ValueError("smoothquant is for recipes whose activations are rounded too")
+        if self.recipe.rows != 1 and self.algorithm not in ("rtn", "smoothquant"):
+            raise ValueError(f"{self.algorithm} is for a scale a row, or a group of its columns")
 
     @property
     def needs_text(self) -> bool:
         """Whether it looks at what the model computes."""
-        return self.algorithm != "rtn"
+        return self.algorithm != "rtn" or self.recipe.activations == "tensor"
 
 
 class Statistics(NamedTuple):
@@ -186,11 +190,26 @@ def _quantise_layer(
 ) -> dict[str, Any]:
     found = _statistics(layer, config, hidden)
     if method.algorithm == "gptq":
-        return _rounded(layer, method, found)
-    layer = _scaled(layer, method, found)
-    if method.algorithm == "smoothquant":
-        return _rounded(layer, method, None)
-    return _clipped(layer, method, _statistics(layer, config, hidden))
+        return _with_ranges(_rounded(layer, method, found), method, found)
+    if method.algorithm != "rtn":
+        layer = _scaled(layer, method, found)
+        found = _statistics(layer, config, hidden)
+    if method.algorithm == "awq":
+        return _clipped(layer, method, found)
+    return _with_ranges(_rounded(layer, method, None), method, found)
+
+
+def _with_ranges(
+    layer: dict[str, Any], method: Method, found: dict[str, Statistics]
+) -> dict[str, Any]:
+    """The layer with the scales of its activations, where there is one for all tokens."""
+    if method.recipe.activations != "tensor":
+        return layer
+    done = dict(layer)
+    for name in INPUTS:
+        most = jnp.maximum(found[name].largest.max(), TINY)
+        done[name] = replace(layer[name], input_scale=most / LARGEST[layer[name].codes.dtype])
+    return done
 
 
 def _clipped(layer: dict[str, Any], method: Method, found: dict[str, Statistics]) -> dict[str, Any]:

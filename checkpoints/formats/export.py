@@ -33,18 +33,22 @@ def quantization_config(recipe: Recipe, *, act_order: bool = False) -> dict[str,
     name = "pack-quantized" if recipe.kind == "int" else "float-quantized"
     if recipe.kind == "int" and recipe.activations is not None:
         name = "int-quantized"
-    if recipe.kind == "fp8" and recipe.group != -1:
+    block = recipe.activations == "group"
+    if recipe.kind == "fp8" and recipe.group != -1 and not block:
         raise ValueError("compressed-tensors has no FP8 in groups of columns; -1 can be written")
     weights: dict[str, Any] = {
         "num_bits": recipe.bits, "type": kind, "symmetric": recipe.symmetric, "dynamic": False,
-        "strategy": "channel" if recipe.group == -1 else "group",
-        "group_size": None if recipe.group == -1 else recipe.group,
+        "strategy": "block" if block else "channel" if recipe.group == -1 else "group",
+        "group_size": None if recipe.group == -1 or block else recipe.group,
+        "block_structure": [recipe.rows, recipe.group] if block else None,
         "actorder": "weight" if act_order else None,
     }  # fmt: skip
     inputs = None
     if recipe.activations is not None:
         inputs = {
-            "num_bits": 8, "type": kind, "symmetric": True, "dynamic": True, "strategy": "token",
+            "num_bits": 8, "type": kind, "symmetric": True, "strategy": recipe.activations,
+            "dynamic": recipe.activations != "tensor",
+            "group_size": recipe.group if block else None,
         }  # fmt: skip
     group = {"targets": ["Linear"], "weights": weights, "input_activations": inputs}
     return {
@@ -75,7 +79,9 @@ def tensors_of(value: Any, weight: Weight) -> Iterator[tuple[str, np.ndarray]]:
 
 def _fields(m: QuantisedMatrix) -> Iterator[tuple[str, np.ndarray]]:
     N, K = m.shape
-    yield "weight_scale", m.scales
+    yield "weight_scale", _blocks(m) if m.scheme.activations == "group" else m.scales
+    if m.input_scale is not None:
+        yield "input_scale", np.asarray(m.input_scale, np.float32).reshape(1)
     if m.scheme.kind == "float" or m.scheme.activations is not None:
         yield "weight", m.codes
         return
@@ -86,6 +92,17 @@ def _fields(m: QuantisedMatrix) -> Iterator[tuple[str, np.ndarray]]:
     if m.zeros is not None:
         zeros = m.zeros if m.scheme.bits == 4 else m.zeros.view(np.uint8) ^ 128
         yield "weight_zero_point", np.ascontiguousarray(_words(zeros.T, m.scheme.bits).T)
+
+
+def _blocks(m: QuantisedMatrix) -> np.ndarray:
+    """One scale for each square block; in memory each row has its own."""
+    scales = m.scales[:: m.group]
+    if not np.array_equal(np.repeat(scales, m.group, axis=0)[: len(m.scales)], m.scales):
+        raise ValueError(
+            f"blocks of {m.group} rows lie across the matrices that are fused in memory; those of"
+            " the model must have multiples of it"
+        )
+    return scales
 
 
 def _words(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -297,6 +297,12 @@ def quantize(
     form: Annotated[
         str, typer.Option("--format", help="compressed-tensors, or orbax: jaxinfer's own.")
     ] = "compressed-tensors",
+    scales: Annotated[
+        str, typer.Option(help="Of W8A8: row; fp8 also block, of 128 by 128; tensor.")
+    ] = "row",
+    activations: Annotated[
+        str, typer.Option(help="Of W8A8: dynamic, a scale a token; static, from --data.")
+    ] = "dynamic",
     report: Annotated[
         Path | None, typer.Option(help="Held-out text to compare with the dense model on.")
     ] = None,
@@ -308,7 +314,7 @@ def quantize(
 
     options = quantizing.QuantizeOptions(
         model, out, method, bits, group_size, symmetric, act_order, data, samples, length, form,
-        report,
+        report, scales, activations,
     )  # fmt: skip
     try:
         with layers_bar(out.name) as progress:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxinfer.quality import Quality
 
 FORMS = ("compressed-tensors", "orbax")
+SCALES = {"row": 1, "block": 128, "tensor": -1}  # rows that share one
 COPIED = ("generation_config.json", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json",
           "chat_template*", "added_tokens.json", "tekken.json")  # fmt: skip
 
@@ -36,6 +37,8 @@ class QuantizeOptions:
     length: int
     form: str = "compressed-tensors"
     report: Path | None = None
+    scales: str = "row"
+    activations: str = "dynamic"
 
 
 def quantize(
@@ -144,13 +147,28 @@ def choose(options: QuantizeOptions) -> Any:
     from jaxinfer.quant.make import Recipe
     from jaxinfer.quantise import Method
 
-    if options.method == "fp8":
-        return Method(Recipe("fp8", 8, -1, activations="token"))
+    if options.scales not in SCALES or options.activations not in ("dynamic", "static"):
+        raise ValueError(
+            f"--scales {options.scales}, --activations {options.activations}: expected"
+            f" {', '.join(SCALES)}; dynamic or static"
+        )
+    if options.method in ("fp8", "int8", "smoothquant"):  # W8A8
+        kind: Any = "fp8" if options.method == "fp8" else "int"
+        rounded: Any = "tensor" if options.activations == "static" else "token"
+        algorithm = "smoothquant" if options.method == "smoothquant" else "rtn"
+        if options.scales != "block":
+            rows = SCALES[options.scales]
+            return Method(Recipe(kind, 8, -1, activations=rounded, rows=rows), algorithm)
+        if options.activations == "static":
+            raise ValueError(
+                "--scales block: activations are scaled by group, not --activations static"
+            )
+        size = SCALES["block"]
+        return Method(Recipe(kind, 8, size, activations="group", rows=size), algorithm)
+    if options.scales != "row" or options.activations != "dynamic":
+        raise ValueError(f"--scales and --activations are of W8A8, not of {options.method}")
     if options.method == "nf4":
         return Method(Recipe("nf4", 4, options.group_size))
-    if options.method in ("int8", "smoothquant"):  # W8A8
-        algorithm = "smoothquant" if options.method == "smoothquant" else "rtn"
-        return Method(Recipe("int", 8, -1, activations="token"), algorithm)
     if options.method not in ("rtn", "gptq", "awq"):
         raise ValueError(
             f"--method {options.method}: expected rtn, gptq, awq, nf4, smoothquant, int8 or fp8"

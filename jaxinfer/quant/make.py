@@ -35,7 +35,10 @@ class Recipe:
         bits: 4 or 8; 4 of NF4, 8 of FP8.
         group: columns that share a scale; -1: a whole row.
         symmetric: without zero points.
-        activations: None, or `token`: activations are rounded to 8 bits too.
+        activations: None, or how activations are rounded to 8 bits too: `token`, a scale for each
+            token; `tensor`, one that calibration finds; `group`, a scale for each token and group.
+        rows: that share their scales: 1; of W8A8, -1 for all, or of FP8 as many as a group has
+            columns (blocks, with activations by group).
 
     Raises:
         ValueError: what cannot be made; it says what can.
@@ -45,7 +48,8 @@ class Recipe:
     bits: int = 4
     group: int = 128
     symmetric: bool = True
-    activations: Literal["token"] | None = None
+    activations: Literal["token", "tensor", "group"] | None = None
+    rows: int = 1
 
     def __post_init__(self) -> None:
         accepted = {"int": (4, 8), "nf4": (4,), "fp8": (8,)}
@@ -55,8 +59,16 @@ class Recipe:
             raise ValueError(f"{self}: group must be -1 or an even number of columns")
         if self.kind != "int" and not self.symmetric:
             raise ValueError(f"{self}: only int has zero points")
-        if self.activations is not None and (self.bits != 8 or self.group != -1):
-            raise ValueError(f"{self}: activations are rounded beside 8 bits and a scale a row")
+        by_group = self.activations == "group"
+        if self.activations is not None and (self.bits != 8 or (self.group == -1) == by_group):
+            raise ValueError(
+                f"{self}: activations are rounded beside 8 bits and a scale a row, or by group"
+                " beside FP8 in blocks"
+            )
+        if by_group and (self.kind != "fp8" or self.rows != self.group):
+            raise ValueError(f"{self}: activations by group are for FP8 in blocks of rows = group")
+        if self.rows != 1 and not by_group and (self.rows != -1 or self.activations is None):
+            raise ValueError(f"{self}: rows is 1; of W8A8 -1; of FP8 in blocks the group")
         if self.activations is not None and not self.symmetric:
             raise ValueError(f"{self}: activations are rounded beside symmetric weights")
 
@@ -76,8 +88,16 @@ def round_to_nearest(
     """w [N, K] with each group's scale from its largest value. Raises ValueError as `Recipe`."""
     N, K = w.shape
     scales, zeros = find_scales(w.astype(jnp.float32).reshape(N, recipe.groups(K), -1), recipe)
-    scales = scales.astype(scale_dtype)
+    scales = _shared(scales, recipe.rows).astype(scale_dtype)
     return encode(w, scales, zeros, recipe)
+
+
+def _shared(scales: jax.Array, rows: int) -> jax.Array:
+    """Scales [N, G] of one row each, the largest of every so many rows for all of them."""
+    N, G = scales.shape
+    rows = N if rows == -1 else rows
+    padded = jnp.pad(scales, ((0, -N % rows), (0, 0))).reshape(-1, rows, G)
+    return jnp.repeat(padded.max(axis=1), rows, axis=0)[:N]
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "scale_dtype", "grid"))

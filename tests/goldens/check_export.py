@@ -18,6 +18,8 @@ METHODS = {
     "rtn": {}, "gptq": {}, "awq": {}, "rtn-8": {"method": "rtn", "bits": 8},
     "gptq-asym": {"method": "gptq", "symmetric": False}, "int8": {}, "smoothquant": {}, "fp8": {},
     "gptq-order": {"method": "gptq", "act_order": True},
+    "int8-static": {"method": "int8", "activations": "static"},
+    "fp8-static": {"method": "fp8", "activations": "static", "scales": "tensor"},
 }  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, 4096, (2, 48))
 

@@ -47,6 +47,8 @@ RECIPES = [
     Recipe("int", 8, -1, activations="token"),
     Recipe("nf4", 4, 64),
     Recipe("fp8", 8, -1),
+    Recipe("fp8", 8, 64, activations="group", rows=64),
+    Recipe("int", 8, -1, activations="tensor", rows=-1),
 ]
 METHODS = [
     Method(INT4),
@@ -55,6 +57,9 @@ METHODS = [
     Method(INT4, "awq"),
     Method(Recipe("int", 8, -1, activations="token"), "smoothquant"),
     Method(Recipe("fp8", 8, -1, activations="token")),
+    Method(Recipe("fp8", 8, 32, activations="group", rows=32)),
+    Method(Recipe("int", 8, -1, activations="tensor")),
+    Method(Recipe("int", 8, -1, activations="tensor", rows=-1), "smoothquant"),
 ]
 
 
@@ -320,6 +325,11 @@ def test_our_own_form_damaged(tmp_path: Path, damage: Any) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
+        ({"method": "rtn", "scales": "block"}, ValueError, "are of W8A8, not of rtn"),
+        ({"scales": "column"}, ValueError, "--scales column, --activations dynamic: expected row"),
+        ({"method": "int8", "scales": "block"}, ValueError, "are for FP8 in blocks"),
+        ({"method": "fp8", "scales": "block", "activations": "static"}, ValueError, "by group"),
+        ({"method": "int8", "activations": "static", "data": None}, InvalidRequest, "--data"),
         ({"report": Path("none.txt")}, InvalidRequest, "none.txt cannot be read"),
         ({"form": "gguf"}, ValueError, "--format gguf: expected compressed-tensors or orbax"),
         ({"method": "nf4", "group_size": 64}, ValueError, "compressed-tensors has no NF4"),
