@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.quant_packing import PackedMatrix, unpack
+
 Array = Any  # of NumPy while a checkpoint is read, of JAX afterwards
 
 
@@ -109,7 +111,22 @@ class Parts:
         return sum(part.shape[0] for part in self.parts), self.parts[0].shape[1]
 
 
-Matrix = jax.Array | QuantisedMatrix | Parts
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["matrix", "order"], meta_fields=[]
+)
+@dataclass(frozen=True)
+class Ordered:
+    """A packed matrix whose columns are in another order: column j multiplies x[order[j]]."""
+
+    matrix: PackedMatrix
+    order: Array
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape
+
+
+Matrix = jax.Array | QuantisedMatrix | Parts | PackedMatrix | Ordered
 
 
 def pack4(codes: Array) -> Array:
@@ -127,10 +144,15 @@ def unpack4(packed: Array) -> Array:
 def dequantise(matrix: Matrix, dtype: Any = jnp.float32) -> jax.Array:
     """The dense matrix [N, K] that a quantised one stands for, its columns in x's order.
 
-    Values are computed in float32 and rounded once, to `dtype`.
+    Values are computed in float32 and rounded once, to `dtype`; those of a packed matrix are what
+    its kernel multiplies by.
     """
     if isinstance(matrix, Parts):
         return jnp.concatenate([dequantise(part, dtype) for part in matrix.parts])
+    if isinstance(matrix, Ordered):
+        return dequantise(matrix.matrix, dtype)[:, jnp.argsort(matrix.order)]
+    if isinstance(matrix, PackedMatrix):
+        return (unpack(matrix).astype(jnp.float32) * matrix.row_scale[:, None]).astype(dtype)
     if not isinstance(matrix, QuantisedMatrix):
         return jnp.asarray(matrix, dtype)
     dense = in_code_order(matrix, dtype)

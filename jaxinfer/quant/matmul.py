@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinfer.quant.arrays import Matrix, Parts, QuantisedMatrix, in_code_order
-from jaxinfer.quant.packing import Ordered
+from jaxinfer.quant.arrays import Matrix, Ordered, Parts, QuantisedMatrix, in_code_order
 from pallas_kernels.kv_quantise import LARGEST
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.quant_packing import PackedMatrix
@@ -21,7 +20,7 @@ from pallas_kernels.scaled_matmul import scaled_matmul
 FP8_MAX = LARGEST[jnp.dtype(jnp.float8_e4m3fn)]
 
 
-def matmul(x: jax.Array, matrix: Matrix | PackedMatrix | Ordered) -> jax.Array:
+def matmul(x: jax.Array, matrix: Matrix) -> jax.Array:
     """x [..., K] · matrix [N, K] → [..., N] in x's dtype.
 
     The matrix is dequantised to x's dtype, or x is rounded to 8 bits where the scheme says so.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from jaxinfer.quant.arrays import Matrix, Parts, QuantisedMatrix
+from jaxinfer.quant.arrays import Matrix, Ordered, Parts, QuantisedMatrix
 from pallas_kernels.device import capability, has_kernels
 from pallas_kernels.quant_matmul import DTYPE
 from pallas_kernels.quant_packing import UNIT, PackedMatrix, groups_of_chunk, pack
@@ -82,18 +80,3 @@ def _pack(matrix: QuantisedMatrix) -> PackedMatrix:
     done = jax.lax.map(one, slabs)
     words = done.words.reshape(N // UNIT, *done.words.shape[2:])
     return PackedMatrix(words, done.row_scale.reshape(N), done.format)
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=["matrix", "order"], meta_fields=[]
-)
-@dataclass(frozen=True)
-class Ordered:
-    """A matrix whose columns are in another order: column j multiplies x[order[j]]."""
-
-    matrix: PackedMatrix
-    order: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.matrix.shape
