@@ -72,7 +72,7 @@ def run(
     """Log-probabilities float32 [WINDOW, V], and the cache."""
     options = AttentionOptions(backend="reference")
     out, cache = forward(params, config, batch, cache, attention=options)
-    return jax.nn.log_softmax(logits(params, out.hidden).astype(jnp.float32)), cache
+    return jax.nn.log_softmax(logits(params, config, out.hidden).astype(jnp.float32)), cache
 
 
 def empty(config: ModelConfig, dtype: Any, scales: tuple[Scales, Scales] | None = None) -> Any:

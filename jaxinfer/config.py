@@ -59,6 +59,11 @@ class ModelConfig:
         layers: one entry a layer, in order.
         qkv_bias, o_bias, mlp_bias: whether those projections add a bias.
         qk_norm: RMSNorm over each head's queries and keys, before RoPE (Qwen3).
+        norm_plus_one: norms scale by 1 + weight (Gemma).
+        post_norms: a norm of what attention and MLP add, before it is added (Gemma 2 and 3).
+        embed_scale: what embeddings are multiplied by, rounded to their dtype.
+        attention_scale: of scores; None: 1 / sqrt(head_dim).
+        attention_softcap, logit_softcap: scores and logits are c * tanh(x / c) (Gemma 2).
         tie_embeddings: the output projection is the embedding matrix.
         max_position: the longest sequence that the model was made for, in tokens.
         eos_token_ids: generation stops at any of these.
@@ -79,6 +84,12 @@ class ModelConfig:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    norm_plus_one: bool = False
+    post_norms: bool = False
+    embed_scale: float = 1.0
+    attention_scale: float | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
     tie_embeddings: bool = False
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()

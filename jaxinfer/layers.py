@@ -84,3 +84,8 @@ def unembed(table: Matrix, hidden: jax.Array, axis: str | None = None) -> jax.Ar
     """hidden [..., E] → logits [..., V], gathered over the shards under `axis`."""
     logits = linear(hidden, table)
     return logits if axis is None else lax.all_gather(logits, axis, axis=-1, tiled=True)
+
+
+def softcapped(x: jax.Array, cap: float | None) -> jax.Array:
+    """cap · tanh(x / cap), float32 inside; x where there is none."""
+    return x if cap is None else (jnp.tanh(x.astype(jnp.float32) / cap) * cap).astype(x.dtype)

@@ -192,7 +192,7 @@ def _quantise_layer(
     if method.algorithm == "gptq":
         return _with_ranges(_rounded(layer, method, found), method, found)
     if method.algorithm != "rtn":
-        layer = _scaled(layer, method, found)
+        layer = _scaled(layer, config, method, found)
         found = _statistics(layer, config, hidden)
     if method.algorithm == "awq":
         return _clipped(layer, method, found)
@@ -242,7 +242,9 @@ def _rounded(
     return done
 
 
-def _scaled(layer: dict[str, Any], method: Method, found: dict[str, Statistics]) -> dict[str, Any]:
+def _scaled(
+    layer: dict[str, Any], config: ModelConfig, method: Method, found: dict[str, Statistics]
+) -> dict[str, Any]:
     """The same function, with columns of matrices scaled and what comes before divided by as much.
 
     The output projection is left alone: what comes before it are values that several heads share.
@@ -265,7 +267,8 @@ def _scaled(layer: dict[str, Any], method: Method, found: dict[str, Statistics])
     for name, norm in (("qkv", "attn_norm"), ("gate_up", "mlp_norm")):
         s = scales(name, done[name])
         done[name] = (done[name] * s).astype(dtype)
-        done[norm] = (layer[norm] / s).astype(layer[norm].dtype)
+        one = 1 if config.norm_plus_one else 0
+        done[norm] = ((layer[norm] + one) / s - one).astype(layer[norm].dtype)
     return done
 
 

@@ -158,13 +158,13 @@ def _step(
     hidden = out.hidden
     if key.score is not None:
         assert plan.chunks is not None, "only prompts are scored"
-        scores = _score(params, hidden, plan.chunks.targets, top=key.score)
+        scores = _score(params, config, hidden, plan.chunks.targets, top=key.score)
         hidden = hidden[sampled_at]
 
     row, length, wanted, done = _outcome(seq, plan)
     rows = jnp.minimum(row, M - 1)
     view = jax.tree.map(lambda x: x[rows], (seq.rows, seq.penalties))
-    raw, found = logits(params, hidden)[: len(row)], None
+    raw, found = logits(params, config, hidden)[: len(row)], None
     changed = raw
     if hooked is not None:
         at = sampled_at[: len(row)]
@@ -223,13 +223,15 @@ def _count(
     return penalties._replace(counts=penalties.counts.at[row, token].add(1, mode="drop"))
 
 
-def _score(params: Params, hidden: Array, targets: Array, *, top: int) -> sampling.Logprobs:
+def _score(
+    params: Params, config: ModelConfig, hidden: Array, targets: Array, *, top: int
+) -> sampling.Logprobs:
     """Log-probabilities of `targets` [C] given hidden [C, E], a block of logits at a time."""
     C, E = hidden.shape
     block = math.gcd(C, SCORE_BLOCK)
 
     def score(part: tuple[Array, Array]) -> sampling.Logprobs:
-        return sampling.token_logprobs(logits(params, part[0]), part[1], top=top)
+        return sampling.token_logprobs(logits(params, config, part[0]), part[1], top=top)
 
     out = lax.map(score, (hidden.reshape(-1, block, E), targets.reshape(-1, block)))
     return jax.tree.map(lambda x: x.reshape(C, *x.shape[2:]), out)

@@ -23,7 +23,7 @@ class Heads:
     Attributes:
         bias: [(H + 2K) * D], as qkv; added to all three.
         q_norm, k_norm: [D], as qkv: weights of an RMS norm of every head; both or neither.
-        eps: of those norms; static under `jit`.
+        eps, plus_one: of those norms, see `rms_norm`; static under `jit`.
         rope: cos and sin, float32 [T, D/2]: dimension i is rotated with i + D/2 (Su et al. 2021).
     """
 
@@ -32,6 +32,7 @@ class Heads:
     k_norm: jax.Array | None = None
     eps: float = field(default=0.0, metadata={"static": True})
     rope: tuple[jax.Array, jax.Array] | None = None
+    plus_one: bool = field(default=False, metadata={"static": True})
 
 
 def prepare(
@@ -42,8 +43,8 @@ def prepare(
     H, K = num_heads, num_kv_heads
     q, k, v = jnp.split(x.reshape(*x.shape[:-1], H + 2 * K, -1), [H, H + K], axis=-2)
     if heads.q_norm is not None and heads.k_norm is not None:
-        q = rms_norm.reference(q, heads.q_norm, heads.eps)[1]
-        k = rms_norm.reference(k, heads.k_norm, heads.eps)[1]
+        q = rms_norm.reference(q, heads.q_norm, heads.eps, plus_one=heads.plus_one)[1]
+        k = rms_norm.reference(k, heads.k_norm, heads.eps, plus_one=heads.plus_one)[1]
     return (q, k, v) if heads.rope is None else (rotate(q, *heads.rope), rotate(k, *heads.rope), v)
 
 

@@ -62,7 +62,7 @@ def write(
     refs = [jax.new_ref(array) for array in arrays]
     parts = block_count(H, K, D)
     (q,) = plgpu.kernel(
-        partial(_block, there=there, H=H, K=K, parts=parts, eps=heads.eps),
+        partial(_block, there=there, H=H, K=K, parts=parts, eps=heads.eps, plus_one=heads.plus_one),
         out_type=[jax.ShapeDtypeStruct((T, H, D), qkv.dtype)],
         grid=(T, parts),
         grid_names=("token", "part"),
@@ -80,7 +80,9 @@ def block_count(H: int, K: int, D: int) -> int:
     return next((p for p in even if p * BLOCK_ELEMENTS >= (H + 2 * K) * D), even[-1])
 
 
-def _block(*refs: Any, there: list[str], H: int, K: int, parts: int, eps: float) -> None:
+def _block(
+    *refs: Any, there: list[str], H: int, K: int, parts: int, eps: float, plus_one: bool
+) -> None:
     """Block (t, p): the p-th heads of token t, of queries, keys and values."""
     x = Inputs(**dict(zip(there, refs, strict=False)))
     *pools, q_out = refs[len(there) :]
@@ -102,7 +104,7 @@ def _block(*refs: Any, there: list[str], H: int, K: int, parts: int, eps: float)
         loaded = [(a + c, b + d) for (a, b), (c, d) in zip(loaded, biases, strict=True)]
     q, k, v = loaded
     if x.q_norm is not None:
-        q, k = _normed(q, x.q_norm, eps), _normed(k, x.k_norm, eps)
+        q, k = (_normed(y, weight, eps, plus_one) for y, weight in ((q, x.q_norm), (k, x.k_norm)))
     if x.cos is not None:
         q, k = _rotated(q, *tables[0]), _rotated(k, *tables[1])
     _store(q_out.at[token, of_q], q)
@@ -123,13 +125,16 @@ def _block(*refs: Any, there: list[str], H: int, K: int, parts: int, eps: float)
         _store(at, (to_page_type(a / by, pool.dtype), to_page_type(b / by, pool.dtype)))
 
 
-def _normed(x: Halves, weight: Any, eps: float) -> Halves:
+def _normed(x: Halves, weight: Any, eps: float, plus_one: bool) -> Halves:
     """As `rms_norm.reference`, over both halves of each head."""
     a, b = (half.astype(jnp.float32) for half in x)
     mean = (jnp.sum(a * a, axis=1) + jnp.sum(b * b, axis=1)) / weight.shape[0]
     by = _spread(lax.rsqrt(mean + eps), a.shape, 0)
     rows, half = a.shape
     scales = [_load_row(weight.at[pl.ds(i * half, half)], rows) for i in (0, 1)]
+    if plus_one:
+        wide = [scale.astype(jnp.float32) + 1 for scale in scales]
+        return (a * by * wide[0]).astype(x[0].dtype), (b * by * wide[1]).astype(x[0].dtype)
     return (a * by).astype(x[0].dtype) * scales[0], (b * by).astype(x[0].dtype) * scales[1]
 
 

@@ -31,6 +31,7 @@ def rms_norm(
     eps: float,
     delta: jax.Array | None = None,
     *,
+    plus_one: bool = False,
     backend: Backend = "auto",
 ) -> tuple[jax.Array, jax.Array]:
     """Adds `delta` to x and normalises over the last axis, float32 inside.
@@ -40,6 +41,7 @@ def rms_norm(
         weight: [E], of the same type; scales what is normalised, after that is rounded.
         eps: added to the mean of the squares.
         delta: as x; None adds nothing.
+        plus_one: scales by 1 + weight, in float32, and rounds what comes of it (Gemma).
         backend: `mosaic`: one kernel launch, on a GPU from sm_80 on (or in Pallas's GPU
             interpreter), for E a multiple of 32 up to 16384; a row's bits depend on that row
             alone. `auto` is that where it can run, and `reference` elsewhere. Only `reference` can
@@ -53,19 +55,26 @@ def rms_norm(
     """
     _check(x, weight, delta, backend)
     if _choose(backend, x.shape[-1]) == "reference":
-        return reference(x, weight, eps, delta)
+        return reference(x, weight, eps, delta, plus_one=plus_one)
     from pallas_kernels import rms_norm_mosaic  # importing Mosaic changes the environment
 
-    return rms_norm_mosaic.norm(x, weight, delta, eps=float(eps))
+    return rms_norm_mosaic.norm(x, weight, delta, eps=float(eps), plus_one=plus_one)
 
 
 def reference(
-    x: jax.Array, weight: jax.Array, eps: float, delta: jax.Array | None = None
+    x: jax.Array,
+    weight: jax.Array,
+    eps: float,
+    delta: jax.Array | None = None,
+    *,
+    plus_one: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """The definition of `rms_norm`; same arguments."""
     x = x if delta is None else x + delta
     y = x.astype(jnp.float32)
     y = y * lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    if plus_one:
+        return x, (y * (1 + weight.astype(jnp.float32))).astype(x.dtype)
     return x, y.astype(x.dtype) * weight
 
 

@@ -23,9 +23,11 @@ SHORT = 1024  # elements: a row up to here lies in one warp
 LOAD_BYTES = 16  # the most that a thread loads at once
 
 
-@partial(jax.jit, static_argnames="eps")  # so that a model's layers, which are alike, lower once
+@partial(
+    jax.jit, static_argnames=("eps", "plus_one")
+)  # so that a model's layers, which are alike, lower once
 def norm(
-    x: jax.Array, weight: jax.Array, delta: jax.Array | None, *, eps: float
+    x: jax.Array, weight: jax.Array, delta: jax.Array | None, *, eps: float, plus_one: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """As `rms_norm`, whose checks have passed."""
     E = x.shape[-1]
@@ -36,7 +38,7 @@ def norm(
         inputs = [jnp.pad(a, ((0, -count % rows), (0, 0))) for a in inputs]
     out = jax.ShapeDtypeStruct(inputs[0].shape, x.dtype)
     found = plgpu.kernel(
-        partial(_block, rows=rows, layout=layout, eps=eps),
+        partial(_block, rows=rows, layout=layout, eps=eps, plus_one=plus_one),
         out_type=[out] * len(inputs),
         grid=(out.shape[0] // rows,),
         grid_names=("block",),
@@ -46,7 +48,7 @@ def norm(
     return (total[0] if total else x), normed
 
 
-def _block(weight: Any, *refs: Any, rows: int, layout: Any, eps: float) -> None:
+def _block(weight: Any, *refs: Any, rows: int, layout: Any, eps: float, plus_one: bool) -> None:
     """weight [E]; x, and if there is one delta; then the norm, and with delta the sum: [T, E]."""
     inputs, (normed, *total) = refs[: len(refs) // 2], refs[len(refs) // 2 :]
     some = pl.ds(lax.axis_index("block") * rows, rows)
@@ -63,7 +65,10 @@ def _block(weight: Any, *refs: Any, rows: int, layout: Any, eps: float) -> None:
     y = x.astype(jnp.float32)
     mean = jnp.sum(y * y, axis=1) / x.shape[1]
     y = y * spread(lax.rsqrt(mean + eps), 0)
-    normed[some] = y.astype(x.dtype) * spread(scale, 1)
+    if plus_one:
+        normed[some] = (y * spread(scale.astype(jnp.float32) + 1, 1)).astype(x.dtype)
+    else:
+        normed[some] = y.astype(x.dtype) * spread(scale, 1)
 
 
 def row_layout(E: int, itemsize: int) -> tuple[int, Any]:

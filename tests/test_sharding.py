@@ -78,7 +78,7 @@ def both_chunks(params, cache: PagedCache, *, config: ModelConfig, axis: str | N
     for span in SPANS:
         out, cache = forward(params, config, chunk(*span), cache, axis=axis)
         count = span[1] - span[0]
-        found.append((out.hidden[:count], logits(params, out.hidden, axis=axis)[:count]))
+        found.append((out.hidden[:count], logits(params, config, out.hidden, axis=axis)[:count]))
     hidden, scores = (jnp.concatenate(parts) for parts in zip(*found, strict=True))
     return hidden, scores, cache
 

@@ -23,6 +23,7 @@ from jaxinfer.layers import (
     linear,
     reduce_shards,
     rope_tables,
+    softcapped,
     unembed,
 )
 from jaxinfer.models.sites import EMBED, FINAL_NORM, At, Change, layer_site, match, visit
@@ -129,7 +130,7 @@ def forward(
         if change and qkv.dtype == jnp.float16:  # may overflow; see `hooked.LARGEST`
             qkv = jnp.where(jnp.isfinite(qkv), qkv, 0)
         q, pools[index] = qkv_write(pools[index], qkv, batch.kv_index, heads, backend=others)
-        return _attend(q, pools[index], batch, config.layers[index].window, attention, plans)
+        return _attend(q, pools[index], batch, config, index, attention, plans)
 
     at, kept = visit(capture, change)
     norm, sites = _norm(config, others), frozenset((*capture, *change))
@@ -150,12 +151,14 @@ def _attend(
     q: jax.Array,
     pools: Pools,
     batch: Batch,
-    window: int | None,
+    config: ModelConfig,
+    index: int,
     attention: AttentionOptions,
     plans: Plans,
 ) -> jax.Array:
     """Attention of decode rows and of chunks, each in a call of its own: q [T, H, D] → the same."""
     k_pages, v_pages, k_scales, v_scales = pools
+    window = config.layers[index].window
 
     def call(part: str, q: jax.Array, ragged: Ragged, into: jax.Array | None = None) -> jax.Array:
         lengths = (ragged.page_table[0], ragged.query_starts, ragged.kv_lengths)
@@ -168,6 +171,7 @@ def _attend(
             plans[part, window] = plan_attention(q, k_pages, *lengths, **static, into=beside)
         return paged_attention(
             q, k_pages, v_pages, *lengths, **static, k_scales=k_scales, v_scales=v_scales,
+            scale=config.attention_scale, softcap=config.attention_softcap,
             plan=plans[part, window], invariant=attention.invariant, into=into,
         )  # fmt: skip
 
@@ -181,9 +185,12 @@ def _attend(
     return call("decode", q, decode, into=call("chunks", q, chunks))
 
 
-def logits(params: Params, hidden: jax.Array, *, axis: str | None = None) -> jax.Array:
+def logits(
+    params: Params, config: ModelConfig, hidden: jax.Array, *, axis: str | None = None
+) -> jax.Array:
     """Output projection: hidden [..., E] → [..., V], in hidden's dtype."""
-    return unembed(params.get("lm_head", params["embed"]), hidden, axis)
+    found = unembed(params.get("lm_head", params["embed"]), hidden, axis)
+    return softcapped(found, config.logit_softcap)
 
 
 def apply(
@@ -225,8 +232,11 @@ def apply(
         q, k, v = prepare(qkv, H, kv_heads, heads)
         window = config.layers[index].window
         with jax.default_matmul_precision("highest" if q.dtype == jnp.float32 else None):
+            if config.attention_softcap is not None:
+                return _capped_attention(q, k, v, config, window)
             return jax.nn.dot_product_attention(
                 q, k, v, is_causal=True, implementation=implementation,
+                scale=config.attention_scale,
                 local_window_size=None if window is None else (window - 1, 0),
             )  # fmt: skip
 
@@ -240,12 +250,27 @@ def apply(
     ops = Ops(attend, norm, at, frozenset((*wanted, *changed)))
     last = _decode(params, config, tokens, positions, ops, axis)
     hidden = at(FINAL_NORM, norm(last.x, params["final_norm"], last.delta)[1])
-    return ForwardOutput(logits(params, hidden, axis=axis).astype(jnp.float32), kept)
+    return ForwardOutput(logits(params, config, hidden, axis=axis).astype(jnp.float32), kept)
+
+
+def _capped_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, config: ModelConfig, window: int | None
+) -> jax.Array:
+    """Causal attention with soft-capped scores, which `jax.nn` has none of: q [..., T, H, D], k and
+    v [..., T, K, D] → as q; scores float32."""
+    scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+    grouped = q.reshape(*q.shape[:-2], k.shape[-2], -1, q.shape[-1])
+    scores = jnp.einsum("...tkgd,...skd->...kgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = softcapped(scores * scale, config.attention_softcap)
+    row, column = jnp.indices(scores.shape[-2:])
+    seen = (column <= row) & (column > row - (scores.shape[-1] if window is None else window))
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(v.dtype)
+    return jnp.einsum("...kgts,...skd->...tkgd", weights, v).reshape(q.shape)
 
 
 def _norm(config: ModelConfig, backend: norms.Backend) -> Norm:
     return lambda x, weight, delta: norms.rms_norm(
-        x, weight, config.norm_eps, delta, backend=backend
+        x, weight, config.norm_eps, delta, plus_one=config.norm_plus_one, backend=backend
     )
 
 
@@ -263,7 +288,10 @@ def _decode(
         for rope in {layer.rope for layer in config.layers}
         if rope is not None
     }
-    stream = Residual(ops.at(EMBED, embed(params["embed"], tokens, axis)), None)
+    x = embed(params["embed"], tokens, axis)
+    if config.embed_scale != 1:
+        x = x * jnp.asarray(config.embed_scale, x.dtype)
+    stream = Residual(ops.at(EMBED, x), None)
     for index, (weights, layer) in enumerate(zip(params["layers"], config.layers, strict=True)):
         stream = _layer(stream, weights, config, layer, ropes, ops, index, axis)
     return stream
@@ -289,12 +317,20 @@ def _layer(
 
     x, h = ops.norm(stream.x, w["attn_norm"], stream.delta)
     rope = None if layer.rope is None else ropes[layer.rope]
-    heads = Heads(w.get("qkv_bias"), w.get("q_norm"), w.get("k_norm"), config.norm_eps, rope)
+    heads = Heads(
+        w.get("qkv_bias"), w.get("q_norm"), w.get("k_norm"), config.norm_eps, rope,
+        config.norm_plus_one,
+    )  # fmt: skip
     out = ops.attend(linear(at("attn_norm", h), w["qkv"]), heads, index)
     out = at("attn_heads", out.reshape(*x.shape[:-1], -1))
     out = reduce_shards(linear(out, w["o"]), axis)
     out = out if "o_bias" not in w else out + w["o_bias"]
+    if "attn_post_norm" in w:
+        out = ops.norm(out, w["attn_post_norm"], None)[1]
     middle = stream_at("resid_mid", x, at("attn_out", out))
     x, h = ops.norm(middle.x, w["mlp_norm"], middle.delta)
     hidden = at("mlp_hidden", gated(at("mlp_norm", h), w, config.activation))
-    return stream_at("resid", x, at("mlp_out", down(hidden, w, axis)))
+    out = down(hidden, w, axis)
+    if "mlp_post_norm" in w:
+        out = ops.norm(out, w["mlp_post_norm"], None)[1]
+    return stream_at("resid", x, at("mlp_out", out))

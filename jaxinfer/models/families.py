@@ -27,11 +27,13 @@ class Family:
         defaults: the fields that decide what is computed, each with the value that Hugging Face
             takes where a config leaves it out. Other fields are refused (see `parse_config`).
         fixed: fields of `ModelConfig` that no config of this family can change.
+        scaled: embeddings are multiplied by the square root of the hidden size.
     """
 
     model_type: str
     defaults: Mapping[str, Any]
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    scaled: bool = False
 
 
 _COMMON = {
@@ -63,6 +65,46 @@ _QWEN = _COMMON | {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+_GEMMA = _COMMON | {
+    "vocab_size": 256000,
+    "hidden_size": 3072,
+    "intermediate_size": 24576,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "head_dim": 256,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+    "hidden_act": "gelu_pytorch_tanh",
+    "hidden_activation": None,
+    "attention_bias": False,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+}
+_GEMMA2 = _GEMMA | {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 2,
+    "layer_types": None,
+    "final_logit_softcapping": 30.0,
+    "attn_logit_softcapping": 50.0,
+}
+_GEMMA3 = _GEMMA2 | {
+    "vocab_size": 262208,
+    "max_position_embeddings": 131072,
+    "sliding_window_pattern": 6,
+    "final_logit_softcapping": None,
+    "attn_logit_softcapping": None,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+}
+_PLUS_ONE = {"activation": "gelu_tanh", "norm_plus_one": True}
+_POST_NORMS = _PLUS_ONE | {"post_norms": True}
 
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family("llama", _COMMON | {"attention_bias": False, "mlp_bias": False}),
@@ -80,6 +122,11 @@ FAMILIES: dict[str, Family] = {
     "Qwen3ForCausalLM": Family(
         "qwen3", _QWEN | {"head_dim": 128, "attention_bias": False}, {"qk_norm": True}
     ),
+    "GemmaForCausalLM": Family("gemma", _GEMMA, _PLUS_ONE, scaled=True),
+    "Gemma2ForCausalLM": Family("gemma2", _GEMMA2, _POST_NORMS, scaled=True),
+    "Gemma3ForCausalLM": Family(
+        "gemma3_text", _GEMMA3, _POST_NORMS | {"qk_norm": True}, scaled=True
+    ),
 }
 
 # Fields that change nothing in what the model computes: training, bookkeeping, defaults of Hugging
@@ -87,8 +134,10 @@ FAMILIES: dict[str, Family] = {
 # (`checkpoints.formats`, `checkpoints.model_store`).
 # fmt: off
 _HARMLESS = frozenset({
-    "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout",
-    "bos_token", "do_sample", "dtype", "eos_token", "finetuning_task", "id2label",
+    "_attn_implementation_autoset", "_name_or_path", "_sliding_window_pattern", "architectures",
+    "attention_dropout",
+    "bos_token", "cache_implementation", "do_sample", "dtype", "eos_token", "finetuning_task",
+    "id2label",
     "initializer_range", "is_decoder", "is_llama_config", "jaxinfer", "label2id", "max_length",
     "max_sequence_length", "num_labels",
     "output_attentions", "output_hidden_states", "pad_token_id", "prefix", "pretraining_tp",
@@ -112,6 +161,7 @@ _ONLY: dict[str, tuple[Any, ...]] = {
     "rope_interleaved": (False, None),
     "sliding_window": (None,),
     "tie_encoder_decoder": (False, None),
+    "use_bidirectional_attention": (False, None),
     "use_mrope": (False, None),
 }
 
@@ -148,7 +198,8 @@ def parse_config(hf: Mapping[str, Any]) -> ModelConfig:
     _refuse_unknown(hf, name, family)
     c = dict(family.defaults) | dict(hf)
     heads = size(c, "num_attention_heads")
-    rope = read_rope(c)
+    _check_activation(c)
+    layers = _layers(c)
     config = ModelConfig(
         family=name,
         vocab_size=size(c, "vocab_size"),
@@ -157,12 +208,16 @@ def parse_config(hf: Mapping[str, Any]) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=heads if c["num_key_value_heads"] is None else size(c, "num_key_value_heads"),
         head_dim=_head_dim(c),
-        layers=tuple(LayerConfig(window, rope) for window in _windows(c)),
-        max_position=read_max_position(c, rope),
+        layers=layers,
+        max_position=_max_position(c),
         norm_eps=number(c, "rms_norm_eps", above=0),
         qkv_bias=flag(c, "attention_bias"),
         o_bias=flag(c, "attention_bias"),
         mlp_bias=flag(c, "mlp_bias"),
+        embed_scale=size(c, "hidden_size") ** 0.5 if family.scaled else 1.0,
+        attention_scale=_attention_scale(c),
+        attention_softcap=_optional(c, "attn_logit_softcapping"),
+        logit_softcap=_optional(c, "final_logit_softcapping"),
         tie_embeddings=flag(c, "tie_word_embeddings"),
         bos_token_id=_bos(c),
         eos_token_ids=_eos(c),
@@ -237,6 +292,58 @@ def _head_dim(c: Mapping[str, Any]) -> int:
     return head_dim
 
 
+def _check_activation(c: Mapping[str, Any]) -> None:
+    """Of the families that say it in two fields, of which one wins."""
+    if "hidden_activation" not in c:
+        return  # `_ONLY` has it
+    key = "hidden_act" if c["hidden_activation"] is None else "hidden_activation"
+    if c[key] != "gelu_pytorch_tanh":
+        raise UnsupportedModel(f"config.json: {key} = {c[key]!r} (accepted: 'gelu_pytorch_tanh')")
+
+
+def _optional(c: Mapping[str, Any], key: str) -> float | None:
+    return None if c.get(key) is None else number(c, key, above=0)
+
+
+def _attention_scale(c: Mapping[str, Any]) -> float | None:
+    value = _optional(c, "query_pre_attn_scalar")
+    return None if value is None else value**-0.5
+
+
+def _layers(c: Mapping[str, Any]) -> tuple[LayerConfig, ...]:
+    """Windows and positions: some families turn the keys of windowed layers otherwise."""
+    windows = _windows(c)
+    if "rope_local_base_freq" not in c:
+        rope = read_rope(c)
+        return tuple(LayerConfig(window, rope) for window in windows)
+    whole, local = (read_rope(of) for of in _two_ropes(c))
+    return tuple(LayerConfig(w, whole if w is None else local) for w in windows)
+
+
+def _two_ropes(c: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config as one of full layers, and as one of windowed ones."""
+    both = c["rope_parameters"]
+    if both is not None and not (
+        isinstance(both, dict) and set(both) <= {"full_attention", "sliding_attention"}
+    ):
+        raise UnsupportedModel(
+            f"config.json: rope_parameters = {both!r} must have full_attention and"
+            " sliding_attention"
+        )
+    both = both or {}
+    local = {"rope_scaling": None, "rope_theta": c["rope_local_base_freq"]}
+    return (
+        {**c, "rope_parameters": both.get("full_attention")},
+        {**c, **local, "rope_parameters": both.get("sliding_attention")},
+    )
+
+
+def _max_position(c: Mapping[str, Any]) -> int:
+    if "rope_local_base_freq" in c:  # stated as it is after stretching
+        return size(c, "max_position_embeddings")
+    return read_max_position(c, read_rope(c))
+
+
 def _windows(c: Mapping[str, Any]) -> list[int | None]:
     """The sliding window of each layer; None for full attention."""
     num_layers = size(c, "num_hidden_layers")
@@ -245,6 +352,9 @@ def _windows(c: Mapping[str, Any]) -> list[int | None]:
     if sliding and c.get("sliding_window") is not None:
         window = size(c, "sliding_window")
     types = c.get("layer_types")
+    if types is None and "sliding_window_pattern" in c:  # every so manyth layer is full
+        every = size(c, "sliding_window_pattern")
+        return [window if (i + 1) % every else None for i in range(num_layers)]
     if types is None:
         first = integer(c, "max_window_layers", at_least=0) if "max_window_layers" in c else 0
         return [window if i >= first else None for i in range(num_layers)]

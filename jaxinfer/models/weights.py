@@ -106,6 +106,7 @@ def _declare_layer(c: ModelConfig, index: int, shards: int) -> dict[str, Weight]
     attention = tuple(f"{at}self_attn.{p}_proj" for p in "qkv")
     heads = (c.num_heads, c.num_kv_heads, c.num_kv_heads)
     mlp = (f"{at}mlp.gate_proj", f"{at}mlp.up_proj")
+    mlp_norm = "pre_feedforward_layernorm" if c.post_norms else "post_attention_layernorm"
 
     def fused(names: tuple[str, ...], blocks: tuple[int, ...], rows: int, kind: str, axis: str):
         tail = (E,) if kind == "weight" else ()
@@ -118,10 +119,13 @@ def _declare_layer(c: ModelConfig, index: int, shards: int) -> dict[str, Weight]
         "attn_norm": _whole(f"{at}input_layernorm.weight", (E,), ("embed",)),
         "qkv": fused(attention, heads, D, "weight", "heads"),
         "o": _whole(f"{at}self_attn.o_proj.weight", (E, c.num_heads * D), ("embed", "heads")),
-        "mlp_norm": _whole(f"{at}post_attention_layernorm.weight", (E,), ("embed",)),
+        "mlp_norm": _whole(f"{at}{mlp_norm}.weight", (E,), ("embed",)),
         "gate_up": fused(mlp, (F, F), 1, "weight", "mlp"),
         "down": _whole(f"{at}mlp.down_proj.weight", (E, F), ("embed", "mlp")),
     }
+    if c.post_norms:
+        for name, tensor in (("attn", "post_attention"), ("mlp", "post_feedforward")):
+            layer[f"{name}_post_norm"] = _whole(f"{at}{tensor}_layernorm.weight", (E,), ("embed",))
     if c.qkv_bias:
         layer["qkv_bias"] = fused(attention, heads, D, "bias", "heads")
     if c.o_bias:
@@ -141,14 +145,15 @@ def abstract_params(config: ModelConfig, dtype: Any, shards: int = 1) -> dict[st
 
 
 def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
-    """Random parameters: matrices N(0, 1/fan_in), embeddings N(0, 0.02²), norms 1, biases 0."""
+    """Random parameters: matrices N(0, 1/fan_in), embeddings N(0, 0.02²), norms 1, biases 0 (as
+    are norms that scale by 1 + weight)."""
     specs, treedef = jax.tree.flatten_with_path(declare(config))
     keys = jax.random.split(key, len(specs))
     leaves = []
     for (path, weight), k in zip(specs, keys, strict=True):
         name = jax.tree_util.keystr(path[-1:], simple=True)
         if name.endswith("norm"):
-            leaves.append(jnp.ones(weight.shape, dtype))
+            leaves.append(jnp.full(weight.shape, 0 if config.norm_plus_one else 1, dtype))
         elif name.endswith("bias"):
             leaves.append(jnp.zeros(weight.shape, dtype))
         else:

@@ -55,6 +55,10 @@ _LLAMA = _SIZES | {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 _MISTRAL = _SIZES | {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 _QWEN2 = _SIZES | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 _QWEN3 = _SIZES | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 18}
+_GEMMA = {k: v for k, v in _SIZES.items() if k != "hidden_act"} | {
+    "head_dim": 20,
+    "tie_word_embeddings": True,
+}
 
 # Each is a config.json as published ones are written: some in the style of transformers 4
 # (rope_theta, rope_scaling), some in that of transformers 5 (rope_parameters).
@@ -136,6 +140,38 @@ MODELS: dict[str, dict[str, Any]] = {
         "sliding_window": 17,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "gemma": _GEMMA
+    | {
+        "architectures": ["GemmaForCausalLM"],
+        "model_type": "gemma",
+        "hidden_act": "gelu_pytorch_tanh",
+        "num_key_value_heads": 3,
+    },
+    "gemma2": _GEMMA
+    | {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": False,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 13,
+        "attn_logit_softcapping": 4.0,
+        "final_logit_softcapping": 15.0,
+    },
+    "gemma3": _GEMMA
+    | {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "num_hidden_layers": 3,
+        "tie_word_embeddings": False,
+        "query_pre_attn_scalar": 12,
+        "sliding_window": 17,
+        "sliding_window_pattern": 2,
+        "rope_theta": 1000000.0,
+        "rope_local_base_freq": 10000.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    },
 }
 
 _ROPE = {"architectures": ["LlamaForCausalLM"], "num_attention_heads": 2}
@@ -183,14 +219,17 @@ ROPES: list[dict[str, Any]] = [
 
 def randomise(model: torch.nn.Module, generator: torch.Generator) -> None:
     """Weights large enough for attention and logits to be far from flat; no norm of one."""
+    gemma = "gemma" in model.config.model_type
+    middle = 0 if gemma else 1  # its norms scale by 1 + weight
+    embed = 0.3 * (model.config.hidden_size**-0.5 if gemma else 1)  # which it undoes
     for name, p in model.named_parameters():
         noise = torch.randn(p.shape, generator=generator)
         if "norm" in name:
-            noise = 1 + 0.3 * noise
+            noise = middle + 0.3 * noise
         elif name.endswith("bias"):
             noise = 0.25 * noise
         elif "embed_tokens" in name:
-            noise = 0.3 * noise  # small beside what the layers add, or tied models repeat tokens
+            noise = embed * noise  # small beside what the layers add, or tied models repeat tokens
         else:
             gain = 3.0 if "lm_head" in name else 1.5
             noise = gain * noise / p.shape[1] ** 0.5

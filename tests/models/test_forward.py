@@ -121,7 +121,7 @@ def test_a_mixed_batch_is_each_sequence_alone(name, page_size):
     cache = init_cache(config, PAGES, page_size, jnp.float32)
     _, cache = step([(0, start) for start, _ in new], cache)
     out, _ = step(new, cache)
-    got = logits(params, out.hidden)
+    got = logits(params, config, out.hidden)
     padded = np.stack([np.pad(t, (0, 22 - len(t))) for t, _ in found])
     want, resid = alone(params, config, padded, capture=RESID)
     at = 0
@@ -307,7 +307,7 @@ def test_decode_rows_beside_chunks_are_each_sequence_alone(name):
     asked.chunks.first[0] = True  # as if it had been set up
     batch = assemble(prepare(seq, asked), asked, tokens=32, pages=3, page_size=8)
     out, _ = run(params, config, batch, cache)
-    got = logits(params, out.hidden)
+    got = logits(params, config, out.hidden)
     for at, which in [(0, 1), (1, 0), (4, 3), (5, 2)]:
         want = alone(params, config, found[which][0][None]).logits[0, -1]
         np.testing.assert_allclose(got[at], want, **TOLERANCE)
@@ -339,7 +339,7 @@ def test_a_stopped_row_is_inert():
     seq = seq._replace(active=jnp.array([True, False, True]))
     batch = assemble(seq, plan(rows=[0, 1, 2], state=seq), tokens=8, pages=3, page_size=8)
     out, after = run(params, BASE, batch, cache)
-    got = logits(params, out.hidden)
+    got = logits(params, BASE, out.hidden)
     for row in (0, 2):
         want = alone(params, BASE, found[row][0][None]).logits[0, -1]
         np.testing.assert_allclose(got[row], want, **TOLERANCE)

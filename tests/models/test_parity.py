@@ -62,7 +62,7 @@ def applied(name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_all_variants_have_goldens() -> None:
-    assert len(NAMES) == 13
+    assert len(NAMES) == 16
 
 
 @pytest.mark.parametrize("name", NAMES)
