@@ -14,7 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from checkpoints.gguf.blocks import PLAIN, decode
-from checkpoints.gguf.model import gguf_name, permuted, rows_in_order
+from checkpoints.gguf.model import gguf_name, norm_offset, permuted, rows_in_order
 from checkpoints.gguf.reader import BlockType, Gguf, GgufTensor, open_gguf, read_rows
 from checkpoints.load import flat_shardings, listed
 from checkpoints.load_matrices import EMBEDDING, module, put
@@ -76,7 +76,7 @@ def stored_bytes(path: str | Path | Gguf, weights: Any, dtype: DTypeLike) -> int
 def _bytes(gguf: Gguf, weight: Weight, dtype: np.dtype) -> int:
     total = 0
     for piece in weight.pieces:
-        tensor = gguf.tensors[gguf_name(piece.name)]
+        tensor = gguf.tensors[_name(gguf, piece)]
         share = (piece.stop - piece.start) / piece.shape[0]
         if _stays(piece, tensor):
             total += round(math.prod(piece.shape) * share * _bytes_per_value(tensor.type))
@@ -99,7 +99,7 @@ def _stays(piece: Piece, tensor: GgufTensor) -> bool:
 
 
 def _check(gguf: Gguf, weights: list[Weight]) -> None:
-    wanted = {gguf_name(piece.name): piece for weight in weights for piece in weight.pieces}
+    wanted = {_name(gguf, piece): piece for weight in weights for piece in weight.pieces}
     found = [(gguf.tensors[name], p) for name, p in wanted.items() if name in gguf.tensors]
     problems = [
         listed("missing", wanted.keys() - gguf.tensors.keys()),
@@ -118,9 +118,10 @@ def _check(gguf: Gguf, weights: list[Weight]) -> None:
 
 def _read(gguf: Gguf, piece: Piece, dtype: np.dtype, head_dim: int) -> Any:
     """A piece on the host: a quantised matrix of NumPy arrays, or a dense array of `dtype`."""
-    tensor = gguf.tensors[gguf_name(piece.name)]
+    tensor = gguf.tensors[_name(gguf, piece)]
     if len(piece.shape) == 1:
-        whole = _plain(gguf, tensor, 0, 1, dtype)[0]
+        whole = _plain(gguf, tensor, 0, 1, np.dtype(np.float32))[0]
+        whole = (whole - norm_offset(gguf, tensor.name)).astype(dtype)
     elif _stays(piece, tensor):
         whole = decode(read_rows(gguf, tensor, 0, piece.shape[0]), tensor.type)
     elif tensor.type.name in PLAIN:
@@ -137,6 +138,10 @@ def _read(gguf: Gguf, piece: Piece, dtype: np.dtype, head_dim: int) -> Any:
     elif len(rows) == piece.shape[0]:
         return whole
     return take_rows(whole, rows)
+
+
+def _name(gguf: Gguf, piece: Piece) -> str:
+    return gguf_name(gguf.metadata["general.architecture"], piece.name)
 
 
 def _plain(gguf: Gguf, tensor: GgufTensor, start: int, stop: int, dtype: np.dtype) -> np.ndarray:

@@ -19,7 +19,14 @@ ARCHITECTURES = {
     "llama": ("LlamaForCausalLM", "llama"),
     "qwen2": ("Qwen2ForCausalLM", "qwen2"),
     "qwen3": ("Qwen3ForCausalLM", "qwen3"),
+    "gemma": ("GemmaForCausalLM", "gemma"),
+    "gemma2": ("Gemma2ForCausalLM", "gemma2"),
+    "gemma3": ("Gemma3ForCausalLM", "gemma3_text"),
 }
+WINDOWED = {"gemma2": 2, "gemma3": 6}  # every so manyth layer is full
+# Layers of the models whose scores are scaled by the width of a head as if heads made up the hidden
+# size: the files do not say so.
+SCALED_BY_WIDTH = {"gemma2": 46, "gemma3": 62}
 NAMES = {
     "model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output",
     "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
@@ -28,19 +35,29 @@ NAMES = {
     "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }  # fmt: skip
+POST_NORMS = {"post_attention_layernorm": "post_attention_norm",
+              "pre_feedforward_layernorm": "ffn_norm",
+              "post_feedforward_layernorm": "post_ffw_norm"}  # fmt: skip
 # What a rope_freqs tensor may be: Llama 3.1 and 3.3 are stretched by 8, 3.2 by 32.
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 8192}  # fmt: skip
 LLAMA3_FACTORS = (8.0, 32.0)
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(architecture: str, name: str) -> str:
     """`blk.3.attn_q.weight` of `model.layers.3.self_attn.q_proj.weight`."""
+    names = NAMES | (POST_NORMS if architecture in WINDOWED else {})
     module, _, kind = name.rpartition(".")
     layer = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", module)
     if layer is None:
-        return f"{NAMES[module]}.{kind}"
-    return f"blk.{layer[1]}.{NAMES[layer[2]]}.{kind}"
+        return f"{names[module]}.{kind}"
+    return f"blk.{layer[1]}.{names[layer[2]]}.{kind}"
+
+
+def norm_offset(gguf: Gguf, name: str) -> int:
+    """What llama.cpp has added to this tensor: one, to norms that scale by 1 + weight."""
+    gemma = gguf.metadata["general.architecture"].startswith("gemma")
+    return int(gemma and name.endswith("norm.weight"))
 
 
 def read_config(path: str | Path | Gguf) -> ModelConfig:
@@ -83,10 +100,30 @@ def read_config(path: str | Path | Gguf) -> ModelConfig:
     if name == "llama" and "blk.0.attn_q.bias" in gguf.tensors:
         hf["attention_bias"] = True
     window = _key(gguf, "attention.sliding_window", 0)
-    if window:
+    if name in WINDOWED:
+        hf |= _windowed(gguf, hf, window)
+    elif window:
         raise UnsupportedModel(f"{gguf.path}: attention.sliding_window = {window} is not supported")
     _check_head_dims(gguf, hf)
     return parse_config(hf)
+
+
+def _windowed(gguf: Gguf, hf: dict[str, Any], window: Any) -> dict[str, Any]:
+    """What Gemma 2 and 3 have beside: windows, soft-caps, the scale of scores."""
+    name = gguf.metadata["general.architecture"]
+    found: dict[str, Any] = {
+        "sliding_window": window or None,
+        "sliding_window_pattern": _key(gguf, "attention.sliding_window_pattern", WINDOWED[name]),
+    }
+    for cap, usual in (("attn_logit_softcapping", 50.0), ("final_logit_softcapping", 30.0)):
+        found[cap] = _key(gguf, cap, usual if name == "gemma2" else None)
+    if name == "gemma3":
+        found["rope_theta"] = _key(gguf, "rope.freq_base", 1e6)
+        found["rope_local_base_freq"] = _key(gguf, "rope.freq_base_swa", 1e4)
+    width = hf["head_dim"]
+    if hf["num_hidden_layers"] == SCALED_BY_WIDTH[name]:
+        width = hf["hidden_size"] // hf["num_attention_heads"]
+    return found | {"query_pre_attn_scalar": width}
 
 
 _REQUIRED = object()

@@ -77,7 +77,7 @@ def test_what_the_package_quantises(name: str) -> None:
 
 
 def test_all_variants_have_goldens() -> None:
-    assert len(NAMES) == 7
+    assert len(NAMES) == 10
 
 
 def loaded(path: Path) -> tuple[Any, Any]:
@@ -133,7 +133,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
         w.add_eos_token_id(eos if isinstance(eos, int) else eos[0])
     checkpoint = open_checkpoint(DEMO)
     for name, tensor in checkpoint.tensors.items():
-        w.add_tensor(gguf_name(name), read_tensor(tensor).astype(np.float32))
+        w.add_tensor(gguf_name("llama", name), read_tensor(tensor).astype(np.float32))
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -212,9 +212,30 @@ def small(path: Path, arch: str = "llama", **keys: Any) -> Path:
 
 
 @pytest.mark.parametrize(
+    ("arch", "blocks", "full", "width"),
+    [
+        ("gemma2", 46, range(1, 46, 2), 16),
+        ("gemma3", 62, range(5, 62, 6), 16),
+        ("gemma3", 8, [5], 8),
+    ],
+)
+def test_gemmas_layers(tmp_path: Path, arch: str, blocks: int, full: Any, width: int) -> None:
+    """Which layers see everything, and what scores are scaled by: the files do not say."""
+    keys: dict[str, Any] = {"block_count": blocks, "attention.sliding_window": 7}
+    keys |= {"attention.key_length": 8, "attention.value_length": 8, "rope.dimension_count": 8}
+    config = read_config(small(tmp_path / "x.gguf", arch, **keys))
+    assert [i for i, layer in enumerate(config.layers) if layer.window is None] == list(full)
+    assert {layer.window for layer in config.layers} == {None, 7}
+    assert config.attention_scale == width**-0.5
+    thetas = {layer.window: layer.rope.theta for layer in config.layers if layer.rope}
+    assert thetas == ({None: 1e4, 7: 1e4} if arch == "gemma2" else {None: 1e6, 7: 1e4})
+    assert config.attention_softcap == (50.0 if arch == "gemma2" else None)
+
+
+@pytest.mark.parametrize(
     ("arch", "keys", "error", "message"),
     [
-        ("gemma3", {}, UnsupportedModel, "general.architecture = 'gemma3'.*llama, qwen2, qwen3"),
+        ("gemma4", {}, UnsupportedModel, "general.architecture = 'gemma4'.*llama, qwen2, qwen3"),
         ("llama", {"block_count": None}, CheckpointError, "no key llama.block_count"),
         ("llama", {"attention.sliding_window": 8}, UnsupportedModel, "sliding_window = 8"),
         ("llama", {"rope.dimension_count": 8}, UnsupportedModel, "rope.dimension_count = 8"),

@@ -2,7 +2,7 @@
 
 Run where torch, transformers and gguf are (jaxinfer need not be there):
 
-    python tests/goldens/make_gguf.py
+    python tests/goldens/make_gguf.py [NAME ...]
 
 `llamacpp-…` are quantised by llama.cpp (llama-cpp-python must be there). In the others, types that
 the gguf package quantises are made by it; of the rest blocks are random bytes with scales that
@@ -12,6 +12,7 @@ float32 [B, T, V]: what transformers computes of the file, dequantised in float3
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GemmaConfig, GemmaForCausalLM
 
 HERE = Path(__file__).parent / "gguf"
 V, E, F, H, K, D = 139, 256, 256, 2, 1, 128  # transformers takes no other D of Qwen3
@@ -44,11 +45,15 @@ MIXED = {
     "ffn_gate": "Q4_K", "ffn_up": "Q4_K", "ffn_down": "Q6_K", "token_embd": "Q4_K",
     "output": "Q6_K",
 }  # fmt: skip
+TIED = {name: kind for name, kind in MIXED.items() if name != "output"}
 MODELS: dict[str, tuple[str, dict[str, str]]] = {
     "llama-legacy": ("llama", LEGACY),
     "llama-k-tied": ("llama", K_QUANTS),
     "qwen2-q4_k_m": ("qwen2", MIXED),
     "qwen3-q4_k_m": ("qwen3", MIXED),
+    "gemma-q4_k_m": ("gemma", TIED),
+    "gemma2-q4_k_m": ("gemma2", TIED),
+    "gemma3-q4_k_m": ("gemma3", TIED),
 }
 
 
@@ -85,9 +90,12 @@ def blocks(shape: tuple[int, int], kind: Type, std: float) -> np.ndarray:
 
 def write(path: Path, arch: str, types: dict[str, str]) -> None:
     w = gguf.GGUFWriter(path, arch)
+    gemma, newer = arch.startswith("gemma"), arch in ("gemma2", "gemma3")
+    D = 256 if gemma else 128
+    layers = 2 if newer else 1
     w.add_context_length(256)
     w.add_embedding_length(E)
-    w.add_block_count(1)
+    w.add_block_count(layers)
     w.add_feed_forward_length(F)
     w.add_head_count(H)
     w.add_head_count_kv(K)
@@ -97,6 +105,11 @@ def write(path: Path, arch: str, types: dict[str, str]) -> None:
     w.add_rope_freq_base(10000.0)
     w.add_rope_dimension_count(D)
     w.add_vocab_size(V)
+    if newer:
+        w.add_sliding_window(16)
+    if arch == "gemma2":
+        w.add_attn_logit_softcapping(50.0)
+        w.add_final_logit_softcapping(30.0)
 
     def matrix(name: str, at: str, rows: int, columns: int) -> None:
         if name not in types:
@@ -112,38 +125,77 @@ def write(path: Path, arch: str, types: dict[str, str]) -> None:
     matrix("token_embd", "", V, E)
     matrix("output", "", V, E)
     vector("output_norm.weight", E, 1)
-    at = "blk.0."
-    for name, rows in {"q": H * D, "k": K * D, "v": K * D}.items():
-        matrix(f"attn_{name}", at, rows, E)
-        if arch == "qwen2":
-            vector(f"{at}attn_{name}.bias", rows, 0)
-    if arch == "qwen3":
-        vector(f"{at}attn_q_norm.weight", D, 1)
-        vector(f"{at}attn_k_norm.weight", D, 1)
-    matrix("attn_output", at, E, H * D)
-    matrix("ffn_gate", at, F, E)
-    matrix("ffn_up", at, F, E)
-    matrix("ffn_down", at, E, F)
-    vector(f"{at}attn_norm.weight", E, 1)
-    vector(f"{at}ffn_norm.weight", E, 1)
+
+    def block(at: str) -> None:
+        for name, rows in {"q": H * D, "k": K * D, "v": K * D}.items():
+            matrix(f"attn_{name}", at, rows, E)
+            if arch == "qwen2":
+                vector(f"{at}attn_{name}.bias", rows, 0)
+        if arch in ("qwen3", "gemma3"):
+            vector(f"{at}attn_q_norm.weight", D, 1)
+            vector(f"{at}attn_k_norm.weight", D, 1)
+        matrix("attn_output", at, E, H * D)
+        matrix("ffn_gate", at, F, E)
+        matrix("ffn_up", at, F, E)
+        matrix("ffn_down", at, E, F)
+        vector(f"{at}attn_norm.weight", E, 1)
+        vector(f"{at}ffn_norm.weight", E, 1)
+        if newer:
+            vector(f"{at}post_attention_norm.weight", E, 1)
+            vector(f"{at}post_ffw_norm.weight", E, 1)
+
+    for layer in range(layers):
+        block(f"blk.{layer}.")
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
     w.close()
 
 
+def load(path: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(
+        HERE, gguf_file=path.name, dtype=torch.float32,
+        attn_implementation="eager",  # others leave out soft-caps
+    )  # fmt: skip
+
+
+def gemma(path: Path) -> Any:
+    """Gemma 1, of which transformers reads no GGUF: its tensors by hand."""
+    config = GemmaConfig(
+        vocab_size=V, hidden_size=E, intermediate_size=F, num_hidden_layers=1, rms_norm_eps=1e-5,
+        num_attention_heads=H, num_key_value_heads=K, head_dim=256, max_position_embeddings=256,
+    )  # fmt: skip
+    model = GemmaForCausalLM(config).to(torch.float32)
+    names = {
+        "token_embd": "embed_tokens", "output_norm": "norm", "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+        "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+        "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj",
+        "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+    }  # fmt: skip
+    state = {}
+    for tensor in gguf.GGUFReader(path).tensors:
+        own = tensor.name.removesuffix(".weight").removeprefix("blk.0.")
+        values = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        at = "model.layers.0." if tensor.name.startswith("blk.") else "model."
+        state[f"{at}{names[own]}.weight"] = values - int("norm" in own)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert missing == ["lm_head.weight"], missing
+    assert not unexpected, unexpected
+    model.tie_weights()
+    return model
+
+
 def main() -> None:
     HERE.mkdir(exist_ok=True)
     tokens = torch.randint(0, V, (2, 40), generator=torch.Generator().manual_seed(1))
-    for name in [*MODELS, *(f"llamacpp-{kind}" for kind in LLAMACPP)]:
+    for name in sys.argv[1:] or [*MODELS, *(f"llamacpp-{kind}" for kind in LLAMACPP)]:
         path = HERE / f"{name}.gguf"
         if name in MODELS:
             write(path, *MODELS[name])
         else:
             quantise(path, LLAMACPP[name.removeprefix("llamacpp-")])
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            HERE, gguf_file=path.name, dtype=torch.float32
-        )
+        model: Any = gemma(path) if name.startswith("gemma-") else load(path)
         with torch.no_grad():
             logits = model.eval()(tokens).logits.to(torch.float32)
         golden = {"tokens": tokens.to(torch.int32), "logits": logits.contiguous()}

@@ -242,6 +242,25 @@ def test_both_styles_of_rope_fields_mean_the_same() -> None:
     assert parse_config(new) == parse_config(LLAMA_31_8B)
 
 
+GEMMA_3 = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text"}
+
+
+def test_gemma3_turns_keys_of_windowed_layers_otherwise() -> None:
+    config = parse_config(
+        GEMMA_3 | {"num_hidden_layers": 7, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    )
+    full, local = config.layers[5], config.layers[0]
+    assert (full.window, local.window) == (None, 4096)
+    assert full.rope is not None
+    assert local.rope is not None
+    assert (full.rope.theta, full.rope.kind, full.rope.factor) == (1e6, "linear", 8.0)
+    assert (local.rope.theta, local.rope.kind) == (1e4, "default")
+    assert config.max_position == 131072  # as it is stated: not stretched again
+    new = {"full_attention": {"rope_theta": 1e6, "rope_type": "linear", "factor": 8.0},
+           "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"}}  # fmt: skip
+    assert parse_config(GEMMA_3 | {"num_hidden_layers": 7, "rope_parameters": new}) == config
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_absent_fields_take_hugging_faces_defaults(name: str) -> None:
     transformers = pytest.importorskip("transformers")
@@ -284,6 +303,13 @@ def test_absent_fields_take_hugging_faces_defaults(name: str) -> None:
         (QWEN25_7B, {"layer_types": ["sliding_attention"] * 28}, "use_sliding_window is false"),
         (QWEN25_7B, {"layer_types": ["full_attention"]}, "must name 28 layers"),
         (QWEN25_7B, {"layer_types": ["chunked_attention"] * 28}, "chunked_attention"),
+        (GEMMA_3, {"hidden_activation": "gelu"}, "hidden_activation = 'gelu'"),
+        (GEMMA_3, {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        (GEMMA_3, {"query_pre_attn_scalar": 0}, "query_pre_attn_scalar = 0"),
+        (GEMMA_3, {"attn_logit_softcapping": -1.0}, "attn_logit_softcapping = -1.0"),
+        (GEMMA_3, {"rope_parameters": {"rope_theta": 1e4}}, "must have full_attention"),
+        (GEMMA_3, {"sliding_window_pattern": 0}, "sliding_window_pattern = 0"),
+        (GEMMA_3, {"vision_config": {}}, "vision_config"),
     ],
 )
 def test_refused(base: dict[str, Any], change: dict[str, Any], message: str) -> None:

@@ -19,7 +19,12 @@ def cases(arch: str) -> list[Case]:
     def norm(x: jax.Array, weight: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
         return rms_norm(x, weight, 1e-5, delta, backend="mosaic")
 
-    found = []
+    def plus_one(x: jax.Array, weight: jax.Array, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return rms_norm(x, weight, 1e-5, delta, plus_one=True, backend="mosaic")
+
+    x = jax.ShapeDtypeStruct((64, 3072), jnp.bfloat16)
+    weight = jax.ShapeDtypeStruct((3072,), x.dtype)
+    found = [Case("rms_norm E=3072 plus one", plus_one, (x, weight, x))]
     for E, name in SHAPES + LONGEST:
         x = jax.ShapeDtypeStruct((64, E), jnp.dtype(name))
         weight = jax.ShapeDtypeStruct((E,), x.dtype)

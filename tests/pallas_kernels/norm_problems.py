@@ -22,14 +22,14 @@ def problem(shape: tuple[int, ...], dtype: Any, *, delta: bool = False) -> tuple
     return x, weight, EPS, other if delta else None
 
 
-def compare(run: Callable[..., Any], args: tuple[Any, ...]) -> str:
+def compare(run: Callable[..., Any], args: tuple[Any, ...], *, plus_one: bool = False) -> str:
     """Raises AssertionError where `run` returns other than float64 does, up to two roundings."""
     x, weight, eps, delta = args
     total, normed = run(*args)
     x, wide = np.asarray(x if delta is None else x + delta), np.float64
     np.testing.assert_array_equal(np.asarray(total), x)
     mean = (x.astype(wide) ** 2).mean(-1, keepdims=True)
-    want = x.astype(wide) / np.sqrt(mean + eps) * np.asarray(weight).astype(wide)
+    want = x.astype(wide) / np.sqrt(mean + eps) * (np.asarray(weight).astype(wide) + plus_one)
     error = np.abs(np.asarray(normed).astype(wide) - want) / np.abs(want).clip(1e-6)
     assert normed.dtype == x.dtype
     assert error.max() <= 1.1 * float(jnp.finfo(x.dtype).eps) + 2e-6, error.max()

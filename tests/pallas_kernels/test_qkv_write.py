@@ -208,6 +208,16 @@ def test_what_is_done_to_heads(K, D, group, without, backend):
 
 
 @pytest.mark.parametrize("backend", ["reference", "mosaic"])
+def test_norms_that_scale_by_one_more_than_their_weights(backend):
+    args = case(2, 64, jnp.float32, None, jnp.float32)
+    less = every_kind(args[1], 64, 2)
+    more = replace(less, q_norm=less.q_norm + 1, k_norm=less.k_norm + 1)
+    found, want = write(args, backend, replace(less, plus_one=True)), write(args, backend, more)
+    for got, expected in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(real(got), real(expected), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["reference", "mosaic"])
 def test_16_bits_are_as_exact_as_they_can_be(backend):
     args = case(2, 64, jnp.bfloat16)
     heads = every_kind(args[1], 64, 2)

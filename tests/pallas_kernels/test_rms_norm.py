@@ -18,8 +18,8 @@ from tests.pallas_kernels.gpu_check import checks
 from tests.pallas_kernels.norm_problems import compare, problem
 
 
-def run(backend, *args):
-    fn = jax.jit(partial(rms_norm, backend=backend), static_argnums=2)
+def run(backend, *args, plus_one=False):
+    fn = jax.jit(partial(rms_norm, backend=backend, plus_one=plus_one), static_argnums=2)
     if backend == "reference":
         return fn(*args)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
@@ -38,6 +38,12 @@ def run(backend, *args):
 @pytest.mark.parametrize("delta", [False, True])
 def test_numerics(backend, shape, dtype, delta):
     compare(partial(run, backend), problem(shape, dtype, delta=delta))
+
+
+@pytest.mark.parametrize("backend", ["reference", "mosaic"])
+def test_one_more_than_the_weight(backend):
+    args = problem((5, 1152), jnp.bfloat16, delta=True)
+    compare(partial(run, backend, plus_one=True), args, plus_one=True)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
