@@ -19,7 +19,7 @@ def main(prompt="import os\n\nclass File:\n    def __init__(self, path):\n      
         said = []
         for site, x in sample.activations.items():  # [tokens, hidden size] each
             _, hidden = rms_norm(jnp.asarray(x), llm.params["final_norm"], llm.config.norm_eps)
-            scores = logits(llm.params, hidden)[-1]
+            scores = logits(llm.params, llm.config, hidden)[-1]
             said.append([llm.tokenizer.decode([int(i)]) for i in jnp.argsort(-scores)[:5]])
             print(f"{site:<16}", *(f"{token!r:<12}" for token in said[-1]))
         print(f"{'the model says':<16} {sample.text!r}")

@@ -20,11 +20,11 @@ from jax import lax
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
 
-from pallas_kernels import sm90_dequantise as registers
+from pallas_kernels import weight_registers as registers
 from pallas_kernels.quant_packing import BLOCK, COLUMNS, UNIT, Format, PackedMatrix, unpack_chunks
-from pallas_kernels.sm90_dequantise import PAD, Work
 from pallas_kernels.sm90_ir import add, const, inline_mgpu, lane_and_warp, mul, shared_address
 from pallas_kernels.sm90_shapes import WGMMA, Refs, Swizzle, Tile
+from pallas_kernels.weight_registers import PAD, Work
 
 TOKENS = 32  # of a tile
 STAGES = 3

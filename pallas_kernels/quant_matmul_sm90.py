@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from pallas_kernels import sm90_dequantise as registers
+from pallas_kernels import weight_registers as registers
 from pallas_kernels.quant_packing import BLOCK, COLUMNS, UNIT, Format, PackedMatrix, unpack_chunks
-from pallas_kernels.sm90_dequantise import PAD, PARTS, Work
 from pallas_kernels.sm90_shapes import ACC, BITS16, ROW, WGMMA, Refs, Swizzle, Tile
 from pallas_kernels.sm90_tiles import FEWEST_SMS, SHARED_BYTES, drain, persistent, store_transposed
+from pallas_kernels.weight_registers import PAD, PARTS, Work
 
 DTYPE = jnp.dtype(jnp.bfloat16)
 WIDE = 16384  # rows that keep all multiprocessors busy without splitting K

@@ -1,4 +1,4 @@
-"""Packed weights straight into the registers that wgmma reads, below what Pallas can say.
+"""Packed weights straight into the registers that wgmma and mma read, below what Pallas can say.
 
 A thread's codes come in loads of 16 bytes, already in its own order (`quant_packing`). Their bits,
 masked out of a word, are those of two tiny bfloat16 numbers, one in each half: of 4 bits in the
