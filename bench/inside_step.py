@@ -9,35 +9,28 @@ its median time, and its share. Fewer layers show the same in less time.
 from __future__ import annotations
 
 import argparse
-import glob
 import statistics
-import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 from bench import parts, shapes
 from bench.decode import random_prompts
-from bench.quant_matmul import gpu_events
+from bench.profiling import Event, gpu_events
 
 SHORT, LONG, PROFILED = 33, 161, 65  # tokens
 SHOWN = 24
 
 
-def profile_steps(generate: Any, ms: float) -> list[tuple[float, float, str]]:
-    """Kernels of the last steps of a generation: (start, duration, name), in nanoseconds."""
-    import jax
-
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            generate(PROFILED)
-        (file,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-        events = sorted(gpu_events(file))
+def profile_steps(generate: Callable[[int], Any], ms: float) -> list[Event]:
+    """Kernels of the last steps of a generation."""
+    events = gpu_events(lambda: generate(PROFILED))
     first = events[-1][0] - ms * 1e6 * (PROFILED // 2)
     return [event for event in events if event[0] >= first]
 
 
-def table(events: list[tuple[float, float, str]], steps: int) -> list[str]:
+def table(events: list[Event], steps: int) -> list[str]:
     """A line for each kernel, the one with the most time first."""
     span = events[-1][0] + events[-1][1] - events[0][0]
     busy = sum(took for _, took, _ in events) / span

@@ -55,7 +55,8 @@ def load(shape: str, folder: Path) -> list[Record]:
     import jax
     import jax.numpy as jnp
 
-    from jaxinfer.loading import load_weights, tree_bytes
+    from jaxinfer.loading import load_weights
+    from jaxinfer.models.weights import tree_bytes
     from jaxinfer.quant import pack_params
 
     (device,) = jax.devices()[:1]

@@ -23,8 +23,8 @@ from bench.parts import Part, emit
 from bench.record import Record
 from checkpoints import load_params
 from jaxinfer.models.families import read_config
-from jaxinfer.models.weights import MATRICES, declare
-from jaxinfer.quality import compare, tree_bytes
+from jaxinfer.models.weights import MATRICES, declare, tree_bytes
+from jaxinfer.quality import compare
 from jaxinfer.quant.make import Recipe
 from jaxinfer.quantise import Method, quantise_params
 from jaxinfer.tokenizer import load_tokenizer

@@ -12,19 +12,25 @@ and how much faster we are (`.over_bf16`); the error, relative to the largest va
 from __future__ import annotations
 
 import argparse
-import glob
 import statistics
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench import ceilings, parts, record
+import jax
+import jax.numpy as jnp
+
+from bench import ceilings, parts, record, shapes
 from bench.attention_cases import L2_BYTES
 from bench.parts import Part, emit
+from bench.profiling import Event, gpu_events
 from bench.record import Record
+from jaxinfer.quant import QuantisedMatrix, dequantise, matmul
+from jaxinfer.quant.make import Recipe, round_to_nearest
+from jaxinfer.quant.packing import pack_matrix
 
 ROUNDS = 6  # that a profile sees
 LEAST = 3  # inputs that are rotated
@@ -57,20 +63,13 @@ def cases() -> list[Case]:
     return [Case(kind, *shape, t) for kind, shape, t in calls]
 
 
-def profile(program: Callable[[], Any]) -> list[tuple[float, float, str]]:
-    """What ROUNDS runs of a program, compiled before, did on the GPU: (start, duration, name) of
-    each kernel, in order; in nanoseconds."""
-    import jax
-
+def profile(program: Callable[[], Any]) -> list[Event]:
+    """What ROUNDS runs of a program, compiled before, did on the GPU."""
     jax.block_until_ready(program())
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            jax.block_until_ready([program() for _ in range(ROUNDS)])
-        (file,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
-        return sorted(gpu_events(file))
+    return gpu_events(lambda: jax.block_until_ready([program() for _ in range(ROUNDS)]))
 
 
-def of_kernel(events: Sequence[tuple[float, float, str]], name: str) -> tuple[float, float]:
+def of_kernel(events: Sequence[Event], name: str) -> tuple[float, float]:
     """Median time of the kernels whose names contain `name`, and from one's start to the next
     one's, in microseconds.
 
@@ -84,57 +83,61 @@ def of_kernel(events: Sequence[tuple[float, float, str]], name: str) -> tuple[fl
     return statistics.median(took for _, took in found) / 1e3, steps / 1e3
 
 
-def gpu_events(file: str) -> list[tuple[float, float, str]]:
-    """(start, duration, name) of what ran on the GPU, in nanoseconds."""
-    from jax.profiler import ProfileData
+def make_recipe(case: Case) -> Recipe:
+    """What the case's matrices are rounded to."""
+    return Recipe(**shapes.QUANTISED[case.kind][0])
 
-    planes = [p for p in ProfileData.from_file(file).planes if "GPU" in p.name]
-    lines = [line for plane in planes for line in plane.lines if "Stream" in line.name]
-    return [(e.start_ns, e.duration_ns, e.name) for line in lines for e in line.events]
+
+def stored_bytes(case: Case) -> int:
+    """Of one of them, with its scales."""
+    return round(case.N * case.K * shapes.QUANTISED[case.kind][1])
+
+
+def dense_matrix(case: Case, seed: int) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(0), seed)
+    return jax.random.normal(key, (case.N, case.K), jnp.bfloat16)
+
+
+def quantised_matrix(case: Case, seed: int) -> QuantisedMatrix:
+    return round_to_nearest(dense_matrix(case, seed), make_recipe(case), jnp.bfloat16)
+
+
+def packed_matrices(case: Case) -> list[Any]:
+    """As many as `rotated`, in the form that the kernels read."""
+    return rotated(lambda seed: pack_matrix(quantised_matrix(case, seed)), stored_bytes(case))
+
+
+def rotated(make: Callable[[int], Any], nbytes: int) -> list[Any]:
+    """make(0), make(1), ...: so many that none is still in the L2 cache when its turn comes."""
+    return [make(i) for i in range(max(LEAST, -(-4 * L2_BYTES // nbytes)))]
+
+
+def tokens(case: Case) -> jax.Array:
+    return jax.random.normal(jax.random.key(0), (case.tokens, case.K), jnp.bfloat16)
 
 
 def measure(case: Case) -> list[Record]:
     """`.us` and `.over_bf16` of one case."""
-    import jax
-    import jax.numpy as jnp
-
-    from bench import shapes
-    from jaxinfer.quant import dequantise, matmul
-    from jaxinfer.quant.make import Recipe, round_to_nearest
-    from jaxinfer.quant.packing import pack_matrix
-
-    key = jax.random.key(0)
-    recipe = Recipe(**shapes.QUANTISED[case.kind][0])
-    nbytes = round(case.N * case.K * shapes.QUANTISED[case.kind][1])
-
-    def dense(i: int) -> jax.Array:
-        return jax.random.normal(jax.random.fold_in(key, i), (case.N, case.K), jnp.bfloat16)
-
-    def quantised(i: int) -> Any:
-        return round_to_nearest(dense(i), recipe, jnp.bfloat16)
-
-    def many(make: Callable[[int], Any], size: int) -> list[Any]:
-        return [make(i) for i in range(max(LEAST, -(-4 * L2_BYTES // size)))]
-
-    x = jax.random.normal(key, (case.tokens, case.K), jnp.bfloat16)
+    x = tokens(case)
     run = jax.jit(lambda x, ws: [matmul(x, w) for w in ws])
 
     def ours() -> tuple[float, float]:
-        weights = many(lambda i: pack_matrix(quantised(i)), nbytes)
-        kernel = "scaled_matmul" if recipe.activations else "quant_matmul"
+        weights = packed_matrices(case)
+        kernel = "scaled_matmul" if make_recipe(case).activations else "quant_matmul"
         return of_kernel(profile(lambda: run(x, weights)), kernel)
 
     def xla() -> float:
         """Of a bf16 product, whatever kernels that is."""
-        weights = many(dense, 2 * case.N * case.K)
+        weights = rotated(partial(dense_matrix, case), 2 * case.N * case.K)
         events = profile(lambda: run(x, weights))
         return sum(took for _, took, _ in events) / 1e3 / (ROUNDS * len(weights))
 
     (us, with_gaps), bf16 = ours(), xla()
-    exact = jnp.dot(x.astype(jnp.float32), dequantise(quantised(0)).T, precision="highest")
-    error = jnp.abs(run(x, [pack_matrix(quantised(0))])[0] - exact).max() / jnp.abs(exact).max()
+    first = quantised_matrix(case, 0)
+    exact = jnp.dot(x.astype(jnp.float32), dequantise(first).T, precision="highest")
+    error = jnp.abs(run(x, [pack_matrix(first)])[0] - exact).max() / jnp.abs(exact).max()
     detail = {
-        "bytes_per_step": nbytes,
+        "bytes_per_step": stored_bytes(case),
         "with_gaps_us": with_gaps,
         "bf16_us": bf16,
         "relative_error": float(error),
@@ -149,8 +152,6 @@ def measure(case: Case) -> list[Record]:
 
 def run_part(args: argparse.Namespace, chosen: Sequence[Case]) -> None:
     """Measures the cases. One that fails is recorded, and the next one runs."""
-    import jax
-
     parts.check_platform(jax.default_backend())
     for case in chosen:
         try:

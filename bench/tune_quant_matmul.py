@@ -11,23 +11,32 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import product
 from typing import Any
 
-from bench import parts, shapes
-from bench.attention_cases import L2_BYTES
-from bench.quant_matmul import LEAST, Case, cases, of_kernel, profile
+import jax
+import jax.numpy as jnp
+
+from bench import parts
+from bench.quant_matmul import (
+    Case,
+    cases,
+    make_recipe,
+    of_kernel,
+    packed_matrices,
+    profile,
+    stored_bytes,
+    tokens,
+)
+from pallas_kernels import quant_matmul_sm90, scaled_matmul_sm90
+from pallas_kernels.device import sm_count
+from pallas_kernels.quant_matmul_sm90 import Config, chains_of
 
 SHOWN = 6
 
 
-def packed_configs(T: int, N: int, K: int, form: Any, sms: int) -> Iterator[Any]:
+def packed_configs(T: int, N: int, K: int, form: Any, sms: int) -> Iterator[Config]:
     """Of `quant_matmul_sm90`, those that fit."""
-    import jax.numpy as jnp
-
-    from pallas_kernels.quant_matmul_sm90 import Config, Shape, chains_of
-
     chains, columns = chains_of(N, K), -(-T // 8) * 8
     warps = [
         Config("warp", units, 32, depth, blocks)
@@ -51,22 +60,20 @@ def packed_configs(T: int, N: int, K: int, form: Any, sms: int) -> Iterator[Any]
             continue
         if config.units * config.depth % 4:
             continue
-        shape = Shape(columns, N, K, form, jnp.dtype(jnp.bfloat16), config, sms, True)
+        shape = quant_matmul_sm90.Shape(
+            columns, N, K, form, jnp.dtype(jnp.bfloat16), config, sms, True
+        )
         if shape.most_stages >= 2:
             yield config
 
 
 def scaled_configs(T: int, N: int, K: int, dtype: Any, sms: int) -> Iterator[Any]:
     """Of `scaled_matmul_sm90`, those that fit."""
-    import jax.numpy as jnp
-
-    from pallas_kernels.scaled_matmul_sm90 import Config, Shape
-
-    for consumers, tokens, depth in product((1, 2, 4), (64, 128, 256), (1, 2, 4)):
-        config = Config(consumers, tokens, depth)
-        if K % (depth * 128) or consumers * min(T, tokens) > 512:
+    for consumers, most, depth in product((1, 2, 4), (64, 128, 256), (1, 2, 4)):
+        config = scaled_matmul_sm90.Config(consumers, most, depth)
+        if K % (depth * 128) or consumers * min(T, most) > 512:
             continue
-        shape = Shape(T, N, K, dtype, jnp.dtype(jnp.bfloat16), config, sms, True)
+        shape = scaled_matmul_sm90.Shape(T, N, K, dtype, jnp.dtype(jnp.bfloat16), config, sms, True)
         try:
             fits = shape.stages >= 2
         except ValueError:
@@ -77,26 +84,10 @@ def scaled_configs(T: int, N: int, K: int, dtype: Any, sms: int) -> Iterator[Any
 
 def tune(case: Case) -> None:
     """Prints the fastest configs of a case."""
-    import jax
-    import jax.numpy as jnp
-
-    from jaxinfer.quant.make import Recipe, round_to_nearest
-    from jaxinfer.quant.packing import pack_matrix
-    from pallas_kernels import quant_matmul_sm90, scaled_matmul_sm90
-    from pallas_kernels.device import sm_count
-
-    key, sms = jax.random.key(0), sm_count() or 132
-    recipe = Recipe(**shapes.QUANTISED[case.kind][0])
+    sms = sm_count() or 132
     T, N, K = case.tokens, case.N, case.K
-    nbytes = round(N * K * shapes.QUANTISED[case.kind][1])
-
-    def matrix(i: int) -> Any:
-        dense = jax.random.normal(jax.random.fold_in(key, i), (N, K), jnp.bfloat16)
-        return pack_matrix(round_to_nearest(dense, recipe, jnp.bfloat16))
-
-    weights = [matrix(i) for i in range(max(LEAST, -(-4 * L2_BYTES // nbytes)))]
-    x = jax.random.normal(key, (T, K), jnp.bfloat16)
-    if recipe.activations:
+    nbytes, weights, x = stored_bytes(case), packed_matrices(case), tokens(case)
+    if make_recipe(case).activations:
         x, one = x.astype(weights[0].codes.dtype), jnp.ones(T, jnp.float32)
         default = scaled_matmul_sm90.default_config(T, N, K, sms)
         found: Any = scaled_configs(T, N, K, x.dtype, sms)
@@ -115,7 +106,7 @@ def tune(case: Case) -> None:
             return quant_matmul_sm90.matmul(x, w, config=config, sms=sms)
 
     timed = []
-    for config in dict.fromkeys([default, *(replace(c) for c in found)]):
+    for config in dict.fromkeys([default, *found]):
         run = jax.jit(lambda ws, config=config: [multiply(w, config) for w in ws])
         try:
             us, _ = of_kernel(profile(lambda run=run: run(weights)), "matmul")
@@ -133,8 +124,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="configs of the quantised matmul kernels")
     parser.add_argument("--only", required=True, help="starts of cases' names, by commas")
     args = parser.parse_args()
-    import jax
-
     parts.check_platform(jax.default_backend())
     for case in cases():
         if case.name.startswith(tuple(args.only.split(","))):

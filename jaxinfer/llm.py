@@ -36,10 +36,10 @@ from jaxinfer.loading import (
     open_source,
     plan,
     prepare_backend,
-    tree_bytes,
     weight_bytes,
 )  # fmt: skip
 from jaxinfer.models.sites import widths
+from jaxinfer.models.weights import tree_bytes
 from jaxinfer.quant import pack_params
 from jaxinfer.requests import (
     Request,

@@ -196,11 +196,6 @@ def weight_bytes(source: Source, config: ModelConfig, dtype: Any) -> int:
     return stored_bytes(source, declare(config), dtype)
 
 
-def tree_bytes(params: Params) -> int:
-    """Bytes of all arrays."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-
-
 def check_params(
     params: Params, config: ModelConfig, dtype: Any, like: Params | None = None
 ) -> None:

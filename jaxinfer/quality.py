@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.decoder import apply
-from jaxinfer.models.weights import MATRICES
+from jaxinfer.models.weights import MATRICES, tree_bytes
 from jaxinfer.quantise import RESID, embed_text, run_layer
 
 
@@ -124,8 +124,3 @@ def divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     """KL(p || q) in nats at each position, from log-probabilities [N, V]; summed in float64."""
     p64, q64 = p.astype(np.float64), q.astype(np.float64)
     return (np.exp(p64) * (p64 - q64)).sum(-1)
-
-
-def tree_bytes(tree: Any) -> int:
-    """Of all arrays."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -193,7 +193,8 @@ def _quantise_layer(
         return _with_ranges(_rounded(layer, method, found), method, found)
     if method.algorithm != "rtn":
         layer = _scaled(layer, config, method, found)
-        found = _statistics(layer, config, hidden)
+        if method.algorithm == "awq" or method.recipe.activations == "tensor":
+            found = _statistics(layer, config, hidden)
     if method.algorithm == "awq":
         return _clipped(layer, method, found)
     return _with_ranges(_rounded(layer, method, None), method, found)

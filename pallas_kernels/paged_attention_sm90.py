@@ -41,10 +41,8 @@ from pallas_kernels.sm90_shapes import (
     unit_rows,
 )
 from pallas_kernels.sm90_sums import attend_in_turn
+from pallas_kernels.sm90_tiles import FEWEST_SMS, SHARED_BYTES, consumer_registers
 from pallas_kernels.tuning import tuned
-
-FEWEST_SMS = 78  # of any Hopper GPU (H20)
-SHARED_BYTES = 225 << 10  # of a block, less what barriers and alignment need
 
 
 def default_config(max_query: int, G: int, D: int, quantised: bool) -> Config:
@@ -216,13 +214,6 @@ def _staging(s: Shape, workers: int) -> list[Any]:
     return forms
 
 
-def _consumer_registers(workers: int, copiers: int, copier: int) -> int:
-    """What is left of the launch's registers, which are the same for all, in steps of 8."""
-    all_ = workers + copiers
-    at_launch = 65536 // (128 * all_) // 8 * 8
-    return min(232, (at_launch * all_ - copiers * copier) // workers // 8 * 8)
-
-
 def _kernel(s: Shape) -> Any:
     c = s.config
     out_type = [] if s.into else [jax.ShapeDtypeStruct((s.T, s.H, s.D), s.dtype)]
@@ -289,7 +280,7 @@ def _kernel(s: Shape) -> Any:
         def _compute() -> None:
             if workers > 1:
                 plgpu.set_max_registers(
-                    _consumer_registers(workers, c.teams, copier), action="increase"
+                    consumer_registers(workers, c.teams, copier), action="increase"
                 )
             consume(s, r, warpgroup, attend)
 

@@ -19,11 +19,10 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels.device import capability, has_kernels, sm_count
-from pallas_kernels.quant_packing import PackedMatrix, unpack
+from pallas_kernels.quant_packing import DTYPE, PackedMatrix, unpack
 
 Backend = Literal["auto", "reference", "mosaic"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "mosaic")
-DTYPE = jnp.bfloat16  # of activations: what dequantised weights are rounded to
 
 
 def quant_matmul(x: jax.Array, packed: PackedMatrix, *, backend: Backend = "auto") -> jax.Array:

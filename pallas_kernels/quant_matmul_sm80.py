@@ -50,10 +50,6 @@ class Shape:
     on_gpu: bool
 
     @property
-    def columns(self) -> int:
-        return TOKENS
-
-    @property
     def work(self) -> Work:
         return Work(self.format, UNITS, 1, 1, False, True)
 
@@ -80,9 +76,9 @@ def _kernel(s: Shape) -> Any:
     scratch: dict[str, Any] = {
         "words": plgpu.SMEM((STAGES, UNITS, 1, *s.format.tile), jnp.int32),
         "tokens": plgpu.SMEM(
-            (STAGES, s.columns, COLUMNS), s.dtype, transforms=(Tile((8, 64)), Swizzle(128))
+            (STAGES, TOKENS, COLUMNS), s.dtype, transforms=(Tile((8, 64)), Swizzle(128))
         ),
-        "partial": plgpu.SMEM((s.columns * (BLOCK + PAD),), jnp.float32),
+        "partial": plgpu.SMEM((TOKENS * (BLOCK + PAD),), jnp.float32),
     }
     if s.arch == "sm90":
         scratch["full"] = plgpu.Barrier(num_arrivals=2, num_barriers=STAGES)
@@ -99,7 +95,7 @@ def _kernel(s: Shape) -> Any:
         body,
         out_type=jax.ShapeDtypeStruct((s.T, s.N), s.dtype),
         scratch_types=scratch,
-        grid=(s.N // BLOCK, s.T // s.columns),
+        grid=(s.N // BLOCK, s.T // TOKENS),
         grid_names=("rows", "tokens"),
         kernel_name="quant_matmul",
     )
@@ -107,7 +103,7 @@ def _kernel(s: Shape) -> Any:
 
 def _multiply(s: Shape, r: Refs) -> None:
     chunks = s.K // COLUMNS
-    unit, token = lax.axis_index("rows") * UNITS, lax.axis_index("tokens") * s.columns
+    unit, token = lax.axis_index("rows") * UNITS, lax.axis_index("tokens") * TOKENS
     if s.format.table and s.on_gpu:
         registers.store_table(r.pairs, r.table)
         _meet(s)
@@ -117,7 +113,7 @@ def _multiply(s: Shape, r: Refs) -> None:
         slot = lax.rem(chunk, jnp.int32(STAGES))
         chunk = lax.min(chunk, jnp.int32(chunks - 1))
         words = r.packed.at[pl.ds(unit, UNITS), pl.ds(chunk, 1)]
-        tokens = r.x.at[pl.ds(token, s.columns), pl.ds(chunk * COLUMNS, COLUMNS)]
+        tokens = r.x.at[pl.ds(token, TOKENS), pl.ds(chunk * COLUMNS, COLUMNS)]
         if s.arch == "sm90":
             plgpu.copy_gmem_to_smem(words, r.words.at[slot], r.full.at[slot])
             plgpu.copy_gmem_to_smem(tokens, r.tokens.at[slot], r.full.at[slot])
@@ -149,7 +145,7 @@ def _multiply(s: Shape, r: Refs) -> None:
 
     for chunk in range(STAGES - 1):
         copy(jnp.int32(chunk))
-    acc = jnp.zeros((BLOCK, s.columns), jnp.float32)
+    acc = jnp.zeros((BLOCK, TOKENS), jnp.float32)
     if s.on_gpu:
         acc = plgpu.layout_cast(acc, WGMMA)
     acc = lax.fori_loop(0, chunks, add, acc)
@@ -157,14 +153,14 @@ def _multiply(s: Shape, r: Refs) -> None:
         await_copy(jnp.int32(chunks + i))
 
     rows = pl.ds(unit * UNIT, BLOCK)
-    out = r.out.at[pl.ds(token, s.columns), rows]
+    out = r.out.at[pl.ds(token, TOKENS), rows]
     if not s.on_gpu:
         scale = lax.broadcast_in_dim(r.row_scale[rows], acc.shape, (0,))
         out[...] = (acc * scale).astype(s.dtype).T
         return
     registers.store_partial(s.work, acc, r.partial)
     _meet(s)
-    registers.store_sums(s.work, r.partial, r.row_scale.at[rows], out, s.columns)
+    registers.store_sums(s.work, r.partial, r.row_scale.at[rows], out, TOKENS)
 
 
 def _start_copy(s: Shape, source: Any, to: Any) -> None:

@@ -27,12 +27,30 @@ import numpy as np
 from jax import lax
 
 from pallas_kernels import weight_registers as registers
-from pallas_kernels.quant_packing import BLOCK, COLUMNS, UNIT, Format, PackedMatrix, unpack_chunks
+from pallas_kernels.quant_packing import (
+    BLOCK,
+    COLUMNS,
+    DTYPE,
+    UNIT,
+    Format,
+    PackedMatrix,
+    unpack_chunks,
+)
 from pallas_kernels.sm90_shapes import ACC, BITS16, ROW, WGMMA, Refs, Swizzle, Tile
-from pallas_kernels.sm90_tiles import FEWEST_SMS, SHARED_BYTES, drain, persistent, store_transposed
+from pallas_kernels.sm90_tiles import (
+    FEWEST_SMS,
+    SHARED_BYTES,
+    Tiles,
+    drain,
+    fill,
+    persistent,
+    run_wgmma,
+    share_work,
+    slot_of,
+    store_transposed,
+)
 from pallas_kernels.weight_registers import PAD, PARTS, Work
 
-DTYPE = jnp.dtype(jnp.bfloat16)
 WIDE = 16384  # rows that keep all multiprocessors busy without splitting K
 
 
@@ -113,17 +131,8 @@ class Shape:
         return UNIT * self.config.units
 
     @property
-    def row_tiles(self) -> int:
-        return -(-self.N // self.rows)
-
-    @property
-    def token_tiles(self) -> int:
-        return -(-self.T // self.box)
-
-    @property
-    def blocks(self) -> int:
-        """Of the grid."""
-        return min(self.sms, self.row_tiles * self.token_tiles)
+    def tiles(self) -> Tiles:
+        return Tiles(self.T, self.N, self.box, self.rows, self.sms)
 
     @property
     def steps(self) -> int:
@@ -163,7 +172,7 @@ def default_config(T: int, N: int, K: int, form: Format, sms: int) -> Config:
             aligned = 4 // math.gcd(4, depth)
             each = -(-min(16 // chains, -(-units // sms)) // aligned) * aligned
             config = Config("warp", each, 32, depth)
-            if Shape(max(8, T), N, K, form, DTYPE, config, sms, True).most_stages >= 2:
+            if Shape(max(8, T), N, K, form, jnp.dtype(DTYPE), config, sms, True).most_stages >= 2:
                 return config
     if T <= 64 or (chains > 1 and T <= 128):
         return Config("group", min(16 // chains, units // 4 * 4), 64 if chains == 1 else 32, chains)
@@ -227,27 +236,13 @@ def _kernel(s: Shape) -> Any:
         names = ["x", "packed", "row_scale"]
         names += ["pairs"] if s.format.table and s.on_gpu else []
         r = Refs(dict(zip([*names, "out"], refs, strict=True)) | scoped)
-        warpgroup = lax.axis_index("warpgroup")
-
-        @pl.when(warpgroup == consumers)
-        def _copy() -> None:
-            if consumers > 1:  # what it gives up, the others take
-                plgpu.set_max_registers(40, action="decrease")
-            _produce(s, r)
-
-        @pl.when(warpgroup < consumers)
-        def _compute() -> None:
-            if consumers > 1:
-                at_launch = 65536 // (128 * (consumers + 1)) // 8 * 8
-                most = (at_launch * (consumers + 1) - 40) // consumers // 8 * 8
-                plgpu.set_max_registers(min(232, most), action="increase")
-            _consume(s, r, warpgroup)
+        share_work(consumers, partial(_produce, s, r), partial(_consume, s, r))
 
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((s.T, s.N), s.dtype),
         scratch_types=scratch,
-        grid=(s.blocks,),
+        grid=(s.tiles.blocks,),
         grid_names=("block",),
         num_threads=consumers + 1,
         thread_name="warpgroup",
@@ -262,26 +257,18 @@ def _produce(s: Shape, r: Refs) -> None:
     def item(row: Any, token: Any, done: Any) -> None:
         unit = lax.div(row, jnp.int32(UNIT))
 
-        def copy(step: Any, _: Any) -> None:
-            count = done + step
-            slot = lax.rem(count, jnp.int32(s.stages))
-
-            @pl.when(count >= s.stages)
-            def _wait() -> None:
-                plgpu.barrier_wait(r.free.at[slot])
-
+        def copy(step: Any, slot: Any, full: Any) -> None:
             if s.in_turn and s.chains > 1:
                 chain = lax.div(step, jnp.int32(of_chain))
                 step = (step - chain * of_chain) * s.chains + chain
-            full = r.full.at[slot]
             units, chunks = pl.ds(unit, s.config.units), pl.ds(step * depth, depth)
             plgpu.copy_gmem_to_smem(r.packed.at[units, chunks], r.words.at[slot], full)
             columns = pl.ds(step * depth * COLUMNS, depth * COLUMNS)
             plgpu.copy_gmem_to_smem(r.x.at[pl.ds(token, s.box), columns], r.tokens.at[slot], full)
 
-        lax.fori_loop(0, s.steps, copy, None)
+        fill(s, r, done, s.steps, copy)
 
-    drain(s, r, persistent(s, item))
+    drain(s, r, persistent(s.tiles, s.steps, item))
 
 
 def _consume(s: Shape, r: Refs, worker: Any) -> None:
@@ -303,13 +290,9 @@ def _consume(s: Shape, r: Refs, worker: Any) -> None:
             by_warp = s.config.way == "warp"
             _finish_partial(s, r, row, token, (_by_warps if by_warp else _by_groups)(s, r, done))
 
-    persistent(s, item)
+    persistent(s.tiles, s.steps, item)
     if s.in_turn or not s.on_gpu:
         plgpu.wait_smem_to_gmem(0)
-
-
-def _slot(s: Shape, count: Any) -> Any:
-    return lax.rem(count, jnp.int32(s.stages))
 
 
 def _zeros(s: Shape) -> Any:
@@ -320,7 +303,7 @@ def _by_warps(s: Shape, r: Refs, done: Any) -> list[Any]:
     """Sums of a warpgroup's warps, each of its own rows: for each unit float32 [64, columns]."""
 
     def add(step: Any, accs: Any) -> Any:
-        slot = _slot(s, done + step)
+        slot = slot_of(s, done + step)
         plgpu.barrier_wait(r.full.at[slot])
         accs = registers.add_products(s.work, accs, r.words.at[slot], r.tokens.at[slot], r.table)
         plgpu.barrier_arrive(r.free.at[slot])
@@ -329,43 +312,22 @@ def _by_warps(s: Shape, r: Refs, done: Any) -> list[Any]:
     return lax.fori_loop(0, s.steps, add, [_zeros(s)] * s.config.blocks)
 
 
-def _run_wgmma(s: Shape, r: Refs, accs: Any, first: Any, steps: int, operands: Any) -> None:
-    """Adds `steps` stages to the accumulators; operands(slot): those of each, tokens with them."""
-
-    def add(step: Any, _: Any) -> None:
-        slot = _slot(s, first + step)
-        plgpu.barrier_wait(r.full.at[slot])
-        for i, (acc, load, tokens) in enumerate(operands(accs, slot)):
-            plgpu.wgmma(acc, load(), tokens.transpose((1, 0)))
-            # The registers of what was multiplied before may now be written again.
-            plgpu.wgmma_wait(1)
-            if i == 0:
-
-                @pl.when(step > 0)
-                def _release() -> None:
-                    plgpu.barrier_arrive(r.free.at[_slot(s, first + step - 1)])
-
-    lax.fori_loop(0, steps, add, None)
-    plgpu.wgmma_wait(0)
-    plgpu.barrier_arrive(r.free.at[_slot(s, first + steps - 1)])
-
-
 def _by_groups(s: Shape, r: Refs, done: Any) -> list[Any]:
     """A warpgroup's sums of one chain, float32 [64, columns]."""
     w = s.work
     chain = lax.div(lax.axis_index("warpgroup"), jnp.int32(w.places))
 
-    def operands(accs: Any, slot: Any) -> Any:
-        for turn, part in np.ndindex(w.turns, PARTS):
-            at = turn * w.chains * COLUMNS + part * 64
-            if w.chains > 1:
-                at = pl.multiple_of(at + chain * COLUMNS, 64)
-            load = partial(registers.weights, w, r.words.at[slot], turn, part, r.table)
-            yield accs[0], load, r.tokens.at[slot].at[:, pl.ds(at, 64)]
+    def multiply(acc: Any) -> list[Any]:
+        def operands(slot: Any) -> Any:
+            for turn, part in np.ndindex(w.turns, PARTS):
+                at = turn * w.chains * COLUMNS + part * 64
+                if w.chains > 1:
+                    at = pl.multiple_of(at + chain * COLUMNS, 64)
+                load = partial(registers.weights, w, r.words.at[slot], turn, part, r.table)
+                yield acc, load, r.tokens.at[slot].at[:, pl.ds(at, 64)]
 
-    def multiply(*accs: Any) -> Any:
-        _run_wgmma(s, r, accs, done, s.steps, operands)
-        return [accs[0][...]]
+        run_wgmma(s, r, done, s.steps, operands)
+        return [acc[...]]
 
     return pl.run_scoped(multiply, ACC((BLOCK, s.columns), jnp.float32))
 
@@ -375,18 +337,18 @@ def _chains_in_turn(s: Shape, r: Refs, worker: Any, done: Any) -> list[Any]:
     blocks = s.config.blocks
     steps = s.steps // s.chains
 
-    def operands(accs: Any, slot: Any) -> Any:
-        for part in range(PARTS):
-            for block, acc in enumerate(accs):
-                first = worker * blocks + block
-                units = r.words.at[slot, pl.ds(first * 4, 4)]
-                w = Work(s.format, 4, 1, 1, False, False)
-                load = partial(registers.weights, w, units, 0, part, r.table)
-                yield acc, load, r.tokens.at[slot].at[:, pl.ds(part * 64, 64)]
+    w = Work(s.format, 4, 1, 1, False, False)  # what each block of 64 rows is by itself
 
     def chain(first: Any) -> list[Any]:
         def multiply(*accs: Any) -> list[Any]:
-            _run_wgmma(s, r, accs, first, steps, operands)
+            def operands(slot: Any) -> Any:
+                for part in range(PARTS):
+                    for block, acc in enumerate(accs):
+                        units = r.words.at[slot, pl.ds((worker * blocks + block) * 4, 4)]
+                        load = partial(registers.weights, w, units, 0, part, r.table)
+                        yield acc, load, r.tokens.at[slot].at[:, pl.ds(part * 64, 64)]
+
+            run_wgmma(s, r, first, steps, operands)
             return [acc[...] for acc in accs]
 
         return pl.run_scoped(multiply, *[ACC((BLOCK, s.columns), jnp.float32)] * blocks)
@@ -405,7 +367,7 @@ def _plainly(s: Shape, r: Refs, done: Any) -> list[Any]:
     blocks = s.rows // BLOCK
 
     def add(step: Any, totals: Any) -> Any:
-        slot = _slot(s, done + step)
+        slot = slot_of(s, done + step)
         plgpu.barrier_wait(r.full.at[slot])
         w = unpack_chunks(r.words[slot], s.format)
         sums = jnp.dot(w, r.tokens[slot].T, preferred_element_type=jnp.float32)

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+DTYPE = jnp.bfloat16  # of activations: what dequantised weights are rounded to
 UNIT, COLUMNS = 16, 128  # rows and columns of a chunk
 LINE = 8  # words: what one load of a group's scales brings
 BLOCK = 64  # rows of a warpgroup's matrix instruction: N is a multiple

@@ -25,7 +25,18 @@ from jax import lax
 
 from pallas_kernels.quant_packing import BLOCK, COLUMNS
 from pallas_kernels.sm90_shapes import ACC, BITS16, COLUMN, ROW, WGMMA, Refs, Swizzle, Tile
-from pallas_kernels.sm90_tiles import FEWEST_SMS, SHARED_BYTES, drain, persistent, store_transposed
+from pallas_kernels.sm90_tiles import (
+    FEWEST_SMS,
+    SHARED_BYTES,
+    Tiles,
+    drain,
+    fill,
+    persistent,
+    run_wgmma,
+    share_work,
+    slot_of,
+    store_transposed,
+)
 
 BYTES = (Tile((8, COLUMNS)), Swizzle(128))
 
@@ -82,17 +93,8 @@ class Shape:
         return BLOCK * self.config.consumers
 
     @property
-    def row_tiles(self) -> int:
-        return -(-self.N // self.rows)
-
-    @property
-    def token_tiles(self) -> int:
-        return -(-self.T // self.box)
-
-    @property
-    def blocks(self) -> int:
-        """Of the grid."""
-        return min(self.sms, self.row_tiles * self.token_tiles)
+    def tiles(self) -> Tiles:
+        return Tiles(self.T, self.N, self.box, self.rows, self.sms)
 
     @property
     def steps(self) -> int:
@@ -167,28 +169,21 @@ def _kernel(s: Shape) -> Any:
     def body(*refs: Any, **scoped: Any) -> None:
         names = ["x", "w", "x_scale", "w_scale", "out"]
         r = Refs(dict(zip(names, refs, strict=True)) | scoped)
-        warpgroup = lax.axis_index("warpgroup")
 
-        @pl.when(warpgroup == c.consumers)
-        def _copy() -> None:
-            if c.consumers > 1:  # what it gives up, the others take
-                plgpu.set_max_registers(40, action="decrease")
-            drain(s, r, persistent(s, partial(_produce, s, r)))
+        def copy() -> None:
+            drain(s, r, persistent(s.tiles, s.steps, partial(_produce, s, r)))
 
-        @pl.when(warpgroup < c.consumers)
-        def _compute() -> None:
-            if c.consumers > 1:
-                at_launch = 65536 // (128 * (c.consumers + 1)) // 8 * 8
-                most = (at_launch * (c.consumers + 1) - 40) // c.consumers // 8 * 8
-                plgpu.set_max_registers(min(232, most), action="increase")
-            persistent(s, partial(_consume, s, r, warpgroup))
+        def compute(worker: Any) -> None:
+            persistent(s.tiles, s.steps, partial(_consume, s, r, worker))
             plgpu.wait_smem_to_gmem(0)
+
+        share_work(c.consumers, copy, compute)
 
     return plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((s.T, s.N), s.out_dtype),
         scratch_types=scratch,
-        grid=(s.blocks,),
+        grid=(s.tiles.blocks,),
         grid_names=("block",),
         num_threads=c.consumers + 1,
         thread_name="warpgroup",
@@ -199,18 +194,12 @@ def _kernel(s: Shape) -> Any:
 def _produce(s: Shape, r: Refs, row: Any, token: Any, done: Any) -> None:
     columns = s.config.depth * COLUMNS
 
-    def copy(step: Any, _: Any) -> None:
-        slot = lax.rem(done + step, jnp.int32(s.stages))
-
-        @pl.when(done + step >= s.stages)
-        def _wait() -> None:
-            plgpu.barrier_wait(r.free.at[slot])
-
-        full, at = r.full.at[slot], pl.ds(step * columns, columns)
+    def copy(step: Any, slot: Any, full: Any) -> None:
+        at = pl.ds(step * columns, columns)
         plgpu.copy_gmem_to_smem(r.w.at[pl.ds(row, s.rows), at], r.weights.at[slot], full)
         plgpu.copy_gmem_to_smem(r.x.at[pl.ds(token, s.columns), at], r.tokens.at[slot], full)
 
-    lax.fori_loop(0, s.steps, copy, None)
+    fill(s, r, done, s.steps, copy)
 
 
 def _consume(s: Shape, r: Refs, worker: Any, row: Any, token: Any, done: Any) -> None:
@@ -240,34 +229,20 @@ def _consume(s: Shape, r: Refs, worker: Any, row: Any, token: Any, done: Any) ->
 def _sums(s: Shape, r: Refs, worker: Any, done: Any) -> Any:
     """Of a warpgroup, [64, columns]."""
 
-    def slot_of(step: Any) -> Any:
-        return lax.rem(done + step, jnp.int32(s.stages))
-
-    def operands(slot: Any) -> tuple[Any, Any]:
-        rows = pl.ds(pl.multiple_of(worker * BLOCK, BLOCK), BLOCK)
-        return r.weights.at[slot, rows], r.tokens.at[slot]
+    def weights(slot: Any) -> Any:
+        return r.weights.at[slot, pl.ds(pl.multiple_of(worker * BLOCK, BLOCK), BLOCK)]
 
     def multiply(acc: Any) -> Any:
-        def add(step: Any, _: Any) -> None:
-            slot = slot_of(step)
-            plgpu.barrier_wait(r.full.at[slot])
-            w, x = operands(slot)
-            plgpu.wgmma(acc, w, x.transpose((1, 0)))
-            plgpu.wgmma_wait(1)
+        def operands(slot: Any) -> Any:
+            yield acc, partial(weights, slot), r.tokens.at[slot]
 
-            @pl.when(step > 0)
-            def _release() -> None:
-                plgpu.barrier_arrive(r.free.at[slot_of(step - 1)])
-
-        lax.fori_loop(0, s.steps, add, None)
-        plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(r.free.at[slot_of(s.steps - 1)])
+        run_wgmma(s, r, done, s.steps, operands)
         return acc[...]
 
     def plainly(step: Any, acc: Any) -> Any:
-        slot = slot_of(step)
+        slot = slot_of(s, done + step)
         plgpu.barrier_wait(r.full.at[slot])
-        w, x = (ref[...].astype(s.sums) for ref in operands(slot))
+        w, x = (ref[...].astype(s.sums) for ref in (weights(slot), r.tokens.at[slot]))
         plgpu.barrier_arrive(r.free.at[slot])
         return acc + jnp.dot(w, x.T, preferred_element_type=s.sums)
 

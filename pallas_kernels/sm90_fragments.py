@@ -35,6 +35,7 @@ from pallas_kernels.sm90_ir import (
     element,
     inline_mgpu,
     lane_and_warp,
+    load_matrices,
     mul,
     shared_address,
     tree,
@@ -42,7 +43,6 @@ from pallas_kernels.sm90_ir import (
     xor,
 )
 from pallas_kernels.sm90_shapes import (
-    BITS16,
     COLUMN,
     SUMS,
     TURNED,
@@ -51,6 +51,7 @@ from pallas_kernels.sm90_shapes import (
     bytes_of,
     widened_by,
 )
+from pallas_kernels.sm90_tiles import store_columns
 
 
 def permuted(q: jax.Array) -> jax.Array:
@@ -73,7 +74,7 @@ def keys(s: Shape, tile: Any, part: int) -> Any:
         start = _address(s, tile, row, lane, div(lane, 16))
         for block, step in np.ndindex(s.tile // 64, 2):
             at = _moved(s, start, rows=block * 64, chunk=part * 4 + step * 2)
-            for i, word in enumerate(_load_matrices(at, transposed=False)):
+            for i, word in enumerate(load_matrices(at, transposed=False)):
                 chunk = step * 2 + i // 2
                 low, high = _widen(s, word)
                 registers[block, 2 * chunk, i % 2] = low
@@ -95,7 +96,7 @@ def values(s: Shape, tile: Any, half: int) -> Any:
         start = _address(s, tile, mul(div(lane, 8), 8), lane, warp)
         for block, step in np.ndindex(s.D // 64, 2):
             at = _moved(s, start, rows=half * 64 + step * 32, chunk=block * 4)
-            for i, word in enumerate(_load_matrices(at, transposed=True)):
+            for i, word in enumerate(load_matrices(at, transposed=True)):
                 registers[block, step * 4 + i, :] = _widen(s, word)
         return _wgmma_operand(registers, (s.D, 64))
 
@@ -164,12 +165,7 @@ def store_weights(s: Shape, weights: Any, into: Any) -> None:
         into[...] = weights.T
         return
 
-    @inline_mgpu(arg_types=(WGMMA, plgpu.RefType(BITS16)))
-    def store(ctx: Any, weights: Any, into: Any) -> None:
-        weights.store_tiled(utils.memref_transpose(into, (1, 0, 3, 2)), swizzle=128)
-        utils.commit_shared()
-
-    store(weights, into)
+    store_columns(weights, into)
 
 
 # -- what they are made of -----------------------------------------------------------------------
@@ -211,16 +207,6 @@ def _moved(s: Shape, address: Any, rows: int, chunk: int) -> Any:
     width = min(s.D, 128)
     across, inside = divmod(chunk * 16, width)
     return add(xor(address, inside), rows * s.D + across * 8 * width)
-
-
-def _load_matrices(address: Any, transposed: bool) -> tuple[Any, ...]:
-    """Four 8 x 8 matrices of pairs of bytes; each lane brings the address of a row of one."""
-    i32 = ir.IntegerType.get_signless(32)
-    kind = ".trans" if transposed else ""
-    ptx = f"ldmatrix.sync.aligned.m8n8.x4{kind}.shared.b16 {{$0, $1, $2, $3}}, [$4];"
-    return utils.inline_ptx(
-        ptx, address, result_types=[i32] * 4, has_side_effects=True, convergent=True
-    )  # type: ignore[return-value]
 
 
 def _widen(s: Shape, word: Any) -> tuple[Any, Any]:

@@ -47,6 +47,16 @@ def shared_address(ref: Any) -> Any:
     return llvm.ptrtoint(ir.IntegerType.get_signless(32), utils.memref_ptr(ref))
 
 
+def load_matrices(address: Any, *, transposed: bool = False) -> tuple[Any, ...]:
+    """Four 8 x 8 matrices of 16 bits each number; each lane brings the address of a row of one."""
+    i32 = ir.IntegerType.get_signless(32)
+    kind = ".trans" if transposed else ""
+    ptx = f"ldmatrix.sync.aligned.m8n8.x4{kind}.shared.b16 {{$0, $1, $2, $3}}, [$4];"
+    return utils.inline_ptx(
+        ptx, address, result_types=[i32] * 4, has_side_effects=True, convergent=True
+    )  # type: ignore[return-value]
+
+
 def element(x: Any, i: int) -> Any:
     return vector.extract(x, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
 

@@ -35,6 +35,7 @@ from pallas_kernels.sm90_ir import (
     inline_mgpu,
     lane_and_warp,
     like,
+    load_matrices,
     mul,
     shared_address,
     vector_of,
@@ -152,7 +153,7 @@ def add_products(w: Work, accs: list[Any], words: Any, tokens: Any, table: Any =
                 swizzle = bits_and(line, 7)
                 at = [add(base, mul(xor(add(half, 4 * i), swizzle), 16)) for i in range(2)]
                 for octet, pair in np.ndindex(len(sums[0]) // 2, 2):
-                    b = _load_matrices(add(at[pair], octet * (K // 64) * 1024))
+                    b = load_matrices(add(at[pair], octet * (K // 64) * 1024))
                     mine = slice(2 * octet, 2 * octet + 2)
                     for own, operand in zip(sums, operands, strict=True):
                         own[mine] = _two_steps(own[mine], operand[0, 4 * pair : 4 * pair + 4], b)
@@ -332,15 +333,6 @@ def _operand(form: Format, chunk: Any, part: int, *table: Any) -> Any:
     return registers
 
 
-def _load_matrices(address: Any) -> tuple[Any, ...]:
-    """Four 8 x 8 matrices of 16-bit numbers; each lane brings the address of a row of one."""
-    i32 = ir.IntegerType.get_signless(32)
-    ptx = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {$0, $1, $2, $3}, [$4];"
-    return utils.inline_ptx(
-        ptx, address, result_types=[i32] * 4, has_side_effects=True, convergent=True
-    )  # type: ignore[return-value]
-
-
 def _mma(c: list[Any], a: Any, b: Any) -> list[Any]:
     """c + a · b, of 16 rows, 8 columns and 16 between."""
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
@@ -395,9 +387,8 @@ def _scales(form: Format, at: Any) -> list[list[Any]]:
         words += _load(add(at, 4 * LINE), 1)
     rows = [[_both(word, bool(row)) for word in words] for row in (0, 1)]
     if form.kind == "int" and form.offset == "none":  # -8 or -128 times the scale, exactly
-        upper = 0x0080
         for row, values in enumerate(rows):
-            small = 0x0008 if form.bits == 4 and row == 0 else upper
+            small = 0x0008 if form.bits == 4 and row == 0 else 0x0080
             values.append(_multiply(values[0], const(0x80008000 | small * 0x10001)))
     return rows
 

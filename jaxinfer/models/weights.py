@@ -162,6 +162,11 @@ def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.bfloat16) 
     return jax.tree.unflatten(treedef, leaves)
 
 
+def tree_bytes(tree: Any) -> int:
+    """Bytes of all arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
 def count_params(config: ModelConfig) -> int:
     """Number of parameters, tied ones once."""
     sizes = jax.tree.map(lambda w: _size(w.shape), declare(config))

@@ -8,19 +8,15 @@ import jax
 
 from jaxinfer.quant.arrays import Matrix, Ordered, Parts, QuantisedMatrix
 from pallas_kernels.device import capability, has_kernels
-from pallas_kernels.quant_matmul import DTYPE
-from pallas_kernels.quant_packing import UNIT, PackedMatrix, groups_of_chunk, pack
+from pallas_kernels.quant_packing import DTYPE, UNIT, PackedMatrix, groups_of_chunk, pack
 
 SLABS = 8  # of rows, packed one after the other: what it takes meanwhile is that much less
 
 
-def can_pack(matrix: Any) -> bool:
+def can_pack(matrix: QuantisedMatrix) -> bool:
     """Whether a kernel multiplies by this matrix; activations that are rounded have another way."""
-    return (
-        isinstance(matrix, QuantisedMatrix)
-        and matrix.scheme.activations is None
-        and groups_of_chunk(*matrix.shape, matrix.scales.shape[1]) is not None
-    )
+    groups = groups_of_chunk(*matrix.shape, matrix.scales.shape[1])
+    return matrix.scheme.activations is None and groups is not None
 
 
 def pack_params(params: Any, dtype: Any, *, consume: bool) -> Any:

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.quant_packing import PackedMatrix, pack
+from pallas_kernels.quant_packing import PackedMatrix
 from pallas_kernels.scaled_matmul import scaled_matmul
 from tests.pallas_kernels.aot_cases import Case
-from tests.pallas_kernels.quant_problems import KINDS, arguments
+from tests.pallas_kernels.quant_problems import KINDS, packed
 
 # (N, K): K whole, in four chains, in one because it is odd.
 WIDE, NARROW, ODD = (28672, 4096), (4096, 14336), (192, 896)
@@ -37,7 +37,7 @@ def _packed(arch: str, name: str, shape: tuple[int, int], T: int) -> Case:
     from pallas_kernels import quant_matmul_sm80, quant_matmul_sm90
 
     N, K = shape
-    small = jax.eval_shape(lambda: pack(**_small(name, K)))
+    small = jax.eval_shape(lambda: packed(name, 64, K))
     words = jax.ShapeDtypeStruct((N // 16, *small.words.shape[1:]), jnp.int32)
     scale = jax.ShapeDtypeStruct((N,), jnp.float32)
 
@@ -49,13 +49,6 @@ def _packed(arch: str, name: str, shape: tuple[int, int], T: int) -> Case:
 
     x = jax.ShapeDtypeStruct((T, K), jnp.bfloat16)
     return Case(f"quant_matmul {name} {N}x{K} T={T}", multiply, (x, words, scale))
-
-
-def _small(name: str, K: int) -> dict[str, Any]:
-    """64 rows of a matrix: what is static of one of any height."""
-    return {
-        k: jnp.asarray(v) if hasattr(v, "dtype") else v for k, v in arguments(name, 64, K).items()
-    }
 
 
 def _scaled(dtype: Any, N: int, K: int, T: int) -> Case:

@@ -148,7 +148,7 @@ def test_every_size_has_a_config_that_fits(name, N, K, T):
     assert K % (128 * config.depth) == 0
     assert config.units * 16 <= N
     assert config.units * config.depth * form.words * 4 % 128 == 0, "copies begin at 128 bytes"
-    assert shape.row_tiles * config.units * 16 >= N
+    assert shape.tiles.of_rows * config.units * 16 >= N
 
 
 X, MATRIX = tokens(2, 128), packed("int4", 64, 128)
