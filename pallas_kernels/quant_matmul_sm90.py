@@ -166,12 +166,12 @@ def default_config(T: int, N: int, K: int, form: Format, sms: int) -> Config:
     and stages as deep as leave room for two."""
     chains, units = chains_of(N, K), N // UNIT
     if T <= 16 or (T <= 32 and chains > 1):
-        for depth in (4, 2, 1):
+        for depth in (8, 4, 2, 1) if chains > 1 else (4, 2, 1):
             if depth % chains or K % (depth * COLUMNS):
                 continue
             aligned = 4 // math.gcd(4, depth)
             each = -(-min(16 // chains, -(-units // sms)) // aligned) * aligned
-            config = Config("warp", each, 32, depth)
+            config = Config("warp", each, 32, depth, 2 if chains == 1 and each % 2 == 0 else 1)
             if Shape(max(8, T), N, K, form, jnp.dtype(DTYPE), config, sms, True).most_stages >= 2:
                 return config
     if T <= 64 or (chains > 1 and T <= 128):

@@ -16,13 +16,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.device import capability, has_kernels
+from pallas_kernels.device import LANES, LONGEST_ROW, capability, has_kernels
 
 Backend = Literal["auto", "reference", "mosaic"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "mosaic")
-
-LANES = 32  # of a warp: the kernel's rows are a multiple of them
-LONGEST = 16384  # a row lies in the registers of 128 threads
 
 
 def rms_norm(
@@ -79,9 +76,11 @@ def reference(
 
 
 def _choose(backend: Backend, E: int) -> Backend:
-    fits = E % LANES == 0 and E <= LONGEST
+    fits = E % LANES == 0 and E <= LONGEST_ROW
     if backend == "mosaic" and not fits:
-        raise ValueError(f"backend='mosaic': E={E}, expected a multiple of {LANES} up to {LONGEST}")
+        raise ValueError(
+            f"backend='mosaic': E={E}, expected a multiple of {LANES} up to {LONGEST_ROW}"
+        )
     if backend != "auto":
         return backend
     return "mosaic" if fits and has_kernels(capability()) else "reference"

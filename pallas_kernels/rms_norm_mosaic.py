@@ -8,7 +8,6 @@ does the order in which a row is summed.
 
 from __future__ import annotations
 
-import math
 from functools import partial
 from typing import Any
 
@@ -18,9 +17,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-WARPS, LANES = 4, 32
-SHORT = 1024  # elements: a row up to here lies in one warp
-LOAD_BYTES = 16  # the most that a thread loads at once
+from pallas_kernels.row_layout import row_layout
 
 
 @partial(
@@ -69,18 +66,3 @@ def _block(weight: Any, *refs: Any, rows: int, layout: Any, eps: float, plus_one
         normed[some] = (y * spread(scale.astype(jnp.float32) + 1, 1)).astype(x.dtype)
     else:
         normed[some] = y.astype(x.dtype) * spread(scale, 1)
-
-
-def row_layout(E: int, itemsize: int) -> tuple[int, Any]:
-    """Rows of a block, and the registers that hold them: a short row in each warp, or a long one in
-    all four. Neighbouring lanes load neighbouring pieces of up to 16 bytes."""
-    warps = WARPS if E > SHORT and E % (WARPS * LANES) == 0 else 1
-    piece = math.gcd(E // (warps * LANES), LOAD_BYTES // itemsize)
-    rows, span = WARPS // warps, LANES * piece
-    if warps > 1:  # tiled: rows, E // (4 * span), 4, LANES, piece
-        tiles, warp_dim = ((rows, E), (warps * span,), (span,), (piece,)), -3
-    elif span < E:  # tiled: rows, E // span, LANES, piece
-        tiles, warp_dim = ((rows, E), (span,), (piece,)), -4
-    else:
-        tiles, warp_dim = ((rows, E), (piece,)), -3
-    return rows, plgpu.Layout.TILED(plgpu.Tiling(tiles), (warp_dim,), (-2,), -1)

@@ -15,6 +15,7 @@ from jaxinfer.quant.arrays import Matrix, Ordered, Parts, QuantisedMatrix, in_co
 from pallas_kernels.kv_quantise import LARGEST
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.quant_packing import PackedMatrix
+from pallas_kernels.round_rows import round_rows
 from pallas_kernels.scaled_matmul import scaled_matmul
 
 FP8_MAX = LARGEST[jnp.dtype(jnp.float8_e4m3fn)]
@@ -57,13 +58,13 @@ def dot(x: jax.Array, w: jax.Array, dtype: Any) -> jax.Array:
 
 def _rounded(x: jax.Array, matrix: QuantisedMatrix) -> jax.Array:
     """W8A8 with one scale a row of the matrix, and one a token or one for all."""
-    if matrix.input_scale is not None:
-        scale = jnp.asarray(matrix.input_scale, jnp.float32)
+    if matrix.input_scale is None:
+        codes, scale = round_rows(x, matrix.codes.dtype)
     else:
-        scale = _absmax(x) / LARGEST[matrix.codes.dtype]
-    codes = round_to(x, scale, matrix.codes.dtype)
+        given = jnp.asarray(matrix.input_scale, jnp.float32)
+        codes = round_to(x, given, matrix.codes.dtype)
+        scale = jnp.broadcast_to(given, x.shape[:-1])
     of_rows = matrix.scales[:, 0].astype(jnp.float32)
-    scale = jnp.broadcast_to(scale, (*x.shape[:-1], 1))[..., 0]
     return scaled_matmul(codes, matrix.codes, scale, of_rows, x.dtype)
 
 

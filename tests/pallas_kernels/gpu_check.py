@@ -1,5 +1,6 @@
 """What a GPU must show of the attention kernels: numerics and bit invariance. The same of
-`rms_norm`, `quant_matmul` and `scaled_matmul`; and of `threshold` the definition's results.
+`rms_norm`, `quant_matmul` and `scaled_matmul`; of `threshold` and `round_rows` the definition's
+results.
 
     python -m tests.pallas_kernels.gpu_check --quick --backend sm90
 
@@ -29,6 +30,7 @@ import numpy as np
 from jaxinfer.backend import default_cache_directory, use_compilation_cache
 from pallas_kernels import quant_matmul_sm80
 from pallas_kernels.quant_matmul import quant_matmul
+from pallas_kernels.round_rows import round_rows
 from pallas_kernels.threshold_mosaic import Config
 from tests.pallas_kernels import norm_problems as norms
 from tests.pallas_kernels import quant_problems as quant
@@ -43,7 +45,8 @@ from tests.pallas_kernels.attention_problems import (
 )
 from tests.pallas_kernels.threshold_problems import compare, problem
 
-BACKENDS = ("sm90", "sm80")
+BACKENDS = ("sm90", "sm80")  # of attention
+OTHERS = ("rms_norm", "threshold", "quant_matmul", "scaled_matmul", "round_rows")
 GROUPS = (1, 2, 4, 5, 7, 8, 16, 32)
 HEAD_DIMS = (64, 128, 256)
 PAGE_SIZES = (32, 64, 128)
@@ -84,6 +87,17 @@ def checks(backend: str, *, quick: bool = False) -> Iterator[Check]:
                     f"quant_matmul {arch} {name} {N}x{K}",
                     partial(quant.invariance, name, N, K, multiply),
                 )
+        return
+    if backend == "round_rows":
+        for dtype, E in product((jnp.int8, jnp.float8_e4m3fn), (64, 896, 4096, 14336)):
+            yield Check(
+                f"round_rows {jnp.dtype(dtype).name} E={E}",
+                lambda dtype=dtype, E=E: quant.compare_rounding(
+                    partial(round_rows, backend="mosaic"),
+                    quant.rows_to_round((67, E), jnp.bfloat16),
+                    dtype,
+                ),
+            )
         return
     if backend == "scaled_matmul":
         for dtype, (N, K) in product(("int8", "float8_e4m3fn"), ((1024, 1536), (28672, 512))):
@@ -265,10 +279,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     todo = [
         (backend, args.quick, check.name)
-        for backend in args.backend or (*BACKENDS, "rms_norm", "threshold")
+        for backend in args.backend or (*BACKENDS, *OTHERS)
         for check in checks(backend, quick=args.quick)
         if args.only in check.name
     ]
+    if not todo:
+        parser.error(f"no check's name contains {args.only!r}")
     jobs = min(args.jobs, len(todo))
     pool = ProcessPoolExecutor(jobs, get_context("spawn"), _begin_worker)
     last_start = began + 60 * args.minutes  # the clock is the machine's, not the process's

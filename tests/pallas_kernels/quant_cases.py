@@ -1,4 +1,4 @@
-"""What `test_aot.py` compiles of `quant_matmul` and `scaled_matmul`."""
+"""What `test_aot.py` compiles of `quant_matmul`, `scaled_matmul` and `round_rows`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.quant_packing import PackedMatrix
+from pallas_kernels.round_rows import round_rows
 from pallas_kernels.scaled_matmul import scaled_matmul
 from tests.pallas_kernels.aot_cases import Case
 from tests.pallas_kernels.quant_problems import KINDS, packed
@@ -24,13 +25,20 @@ def cases(arch: str) -> list[Case]:
     calls += [("int4-zeros", ODD, T) for T in (8, 40, 512)]
     if arch == "sm80":  # tokens change nothing there
         calls = [(name, WIDE, 40) for name in KINDS]
-    found = [_packed(arch, *call) for call in calls]
+    codes = (jnp.float8_e4m3fn, jnp.int8)
+    found = [_rounded(d, E) for d in codes for E in (320, 16384)]
+    found += [_packed(arch, *call) for call in calls]
     if arch == "sm80":
         return found
-    codes = (jnp.float8_e4m3fn, jnp.int8)
     return found + [
         _scaled(d, *shape, T) for d in codes for shape in (WIDE, NARROW) for T in TOKENS
     ]
+
+
+def _rounded(dtype: Any, E: int) -> Case:
+    x = jax.ShapeDtypeStruct((64, E), jnp.bfloat16)
+    name = f"round_rows {jnp.dtype(dtype).name} E={E}"
+    return Case(name, lambda x: round_rows(x, dtype, backend="mosaic"), (x,))
 
 
 def _packed(arch: str, name: str, shape: tuple[int, int], T: int) -> Case:

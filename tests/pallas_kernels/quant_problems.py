@@ -1,4 +1,6 @@
-"""Matrices for `quant_matmul` and `scaled_matmul`; what is right; a row's bits are its own."""
+"""Matrices for `quant_matmul` and `scaled_matmul`, rows for `round_rows`; what is right; and that a
+row's bits are its own.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.quant_packing import PackedMatrix, pack, unpack
+from pallas_kernels.round_rows import round_rows
 from pallas_kernels.scaled_matmul import scaled_matmul
 
 NF4 = (
@@ -112,6 +115,24 @@ def scaled_arguments(dtype: Any, T: int, N: int, K: int) -> tuple[jax.Array, ...
     size = 40 if dtype == jnp.int8 else 1
     x, w = (jnp.asarray(rng.normal(size=(n, K)) * size, dtype) for n in (T, N))
     return x, w, *(jnp.asarray(rng.uniform(0.5, 2, n), jnp.float32) for n in (T, N))
+
+
+def rows_to_round(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Normal numbers: rows of very different sizes, one of zeros."""
+    rng = np.random.default_rng(0)
+    # Not so small that float16 has subnormal ones, which the definition takes for zeros.
+    x = rng.normal(size=shape) * 2.0 ** rng.integers(2, 12, (*shape[:-1], 1))
+    x[..., -1, :] = 0
+    return jnp.asarray(x, dtype)
+
+
+def compare_rounding(run: Callable[[jax.Array, Any], Any], x: jax.Array, dtype: Any) -> str:
+    """Raises AssertionError where `run` gives other bits than the definition of `round_rows`."""
+    want = jax.jit(lambda x: round_rows(x, dtype, backend="reference"))(x)
+    for got, right in zip(run(x, dtype), want, strict=True):
+        assert got.dtype == right.dtype
+        np.testing.assert_array_equal(*(np.asarray(a, np.float32) for a in (got, right)))
+    return f"{x.shape}: bits equal"
 
 
 def _invariance(
