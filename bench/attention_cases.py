@@ -101,7 +101,6 @@ CASES = (
     _decode((64, 4096), kv="int8", page_size=64),
     _decode((256, 1024)),
     _decode((16, 4096)),
-    _decode((1, 1024)),
     _decode((1, 16384)),
     _decode((8, 32768), (56, 200), name="mixed"),
     Case("prefill.4x4096", PROMPTS),

@@ -17,7 +17,7 @@ import json
 import os
 import tempfile
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,15 +43,18 @@ def make_parts(
     *,
     options: dict[str, Any] | None = None,
     repeats: int = REPEATS,
+    warm: bool = True,
+    in_pairs: bool = False,
 ) -> list[Part]:
     """Cold start with decode, then warm start, of each shape.
 
     Args:
         names: shapes.
-        batches, contexts: every pair is timed.
+        batches, contexts: every pair is timed, or with `in_pairs` the first two, and so on.
         cache: an empty folder for compiled programs, for the life of the parts.
         options: of `LLM`, beside those that the sizes decide.
         repeats: of every timing.
+        warm: whether to start a second time.
     """
     made = []
     for name in names:
@@ -63,12 +66,14 @@ def make_parts(
             "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9",
         }
         sizes = ("--batch", _join(batches), "--context", _join(contexts))
+        sizes += ("--in-pairs",) if in_pairs else ()
         sizes += ("--llm", json.dumps(options or {}), "--repeats", str(repeats))
         args = ("--part", "cold", "--shape", name, *sizes)
         timeout_s = 180 + 60 * len(batches) * len(contexts)
         made.append(Part(f"decode.{shapes.short(name)}", "bench.decode", args, timeout_s, env))
-        args = ("--part", "warm", "--shape", name, *sizes)
-        made.append(Part(f"start.{shapes.short(name)}.warm", "bench.decode", args, 120, env))
+        if warm:
+            args = ("--part", "warm", "--shape", name, *sizes)
+            made.append(Part(f"start.{shapes.short(name)}.warm", "bench.decode", args, 120, env))
     return made
 
 
@@ -166,10 +171,10 @@ def run_part(args: argparse.Namespace) -> None:
     if args.part == "warm":
         return
     detail = {"options": options, "memory_plan": str(llm.memory_plan)}
-    for batch in batches:
-        for context in contexts:
-            for found in measure_decode(llm, shape, batch, context, args.repeats, detail):
-                emit(args.records, found)
+    sizes = zip(batches, contexts, strict=True) if args.in_pairs else product(batches, contexts)
+    for batch, context in sizes:
+        for found in measure_decode(llm, shape, batch, context, args.repeats, detail):
+            emit(args.records, found)
 
 
 def _join(numbers: list[int]) -> str:
@@ -191,10 +196,12 @@ def main() -> None:
     parser.add_argument("--shape", type=_names, default=["llama-3.1-8b", "llama-3.2-1b"])
     parser.add_argument("--batch", type=_numbers, default=[1])
     parser.add_argument("--context", type=_numbers, default=[1024])
+    parser.add_argument("--in-pairs", action="store_true", help="not every batch and context")
     parser.add_argument("--repeats", type=int, default=REPEATS)
     parser.add_argument(
         "--llm", type=json.loads, default={}, help='options of LLM, as JSON: {"max_steps": 16}'
     )
+    parser.add_argument("--no-warm", action="store_true", help="start each shape only once")
     parser.add_argument("--hf", action="store_true", help="HF transformers too, in the same run")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     parser.add_argument("--part", choices=("cold", "warm"), help="run this part in this process")
@@ -208,8 +215,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-xla-") as cache:
         todo = ceilings.make_parts(tiny=args.shape == ["tiny"])
         todo += make_parts(
-            args.shape, args.batch, args.context, cache, options=args.llm, repeats=args.repeats
-        )
+            args.shape, args.batch, args.context, cache, options=args.llm, repeats=args.repeats,
+            warm=not args.no_warm, in_pairs=args.in_pairs,
+        )  # fmt: skip
         if args.hf:
             todo += hf_parts(args.shape, args.batch[0], args.context[0])
         run = parts.run_parts(todo, run, path)

@@ -170,12 +170,17 @@ def default_config(T: int, N: int, K: int, form: Format, sms: int) -> Config:
             if depth % chains or K % (depth * COLUMNS):
                 continue
             aligned = 4 // math.gcd(4, depth)
-            each = -(-min(16 // chains, -(-units // sms)) // aligned) * aligned
+            most = 16 // chains if form.bits == 4 or chains > 1 else 8
+            each = -(-min(most, -(-units // sms)) // aligned) * aligned
             config = Config("warp", each, 32, depth, 2 if chains == 1 and each % 2 == 0 else 1)
             if Shape(max(8, T), N, K, form, jnp.dtype(DTYPE), config, sms, True).most_stages >= 2:
                 return config
     if T <= 64 or (chains > 1 and T <= 128):
-        return Config("group", min(16 // chains, units // 4 * 4), 64 if chains == 1 else 32, chains)
+        group = Config(
+            "group", min(16 // chains, units // 4 * 4), 64 if chains == 1 else 32, chains
+        )
+        if chains == 1 or units // group.units * -(-T // group.tokens) <= sms:
+            return group  # all of it at once; else it pays to go through fewer, larger tiles
     most = 4 if chains > 1 and T <= 256 else 8 if chains > 1 or T <= 1024 else 12
     return Config("tile", min(most, units // 4 * 4), 128)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxinfer.quant.arrays import Matrix, Ordered, Parts, QuantisedMatrix
 from pallas_kernels.device import capability, has_kernels
@@ -52,7 +54,11 @@ def pack_matrix(matrix: Matrix) -> Any:
     """The matrix packed, where it can be; its parts, where it has some."""
     if isinstance(matrix, Parts):
         return Parts(tuple(pack_matrix(part) for part in matrix.parts))
-    if not isinstance(matrix, QuantisedMatrix) or not can_pack(matrix):
+    if not isinstance(matrix, QuantisedMatrix):
+        return matrix
+    if matrix.scheme.activations in ("token", "tensor"):  # the type that `scaled_matmul` reads
+        return replace(matrix, scales=matrix.scales.astype(jnp.float32))
+    if not can_pack(matrix):
         return matrix
     packed = _pack(matrix)
     return packed if matrix.order is None else Ordered(packed, matrix.order)

@@ -32,13 +32,15 @@ def test_a_case(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quant_matmul, "L2_BYTES", 1)
     kernel = {"int4": "quant_matmul", "fp8": "scaled_matmul"}[kind]
     events = [(1000.0 * i, 500.0, kernel) for i in range(3 * ROUNDS)]
+    rounding = 0.25 if kind == "fp8" else 0.0
+    events += [(1000.0 * i + 600, 1000 * rounding, "round_rows") for i in range(3) if rounding]
     monkeypatch.setattr(quant_matmul, "profile", lambda program: (program(), events)[1])
     us, over = measure(Case(kind, 64, 128, 2))
     assert (us.name, us.value) == (f"quant_matmul.{kind}.64x128.t2.us", 0.5)
     assert us.detail["with_gaps_us"] == 1.0
-    assert us.detail["bf16_us"] == 0.5
+    assert us.detail["rounding_us"] == rounding
     assert us.detail["relative_error"] < 0.05
-    assert over.value == 1.0
+    assert over.value == pytest.approx(us.detail["bf16_us"] / (0.5 + rounding))
 
 
 def test_configs_that_are_tried_hold_the_default() -> None:

@@ -76,13 +76,23 @@ def test_parts_are_packed_one_by_one() -> None:
         made(N=96),
         made(K=192),
         made(Recipe("int", 4, 8)),
-        made(Recipe("fp8", 8, -1, activations="token")),
+        made(Recipe("fp8", 8, 128, rows=128, activations="group")),
     ],
     ids=["rows", "columns", "groups", "activations"],
 )
 def test_what_has_no_kernel_stays(matrix: QuantisedMatrix) -> None:
     assert not can_pack(matrix)
     assert pack_matrix(matrix) is matrix
+
+
+def test_scales_of_rounded_activations_have_the_type_that_is_read() -> None:
+    matrix = made(Recipe("fp8", 8, -1, activations="token"))
+    packed = pack_matrix(matrix)
+    assert isinstance(packed, QuantisedMatrix)
+    assert (matrix.scales.dtype, packed.scales.dtype) == (jnp.bfloat16, jnp.float32)
+    assert packed.codes is matrix.codes
+    x = jnp.ones((2, 256), jnp.bfloat16)
+    np.testing.assert_array_equal(matmul(x, packed), matmul(x, matrix))
 
 
 @pytest.fixture
