@@ -247,7 +247,7 @@ def share_of_copy(records: Sequence[Record], copy_bytes_per_s: float | None) -> 
     shares = []
     for r in records:
         counted, stem = r.detail.get("bytes_per_step"), r.name.rpartition(".")[0]
-        if copy_bytes_per_s is None or counted is None or not r.value:
+        if copy_bytes_per_s is None or counted is None or not r.value or r.unit not in UNITS:
             continue
         reached = counted / (r.value * UNITS[r.unit])
         shares.append(

@@ -124,13 +124,14 @@ def test_command_line_leaves_out_where_results_go(monkeypatch: pytest.MonkeyPatc
     assert parts.command_line("bench.decode") == "python -m bench.decode --batch 1 --hf"
 
 
-def test_share_of_copy_knows_milliseconds_and_microseconds() -> None:
+def test_share_of_copy_knows_milliseconds_and_microseconds_and_nothing_else() -> None:
     counted = {"bytes_per_step": 10**6}
     found = parts.share_of_copy(
         [
             Record("a.b.us", 10.0, "us", counted),
             Record("c.ms_per_step", 1.0, "ms", counted),
             Record("d.us", 1.0, "us"),
+            Record("e.over_bf16", 2.0, "ratio", counted),
         ],
         1e12,
     )
