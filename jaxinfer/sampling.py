@@ -132,22 +132,53 @@ def sample(
     Returns:
         int32 [S].
     """
+    x = _allowed(logits, rows, positions, penalties)
+    greedy = jnp.argmax(x, axis=-1).astype(jnp.int32)
+    if not random:
+        return greedy
+    x = _tempered(x, rows, truncated)
+    drawn = jnp.argmax(x + gumbel(rows, positions, x.shape[-1]), axis=-1).astype(jnp.int32)
+    return jnp.where(rows.temperature == 0, greedy, drawn)
+
+
+def probabilities(
+    logits: Array,
+    rows: SamplingRows,
+    positions: Array,
+    penalties: PenaltyState | None,
+    *,
+    truncated: bool,
+    random: bool,
+) -> Array:
+    """What `sample` draws from, float32 [S, V]; same arguments. A greedy row has one token."""
+    x = _allowed(logits, rows, positions, penalties)
+    greedy = jax.nn.one_hot(jnp.argmax(x, axis=-1), x.shape[-1], dtype=jnp.float32)
+    if not random:
+        return greedy
+    return jnp.where(
+        rows.temperature[:, None] == 0, greedy, jax.nn.softmax(_tempered(x, rows, truncated))
+    )
+
+
+def _allowed(
+    logits: Array, rows: SamplingRows, positions: Array, penalties: PenaltyState | None
+) -> Array:
+    """Float32 logits with stops held back and penalties, without NaN."""
     # Before the conversion, which then takes place where a value is read: a scatter reads none.
     x = _hold_back_stops(logits, rows, positions).astype(jnp.float32)
     if penalties is not None:
         x = _penalise(x, rows, penalties)
-    x = jnp.nan_to_num(x, nan=-jnp.inf, posinf=LARGEST_LOGIT, neginf=-jnp.inf)
-    greedy = jnp.argmax(x, axis=-1).astype(jnp.int32)
-    if not random:
-        return greedy
+    return jnp.nan_to_num(x, nan=-jnp.inf, posinf=LARGEST_LOGIT, neginf=-jnp.inf)
+
+
+def _tempered(x: Array, rows: SamplingRows, truncated: bool) -> Array:
     # The likeliest is at exactly 0 whatever the temperature, and nothing overflows upwards.
     highest = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), -LARGEST_LOGIT)
     x = (x - highest) / jnp.maximum(rows.temperature, SMALLEST_TEMPERATURE)[:, None]
-    if truncated:
-        lowest = threshold(x, rows.top_k, rows.top_p, rows.min_p)
-        x = jnp.where(x >= lowest[:, None], x, -jnp.inf)
-    drawn = jnp.argmax(x + _gumbel(rows, positions, x.shape[-1]), axis=-1).astype(jnp.int32)
-    return jnp.where(rows.temperature == 0, greedy, drawn)
+    if not truncated:
+        return x
+    lowest = threshold(x, rows.top_k, rows.top_p, rows.min_p)
+    return jnp.where(x >= lowest[:, None], x, -jnp.inf)
 
 
 def _penalise(x: Array, rows: SamplingRows, penalties: PenaltyState) -> Array:
@@ -170,16 +201,19 @@ def _hold_back_stops(x: Array, rows: SamplingRows, positions: Array) -> Array:
     return x.at[jnp.arange(S)[:, None], ids].set(-jnp.inf, mode="drop", unique_indices=True)
 
 
-def _gumbel(rows: SamplingRows, positions: Array, vocab_size: int) -> Array:
+def gumbel(rows: SamplingRows, positions: Array, vocab_size: int, purpose: int = 0) -> Array:
     """Standard Gumbel noise, float32 [S, V]: -log(-log(u)), a function of the row alone.
 
     All 32 random bits go where resolution decides draws, into 1 - u near 0: tokens of probability
-    down to about 2**-32 are drawn as often as they should be.
+    down to about 2**-32 are drawn as often as they should be. Another `purpose` gives other noise;
+    0 is what `sample` draws with.
     """
 
     def row(seed: Array, sample: Array, position: Array) -> Array:
         key = jax.random.wrap_key_data(seed, impl="threefry2x32")
         key = jax.random.fold_in(jax.random.fold_in(key, sample), position)
+        if purpose:
+            key = jax.random.fold_in(key, purpose)
         bits = jax.random.bits(key, (vocab_size,), jnp.uint32)
         complement = bits.astype(jnp.float32) * 2.0**-32 + 2.0**-33
         return -jnp.log(-jnp.log1p(-jnp.minimum(complement, LIKELIEST_UNIFORM)))

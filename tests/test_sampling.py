@@ -227,7 +227,7 @@ def test_rare_tokens_are_drawn_as_often_as_they_should_be() -> None:
     # 2**22 draws of noise: its largest value exceeds t with probability about draws * exp(-t).
     # Noise made from 23 bits could not pass 16.
     rows = repeat(row(seed=1), 128)
-    noise = np.asarray(jax.jit(sampling._gumbel, static_argnums=2)(rows, jnp.arange(128), 2**15))
+    noise = np.asarray(jax.jit(sampling.gumbel, static_argnums=2)(rows, jnp.arange(128), 2**15))
     beyond = noise[noise > 13]
     expected = noise.size * np.exp(-13)
     assert abs(len(beyond) - expected) < 4 * np.sqrt(expected)
@@ -245,7 +245,7 @@ def test_seed_sample_and_position_each_change_the_noise() -> None:
         row(seed=5, sample=2), row(**base),
     ])  # fmt: skip
     positions = jnp.array([9, 9, 9, 9, 9, 10])
-    noise = np.asarray(sampling._gumbel(rows, positions, V))
+    noise = np.asarray(sampling.gumbel(rows, positions, V))
     np.testing.assert_array_equal(noise[0], noise[1])
     for other in noise[2:]:
         assert not np.array_equal(noise[0], other)

@@ -1,0 +1,113 @@
+"""Proposers for `speculate.step`: a draft model, and what the text itself has said before.
+
+Letters: S sequences, k guesses, L tokens of history, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from jaxinfer import sampling
+from jaxinfer.speculate import Drawing, Forward, Proposal, Proposer, State
+
+
+def draft_model(forward: Forward, *, with_probabilities: bool = False) -> Proposer:
+    """Guesses by another model, a token at a time, drawn as the target draws: with its noise.
+
+    It first reads the fresh tokens, however many there are, then each of its own guesses but the
+    last. `state.draft` is what `forward` keeps.
+
+    Args:
+        forward: of the draft; the same vocabulary as the target's.
+        with_probabilities: what the rule `rejection` needs.
+    """
+
+    def propose(params: Any, state: State, k: int, drawing: Drawing) -> tuple[Any, Proposal]:
+        first = state.lengths - state.fresh_count
+        count = jnp.where(state.active, state.fresh_count, 0)
+        logits, kept = forward(params, state.draft, state.fresh, count, first)
+        logits = jnp.take_along_axis(logits, state.fresh_count[:, None, None] - 1, axis=1)[:, 0]
+        one = state.active.astype(jnp.int32)
+        rows = jnp.arange(len(one))
+
+        def draw(logits: Array, position: Array, penalties: Any) -> Any:
+            arguments = (logits, state.rows, position, penalties)
+            token = sampling.sample(*arguments, **drawing._asdict())
+            q = sampling.probabilities(*arguments, **drawing._asdict()) if with_probabilities else 0
+            if penalties is not None:
+                counts = penalties.counts.at[rows, token].add(1)
+                penalties = penalties._replace(counts=counts)
+            return token, q, penalties
+
+        def another(carry: Any, _: None) -> Any:
+            token, position, penalties, kept = carry
+            logits, kept = forward(params, kept, token[:, None], one, position)
+            token, q, penalties = draw(logits[:, 0], position + 1, penalties)
+            return (token, position + 1, penalties, kept), (token, q)
+
+        token, q, penalties = draw(logits, state.lengths, state.penalties)
+        carry = (token, state.lengths, penalties, kept)
+        (*_, kept), (tokens, qs) = lax.scan(another, carry, length=k - 1)
+        tokens = jnp.concatenate([token[None], tokens]).T
+        all_q = jnp.concatenate([q[None], qs]).swapaxes(0, 1) if with_probabilities else None
+        return kept, Proposal(tokens, jnp.full_like(one, k), all_q)
+
+    return propose
+
+
+class History(NamedTuple):
+    """What `prompt_lookup` keeps: int32 [S, L], the tokens of each sequence."""
+
+    tokens: Array
+
+
+def prompt_lookup(longest: int = 3, shortest: int = 1) -> Proposer:
+    """Guesses what followed the latest earlier occurrence of the sequence's last tokens: of
+    `longest` if they occurred, else of fewer, down to `shortest`; nothing where there is none.
+
+    Saxena 2023, Prompt lookup decoding.
+
+    Raises:
+        ValueError: not 1 <= shortest <= longest.
+    """
+    if not 1 <= shortest <= longest:
+        raise ValueError(
+            f"shortest={shortest}, longest={longest}: expected 1 <= shortest <= longest"
+        )
+
+    def propose(params: Any, state: State, k: int, drawing: Drawing) -> tuple[Any, Proposal]:
+        tokens = _noted(state)
+        S, L = tokens.shape
+        length, at = state.lengths, jnp.arange(L)
+        # Of each place, how many tokens up to it are the last ones of the sequence.
+        run, same = jnp.zeros((S, L), jnp.int32), jnp.ones((S, L), bool)
+        for i in range(longest):
+            back = jnp.pad(tokens, ((0, 0), (i, 0)), constant_values=-1)[:, :L]
+            ends = jnp.take_along_axis(tokens, jnp.maximum(length - 1 - i, 0)[:, None], axis=1)
+            same &= (back == ends) & (at >= i) & (length[:, None] > i)
+            run += same
+        earlier = (at < length[:, None] - 1) & (run >= shortest)
+        found = jnp.where(earlier, run * L + at, -1)  # the longest, and of equals the latest
+        place = jnp.argmax(found, axis=1)
+        hit = jnp.take_along_axis(found, place[:, None], axis=1)[:, 0] >= 0
+        ids = place[:, None] + 1 + jnp.arange(k)
+        guesses = jnp.take_along_axis(tokens, jnp.minimum(ids, L - 1), axis=1)
+        count = jnp.where(hit & state.active, jnp.minimum(length - 1 - place, k), 0)
+        return History(tokens), Proposal(guesses, count.astype(jnp.int32))
+
+    return propose
+
+
+def _noted(state: State) -> Array:
+    """The history with the fresh tokens in it."""
+    tokens = state.draft.tokens
+    S, width = state.fresh.shape
+    new = jnp.arange(width) < state.fresh_count[:, None]
+    first = state.lengths - state.fresh_count
+    ids = jnp.where(
+        new, first[:, None] + jnp.arange(width), tokens.shape[1]
+    )  # past the end: dropped
+    return tokens.at[jnp.arange(S)[:, None], ids].set(state.fresh, mode="drop")
