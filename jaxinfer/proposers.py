@@ -5,7 +5,7 @@ Letters: S sequences, k guesses, L tokens of history, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -58,17 +58,12 @@ def draft_model(forward: Forward, *, with_probabilities: bool = False) -> Propos
     return propose
 
 
-class History(NamedTuple):
-    """What `prompt_lookup` keeps: int32 [S, L], the tokens of each sequence."""
-
-    tokens: Array
-
-
 def prompt_lookup(longest: int = 3, shortest: int = 1) -> Proposer:
     """Guesses what followed the latest earlier occurrence of the sequence's last tokens: of
     `longest` if they occurred, else of fewer, down to `shortest`; nothing where there is none.
 
-    Saxena 2023, Prompt lookup decoding.
+    `state.draft` is int32 [S, L]: the tokens of each sequence, but for the fresh ones; L is the
+    longest limit. Saxena 2023, Prompt lookup decoding.
 
     Raises:
         ValueError: not 1 <= shortest <= longest.
@@ -96,14 +91,14 @@ def prompt_lookup(longest: int = 3, shortest: int = 1) -> Proposer:
         ids = place[:, None] + 1 + jnp.arange(k)
         guesses = jnp.take_along_axis(tokens, jnp.minimum(ids, L - 1), axis=1)
         count = jnp.where(hit & state.active, jnp.minimum(length - 1 - place, k), 0)
-        return History(tokens), Proposal(guesses, count.astype(jnp.int32))
+        return tokens, Proposal(guesses, count.astype(jnp.int32))
 
     return propose
 
 
 def _noted(state: State) -> Array:
     """The history with the fresh tokens in it."""
-    tokens = state.draft.tokens
+    tokens = state.draft
     S, width = state.fresh.shape
     new = jnp.arange(width) < state.fresh_count[:, None]
     first = state.lengths - state.fresh_count

@@ -6,17 +6,21 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from jaxinfer.batch import MIN_ROWS, Batch, Ragged
-from jaxinfer.cache import TRASH_PAGE, PagedCache
+from jaxinfer.cache import TRASH_PAGE, PagedCache, init_cache
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.decoder import DEFAULT_ATTENTION, AttentionOptions, Params, forward, logits
-from jaxinfer.speculate import Forward
+from jaxinfer.pages import pages_for
+from jaxinfer.sampling import SamplingRows
+from jaxinfer.speculate import Forward, State
 
 
 class Pages(NamedTuple):
@@ -49,6 +53,49 @@ def model_forward(
         return found.reshape(S, W, -1), kept._replace(cache=cache)
 
     return run
+
+
+def begin(
+    params: Mapping[str, Params],
+    configs: Mapping[str, ModelConfig],
+    prompts: Sequence[Sequence[int]],
+    rows: SamplingRows,
+    limits: Sequence[int],
+    *,
+    k: int,
+    page_size: int,
+    dtype: Any,
+) -> State:
+    """A state for `speculate.step` in which `target` and, if there is one, `draft` have read the
+    prompts, but for their last tokens. Without a draft, `state.draft` is int32 [S, longest limit],
+    the prompts, for `proposers.prompt_lookup`.
+
+    Args:
+        params, configs: of the models, by those names.
+        prompts: of one token at least.
+        limits: see `speculate.State`; every sequence gets pages for so many.
+        k: guesses of a step.
+        dtype: of the cache.
+    """
+    S, lengths = len(prompts), np.array([len(p) for p in prompts], np.int32)
+    P = pages_for(max(limits), page_size)
+    text = np.zeros((S, max(limits)), np.int32)
+    for i, prompt in enumerate(prompts):
+        text[i, : len(prompt)] = prompt
+    own = 1 + np.arange(S * P, dtype=np.int32).reshape(S, P)
+    kept = {}
+    for name, config in configs.items():
+        pages = Pages(init_cache(config, 1 + S * P, page_size, dtype), jnp.asarray(own[None]))
+        read = jax.jit(model_forward(name, config), donate_argnums=1)
+        some = jnp.asarray(text[:, : max(lengths)])
+        _, kept[name] = read(params, pages, some, jnp.asarray(lengths - 1), jnp.zeros(S, jnp.int32))
+    fresh = np.zeros((S, k + 1), np.int32)
+    fresh[:, 0] = text[np.arange(S), lengths - 1]
+    return State(
+        fresh=jnp.asarray(fresh), fresh_count=jnp.ones(S, jnp.int32), lengths=jnp.asarray(lengths),
+        limits=jnp.asarray(limits, jnp.int32), active=jnp.ones(S, bool), rows=rows,
+        penalties=None, draft=kept.get("draft", jnp.asarray(text)), target=kept["target"],
+    )  # fmt: skip
 
 
 def flatten(kept: Pages, tokens: Array, count: Array, position: Array) -> Batch:

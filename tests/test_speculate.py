@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxinfer import sampling
-from jaxinfer.proposers import History, draft_model, prompt_lookup
+from jaxinfer.proposers import draft_model, prompt_lookup
 from jaxinfer.sampling import PenaltyState, SamplingRows
 from jaxinfer.speculate import Accepted, Drawing, Proposal, Rule, State, step, verify
 from tests.test_sampling import row, stack
@@ -97,8 +97,6 @@ def begin(
 
 def speculated(name: str, rule: Rule, state: State, params: Params, drawing: Drawing) -> Any:
     """Tokens of each sequence until all have ended, and what each step accepted."""
-    if name == "lookup":
-        state = state._replace(draft=History(state.draft))
     run, made, steps = compiled(name, rule, drawing), [[] for _ in state.lengths], []
     while np.any(np.asarray(state.active)):
         state, accepted = run(state, params)
@@ -276,8 +274,6 @@ def test_the_distribution_is_the_targets(
     rows = rows._replace(seed=jnp.asarray(seeds))
     prompt = [4, 1, 2, 4, 1]
     state = begin([prompt] * n, rows, [len(prompt) + 2] * n, 2, penalised=penalised)
-    if name == "lookup":
-        state = state._replace(draft=History(state.draft))
     run = compiled(name, rule, Drawing(truncated, True))
     found = np.full((n, 2), -1)
     for _ in range(2):

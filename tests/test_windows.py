@@ -15,16 +15,14 @@ import pytest
 import checkpoints.demo
 from checkpoints import load_params
 from jaxinfer import LLM, SamplingParams
-from jaxinfer.cache import init_cache
 from jaxinfer.models.families import read_config
 from jaxinfer.models.weights import declare
-from jaxinfer.proposers import History, draft_model, prompt_lookup
-from jaxinfer.speculate import Drawing, State, step
-from jaxinfer.windows import Pages, model_forward
+from jaxinfer.proposers import draft_model, prompt_lookup
+from jaxinfer.speculate import Drawing, step
+from jaxinfer.windows import begin, model_forward
 from tests.test_sampling import row, stack
 
 DEMO = Path(checkpoints.demo.__file__).parent
-PAGE, PAGES, WIDTH = 16, 8, 4  # tokens a page, pages a sequence, k + 1
 MORE = 24  # tokens
 TEXT = (
     "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n",
@@ -49,31 +47,6 @@ def pair() -> dict[str, Any]:
     return found
 
 
-def begin(pair: Any, prompts: list[list[int]], rows: Any, limits: list[int]) -> Any:
-    """Prompts read by both models, but for their last tokens; (state, params)."""
-    S, lengths = len(prompts), np.array([len(p) for p in prompts], np.int32)
-    text = np.zeros((S, lengths.max()), np.int32)
-    for i, prompt in enumerate(prompts):
-        text[i, : len(prompt)] = prompt
-    params = {name: weights for name, (_, weights) in pair.items()}
-    # Pages in no order, as a pool hands them out.
-    table = 1 + np.random.default_rng(0).permutation(S * PAGES).reshape(1, S, PAGES)
-    kept = {}
-    for name, (config, _) in pair.items():
-        cache = init_cache(config, 1 + S * PAGES, PAGE, jnp.float32)
-        pages = Pages(cache, jnp.asarray(table, jnp.int32))
-        read = jax.jit(model_forward(name, config))
-        _, kept[name] = read(params, pages, jnp.asarray(text), lengths - 1, np.zeros(S, np.int32))
-    fresh = np.zeros((S, WIDTH), np.int32)
-    fresh[:, 0] = text[np.arange(S), lengths - 1]
-    state = State(
-        fresh=jnp.asarray(fresh), fresh_count=jnp.ones(S, jnp.int32), lengths=jnp.asarray(lengths),
-        limits=jnp.asarray(limits, jnp.int32), active=jnp.ones(S, bool), rows=rows,
-        penalties=None, draft=kept["draft"], target=kept["target"],
-    )  # fmt: skip
-    return state, params, text
-
-
 @pytest.mark.parametrize(("name", "temperature"), [("draft", 0.8), ("lookup", 0.0)])
 def test_tokens_are_those_of_the_engine(llm: LLM, pair: Any, name: str, temperature: float) -> None:
     sampling = SamplingParams(temperature=temperature, seed=7, max_tokens=MORE, ignore_eos=True)
@@ -81,18 +54,17 @@ def test_tokens_are_those_of_the_engine(llm: LLM, pair: Any, name: str, temperat
     prompts = [list(out.prompt_token_ids) for out in outputs]
     limits = [len(p) + MORE for p in prompts]
     rows = stack([row(temperature=temperature, seed=7)] * len(prompts))
-    state, params, text = begin(pair, prompts, rows, limits)
-    proposer = draft_model(model_forward("draft", pair["draft"][0]))
+    configs, params = ({n: pair[n][i] for n in pair} for i in (0, 1))
+    proposer = draft_model(model_forward("draft", configs["draft"]))
     if name == "lookup":
-        history = np.zeros((len(prompts), PAGES * PAGE), np.int32)
-        history[:, : text.shape[1]] = text
-        state = state._replace(draft=History(jnp.asarray(history)))
         proposer = prompt_lookup()
+        del configs["draft"]
+    state = begin(params, configs, prompts, rows, limits, k=3, page_size=16, dtype=jnp.float32)
     run = jax.jit(
         partial(
             step,
             draft=proposer,
-            target=model_forward("target", pair["target"][0]),
+            target=model_forward("target", configs["target"]),
             drawing=Drawing(truncated=False, random=temperature > 0),
         )
     )
