@@ -19,6 +19,7 @@ V = 37
 NEVER = -np.inf
 
 draw = jax.jit(sampling.sample, static_argnames=("truncated", "random"))
+weigh = jax.jit(sampling.probabilities, static_argnames=("truncated", "random"))
 
 
 def row(
@@ -215,7 +216,11 @@ def test_draws_follow_the_distribution(params: dict[str, Any]) -> None:
     limits.pop("temperature", None)
     kept = kept_by_reference(scaled, **limits)
     expected = np.where(kept, np.exp(scaled - scaled.max()), 0)
-    expected = draws * expected / expected.sum()
+    expected = expected / expected.sum()
+    one = jax.tree.map(lambda leaf: leaf[:1], rows)
+    exact = weigh(x[None], one, jnp.zeros(1, jnp.int32), None, truncated=True, random=True)
+    np.testing.assert_allclose(exact[0], expected, rtol=1e-5, atol=1e-7)
+    expected = draws * expected
     assert found[~kept].sum() == 0
     chi_square = ((found - expected)[kept] ** 2 / expected[kept]).sum()
     # 0.999 quantiles of chi-square with 1 to 11 degrees of freedom

@@ -253,7 +253,7 @@ HOWS: dict[str, dict[str, Any]] = {
         pytest.param(HOWS[how], n, id=f"{how}, {n}", marks=pytest.mark.slow if slow else ())
         for how, n, slow in (
             ("temperature", 200_000, False),
-            ("truncated", 4_000, False),
+            ("truncated", 200_000, True),
             ("penalties", 200_000, True),
             ("top-k", 200_000, True),
             ("top-p", 200_000, True),

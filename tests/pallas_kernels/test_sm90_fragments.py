@@ -40,7 +40,7 @@ class Threads:
             "utils": SimpleNamespace(thread_idx=lambda: np.arange(128)),
             "const": lambda x: np.int64(x),
             "shared_address": lambda ref: np.int64(0),
-            "_load_matrices": self.load_matrices,
+            "load_matrices": self.load_matrices,
             "_widen": lambda s, word: (word[:, [0, 2]], word[:, [1, 3]]),
             "_wgmma_operand": self.keep,
             "_inlined": lambda s, shape: lambda f: lambda tile: f(None, tile),
