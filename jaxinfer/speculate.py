@@ -97,10 +97,11 @@ class State(NamedTuple):
 
 
 class Proposer(Protocol):
-    """Guesses `k` tokens after `state.lengths`, having read `state.fresh`. Returns the new
-    `state.draft` too."""
+    """(The new `state.draft`, guesses of the `k` tokens that follow): it reads `state.fresh`."""
 
-    def __call__(self, params: Any, state: State, k: int, drawing: Drawing, /) -> Any: ...
+    def __call__(
+        self, params: Any, state: State, k: int, drawing: Drawing, /
+    ) -> tuple[Any, Proposal]: ...
 
 
 class Forward(Protocol):
@@ -180,29 +181,36 @@ def verify(
     arguments = (logits.reshape(-1, V), flat, positions, told)
     meant = jnp.arange(k) < proposal.drafted[:, None]
     if rule == "shared":
-        own = sampling.sample(*arguments, **drawing._asdict()).reshape(S, width)
-        taken = _run_length(meant & (proposal.tokens == own[:, :k]))
-        return Accepted(own, taken + 1, jnp.minimum(taken + 1, proposal.drafted))
-    p = sampling.probabilities(*arguments, **drawing._asdict()).reshape(S, width, V)
-    q = proposal.probabilities
-    if q is None:
-        q = jax.nn.one_hot(proposal.tokens, V, dtype=jnp.float32)
-    at = proposal.tokens[..., None]
-    p_guess, q_guess = (jnp.take_along_axis(x, at, axis=2)[..., 0] for x in (p[:, :k], q))
-    # Of the noise of one token: u is uniform in (0, 1).
-    u = jnp.exp(-jnp.exp(-sampling.gumbel(flat, positions, 1, COIN))).reshape(S, width)[:, :k]
-    taken = _run_length(meant & (u * q_guess < p_guess))
-    refused = taken < proposal.drafted
+        tokens = sampling.sample(*arguments, **drawing._asdict()).reshape(S, width)
+        taken = _run_length(meant & (proposal.tokens == tokens[:, :k]))
+    else:
+        p = sampling.probabilities(*arguments, **drawing._asdict()).reshape(S, width, V)
+        q = proposal.probabilities
+        if q is None:
+            q = jax.nn.one_hot(proposal.tokens, V, dtype=jnp.float32)
+        at = proposal.tokens[..., None]
+        p_guess, q_guess = (jnp.take_along_axis(x, at, axis=2)[..., 0] for x in (p[:, :k], q))
+        # Of the noise of one token: u is uniform in (0, 1).
+        u = jnp.exp(-jnp.exp(-sampling.gumbel(flat, positions, 1, COIN))).reshape(S, width)[:, :k]
+        taken = _run_length(meant & (u * q_guess < p_guess))
+        instead = _residual(p, q, taken, taken < proposal.drafted, rows, lengths)
+        tokens = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
+        tokens = jnp.where(jnp.arange(width) == taken[:, None], instead[:, None], tokens)
+    return Accepted(tokens, taken + 1, jnp.minimum(taken + 1, proposal.drafted))
+
+
+def _residual(
+    p: Array, q: Array, taken: Array, refused: Array, rows: SamplingRows, lengths: Array
+) -> Array:
+    """The token after those that were taken, int32 [S]: of what p [S, k + 1, V] has more than
+    q [S, k, V] where a guess was refused, else of p."""
     q = jnp.where(refused[:, None], _at(jnp.pad(q, ((0, 0), (0, 1), (0, 0))), taken), 0)
     p = _at(p, taken)
     left = jnp.maximum(p - q, 0)
     left = jnp.where(left.sum(-1, keepdims=True) > 0, left, p)  # nothing left but roundings
-    noise = sampling.gumbel(rows, lengths + taken, V, RESIDUAL)
+    noise = sampling.gumbel(rows, lengths + taken, p.shape[-1], RESIDUAL)
     log = jnp.where(left > 0, jnp.log(jnp.where(left > 0, left, 1)), NO_LOGIT)
-    instead = jnp.argmax(log + noise, axis=-1).astype(jnp.int32)
-    tokens = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))
-    tokens = jnp.where(jnp.arange(width) == taken[:, None], instead[:, None], tokens)
-    return Accepted(tokens, taken + 1, jnp.minimum(taken + 1, proposal.drafted))
+    return jnp.argmax(log + noise, axis=-1).astype(jnp.int32)
 
 
 def _run_length(agrees: Array) -> Array:
