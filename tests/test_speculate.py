@@ -165,7 +165,7 @@ hows = st.builds(
 tokens = st.integers(0, V - 1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     prompts=st.lists(st.lists(tokens, min_size=2, max_size=9), min_size=S, max_size=S),
     how=st.lists(hows, min_size=S, max_size=S),
