@@ -28,7 +28,8 @@ def round_rows(
         dtype: int8 or float8_e4m3fn.
         backend: `mosaic`: one kernel launch, on a GPU from sm_80 on (or in Pallas's GPU
             interpreter), for E a multiple of 32 up to 16384. `auto` is that where it can run, and
-            `reference` elsewhere. Both give the same bits.
+            `reference` elsewhere. Both give the same bits, but that `reference` takes float16's
+            subnormal numbers for zeros.
 
     Returns:
         codes of `dtype` [..., E], to nearest even; scales, float32 [...]: the largest |x| of the
