@@ -57,7 +57,6 @@ def sampling_part(path: Path | None, S: int, V: int, tuning: dict[str, Any] | No
     """Every case at S rows."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     from jaxinfer import sampling
     from jaxinfer.types import SamplingParams
@@ -68,7 +67,7 @@ def sampling_part(path: Path | None, S: int, V: int, tuning: dict[str, Any] | No
     packed = [
         sampling.pack_row(params, seed=s, sample=0, stop_ids=(), min_length=0) for s in range(S)
     ]
-    rows = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *packed)
+    rows = jax.tree.map(jnp.asarray, sampling.stack_rows(packed))
     positions = jnp.arange(S, dtype=jnp.int32)
 
     @jax.jit

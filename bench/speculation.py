@@ -28,7 +28,7 @@ from jaxinfer import SamplingParams
 from jaxinfer.models.families import read_config
 from jaxinfer.models.weights import declare
 from jaxinfer.proposers import draft_model, prompt_lookup
-from jaxinfer.sampling import pack_row
+from jaxinfer.sampling import pack_row, stack_rows
 from jaxinfer.speculate import Drawing, Rule, step
 from jaxinfer.tokenizer import load_tokenizer
 from jaxinfer.windows import begin, model_forward
@@ -56,27 +56,28 @@ def load_pair(dtype: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return configs, weights
 
 
+def prepare(
+    configs: dict[str, Any], proposer: str, rule: Rule, temperature: float
+) -> tuple[Any, dict[str, Any]]:
+    """(The compiled step, configs of the models that it runs)."""
+    if proposer == "draft":
+        forward = model_forward("draft", configs["draft"])
+        guess = draft_model(forward, with_probabilities=rule == "rejection")
+    else:
+        guess, configs = prompt_lookup(), {"target": configs["target"]}
+    run = partial(
+        step, draft=guess, target=model_forward("target", configs["target"]),
+        drawing=Drawing(truncated=False, random=temperature > 0), rule=rule,
+    )  # fmt: skip
+    return jax.jit(run, donate_argnums=0), configs
+
+
 def measure(
     configs: dict[str, Any], params: dict[str, Any], prompts: list[list[int]],
     proposer: str, rule: Rule, temperature: float, k: int, dtype: Any,
 ) -> list[Record]:  # fmt: skip
     """Acceptance and mean accepted length over all prompts."""
-    if proposer == "draft":
-        guess = draft_model(
-            model_forward("draft", configs["draft"]), with_probabilities=rule == "rejection"
-        )
-    else:
-        guess, configs = prompt_lookup(), {"target": configs["target"]}
-    run = jax.jit(
-        partial(
-            step,
-            draft=guess,
-            target=model_forward("target", configs["target"]),
-            drawing=Drawing(truncated=False, random=temperature > 0),
-            rule=rule,
-        ),
-        donate_argnums=0,
-    )
+    run, configs = prepare(configs, proposer, rule, temperature)
     totals = np.zeros(3)  # taken, attempted, steps of a sequence
     for first in range(0, len(prompts), AT_ONCE):
         some = prompts[first : first + AT_ONCE]
@@ -90,7 +91,7 @@ def measure(
             )
             for i in range(len(some))
         ]
-        rows = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *how)
+        rows = jax.tree.map(jnp.asarray, stack_rows(how))
         limits = [len(p) + MORE for p in some]
         state = begin(params, configs, some, rows, limits, k=k, page_size=PAGE, dtype=dtype)
         while np.any(np.asarray(state.active)):

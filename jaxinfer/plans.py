@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from jaxinfer import batcher, sampling
@@ -241,4 +240,4 @@ def _packed(specs: Sequence[SequenceSpec], count: int) -> sampling.SamplingRows:
         for spec in specs
     ]
     rows += rows[:1] * (count - len(rows))
-    return jax.tree.map(lambda *values: np.stack(values), *rows)
+    return sampling.stack_rows(rows)

@@ -37,10 +37,7 @@ def draft_model(forward: Forward, *, with_probabilities: bool = False) -> Propos
             arguments = (logits, state.rows, position, penalties)
             token = sampling.sample(*arguments, **drawing._asdict())
             q = sampling.probabilities(*arguments, **drawing._asdict()) if with_probabilities else 0
-            if penalties is not None:
-                counts = penalties.counts.at[rows, token].add(1)
-                penalties = penalties._replace(counts=counts)
-            return token, q, penalties
+            return token, q, sampling.count_tokens(penalties, rows, token)
 
         def another(carry: Any, _: None) -> Any:
             token, position, penalties, kept = carry
@@ -102,7 +99,6 @@ def _noted(state: State) -> Array:
     S, width = state.fresh.shape
     new = jnp.arange(width) < state.fresh_count[:, None]
     first = state.lengths - state.fresh_count
-    ids = jnp.where(
-        new, first[:, None] + jnp.arange(width), tokens.shape[1]
-    )  # past the end: dropped
+    # Past the end: dropped.
+    ids = jnp.where(new, first[:, None] + jnp.arange(width), tokens.shape[1])
     return tokens.at[jnp.arange(S)[:, None], ids].set(state.fresh, mode="drop")

@@ -174,13 +174,13 @@ def _step(
     token = sampling.sample(
         changed, view[0], length, view[1], truncated=key.truncated, random=key.random
     )
-    going = wanted & ~_ends(token, length, seq.limits[rows], view[0].stop_ids)
+    going = wanted & ~sampling.ends(token, length, seq.limits[rows], view[0].stop_ids)
     to = jnp.where(done, row, M)  # past the end: dropped
     seq = seq._replace(
         tokens=seq.tokens.at[to].set(token, mode="drop"),
         lengths=seq.lengths.at[to].set(length, mode="drop"),
         active=seq.active.at[to].set(going, mode="drop"),
-        penalties=_count(seq.penalties, jnp.where(wanted, row, M), token),
+        penalties=sampling.count_tokens(seq.penalties, jnp.where(wanted, row, M), token),
     )
     logprobs = None
     if key.top is not None:
@@ -208,19 +208,6 @@ def _outcome(seq: SeqState, plan: Plan) -> tuple[Array, Array, Array, Array]:
         jnp.concatenate([active, wanted]),
         jnp.concatenate([active, real]),
     )
-
-
-def _ends(token: Array, length: Array, limit: Array, stop_ids: Array) -> Array:
-    """Whether `token`, about to stand at position `length`, is the sequence's last."""
-    return (length + 1 >= limit) | jnp.any(token[:, None] == stop_ids, axis=-1)
-
-
-def _count(
-    penalties: sampling.PenaltyState | None, row: Array, token: Array
-) -> sampling.PenaltyState | None:
-    if penalties is None:
-        return None
-    return penalties._replace(counts=penalties.counts.at[row, token].add(1, mode="drop"))
 
 
 def _score(

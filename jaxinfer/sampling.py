@@ -106,6 +106,11 @@ def pack_row(
     )
 
 
+def stack_rows(rows: Sequence[SamplingRows]) -> SamplingRows:
+    """Rows of `pack_row` as one: NumPy arrays with the axis S."""
+    return jax.tree.map(lambda *values: np.stack(values), *rows)
+
+
 def sample(
     logits: Array,
     rows: SamplingRows,
@@ -199,6 +204,21 @@ def _hold_back_stops(x: Array, rows: SamplingRows, positions: Array) -> Array:
     ids = jnp.where(early, rows.stop_ids, V + jnp.arange(MAX_STOP_IDS))  # out of bounds: dropped
     # An id may be there twice; but it is the same value that is written, and XLA need not sort.
     return x.at[jnp.arange(S)[:, None], ids].set(-jnp.inf, mode="drop", unique_indices=True)
+
+
+def ends(token: Array, length: Array, limit: Array, stop_ids: Array) -> Array:
+    """Whether `token` [...], about to stand at position `length`, is its sequence's last.
+
+    `stop_ids` is [..., n].
+    """
+    return (length + 1 >= limit) | jnp.any(token[..., None] == stop_ids, axis=-1)
+
+
+def count_tokens(penalties: PenaltyState | None, rows: Array, tokens: Array) -> PenaltyState | None:
+    """Counts tokens of the output, each of a row; what is out of bounds is left out."""
+    if penalties is None:
+        return None
+    return penalties._replace(counts=penalties.counts.at[rows, tokens].add(1, mode="drop"))
 
 
 def gumbel(rows: SamplingRows, positions: Array, vocab_size: int, purpose: int = 0) -> Array:

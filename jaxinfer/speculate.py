@@ -31,7 +31,6 @@ from jaxinfer.sampling import PenaltyState, SamplingRows
 Rule = Literal["shared", "rejection"]
 
 COIN, RESIDUAL = 1, 2  # purposes of noise: whether a guess is taken; what is drawn instead
-NO_LOGIT = -1e30
 
 
 class Drawing(NamedTuple):
@@ -209,8 +208,7 @@ def _residual(
     left = jnp.maximum(p - q, 0)
     left = jnp.where(left.sum(-1, keepdims=True) > 0, left, p)  # nothing left but roundings
     noise = sampling.gumbel(rows, lengths + taken, p.shape[-1], RESIDUAL)
-    log = jnp.where(left > 0, jnp.log(jnp.where(left > 0, left, 1)), NO_LOGIT)
-    return jnp.argmax(log + noise, axis=-1).astype(jnp.int32)
+    return jnp.argmax(jnp.log(left) + noise, axis=-1).astype(jnp.int32)
 
 
 def _run_length(agrees: Array) -> Array:
@@ -237,9 +235,9 @@ def _as_if_taken(penalties: PenaltyState | None, guesses: Array) -> PenaltyState
 def _cut(accepted: Accepted, state: State) -> tuple[Accepted, Array]:
     """Nothing after a stop token or beyond the limit; and which sequences go on."""
     width = accepted.tokens.shape[1]
-    stops = jnp.any(accepted.tokens[..., None] == state.rows.stop_ids[:, None], axis=-1)
-    full = state.lengths[:, None] + jnp.arange(width) + 1 >= state.limits[:, None]
-    last = stops | full
+    length = state.lengths[:, None] + jnp.arange(width)
+    stop_ids = state.rows.stop_ids[:, None]
+    last = sampling.ends(accepted.tokens, length, state.limits[:, None], stop_ids)
     count = jnp.minimum(accepted.added, _run_length(~last) + 1)
     going = ~jnp.take_along_axis(last, count[:, None] - 1, axis=1)[:, 0]
     count = jnp.where(state.active, count, 0)
@@ -254,5 +252,4 @@ def _counted(penalties: PenaltyState | None, accepted: Accepted) -> PenaltyState
     V = penalties.counts.shape[-1]
     new = jnp.arange(width) < accepted.added[:, None]
     ids = jnp.where(new, accepted.tokens, V)  # out of bounds: dropped
-    counts = penalties.counts.at[jnp.arange(S)[:, None], ids].add(1, mode="drop")
-    return penalties._replace(counts=counts)
+    return sampling.count_tokens(penalties, jnp.arange(S)[:, None], ids)

@@ -102,7 +102,7 @@ def flatten(kept: Pages, tokens: Array, count: Array, position: Array) -> Batch:
     """The batch of `count` [S] of tokens [S, W], the first at `position` [S]; without gaps, and
     padded. Its `logit_rows` are those of [S, W], and padding."""
     S, W = tokens.shape
-    T = -(-S * W // MIN_ROWS) * MIN_ROWS
+    T = pages_for(S * W, MIN_ROWS) * MIN_ROWS
     page_size, P = kept.cache.k[0].shape[2], kept.page_table.shape[2]
     ends = jnp.cumsum(count)
     meant = jnp.arange(W) < count[:, None]

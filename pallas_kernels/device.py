@@ -6,9 +6,6 @@ from typing import Any
 
 import jax
 
-LANES = 32  # threads of a warp
-LONGEST_ROW = 16384  # elements that kernels which work row by row hold in registers
-
 
 def target_device() -> Any:
     """The device that programs are compiled for."""

@@ -10,16 +10,11 @@ Zhang & Sennrich 2019, Root mean square layer normalization.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.device import LANES, LONGEST_ROW, capability, has_kernels
-
-Backend = Literal["auto", "reference", "mosaic"]
-BACKENDS: tuple[Backend, ...] = ("auto", "reference", "mosaic")
+from pallas_kernels.row_backend import Backend, check_rows, choose
 
 
 def rms_norm(
@@ -51,7 +46,7 @@ def rms_norm(
         ValueError: shapes, dtypes or a backend that do not fit, named with what would.
     """
     _check(x, weight, delta, backend)
-    if _choose(backend, x.shape[-1]) == "reference":
+    if choose(backend, x.shape[-1]) == "reference":
         return reference(x, weight, eps, delta, plus_one=plus_one)
     from pallas_kernels import rms_norm_mosaic  # importing Mosaic changes the environment
 
@@ -75,22 +70,8 @@ def reference(
     return x, y.astype(x.dtype) * weight
 
 
-def _choose(backend: Backend, E: int) -> Backend:
-    fits = E % LANES == 0 and E <= LONGEST_ROW
-    if backend == "mosaic" and not fits:
-        raise ValueError(
-            f"backend='mosaic': E={E}, expected a multiple of {LANES} up to {LONGEST_ROW}"
-        )
-    if backend != "auto":
-        return backend
-    return "mosaic" if fits and has_kernels(capability()) else "reference"
-
-
 def _check(x: jax.Array, weight: jax.Array, delta: jax.Array | None, backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: expected one of {BACKENDS}")
-    if x.ndim == 0 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x is {x.dtype} {x.shape}: expected floats [..., E], not empty")
+    check_rows(x, backend)
     if weight.shape != x.shape[-1:] or weight.dtype != x.dtype:
         raise ValueError(
             f"weight is {weight.dtype} {weight.shape}: expected {x.dtype} [{x.shape[-1]}]"

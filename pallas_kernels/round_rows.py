@@ -6,16 +6,13 @@ definition; `round_rows_mosaic` is one kernel where XLA launches four.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.device import LANES, LONGEST_ROW, capability, has_kernels
 from pallas_kernels.kv_quantise import largest_of, quantise
-
-Backend = Literal["auto", "reference", "mosaic"]
-BACKENDS: tuple[Backend, ...] = ("auto", "reference", "mosaic")
+from pallas_kernels.row_backend import Backend, check_rows, choose
 
 
 def round_rows(
@@ -39,17 +36,8 @@ def round_rows(
         ValueError: shapes, dtypes or a backend that do not fit, named with what would.
     """
     largest_of(dtype)
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}: expected one of {BACKENDS}")
-    if x.ndim == 0 or 0 in x.shape or not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x is {x.dtype} {x.shape}: expected floats [..., E], not empty")
-    E = x.shape[-1]
-    fits = E % LANES == 0 and E <= LONGEST_ROW
-    if backend == "mosaic" and not fits:
-        raise ValueError(
-            f"backend='mosaic': E={E}, expected a multiple of {LANES} up to {LONGEST_ROW}"
-        )
-    if backend == "reference" or (backend == "auto" and not (fits and has_kernels(capability()))):
+    check_rows(x, backend)
+    if choose(backend, x.shape[-1]) == "reference":
         return quantise(x, dtype)
     from pallas_kernels import round_rows_mosaic  # importing Mosaic changes the environment
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 
-from pallas_kernels.device import LANES
+from pallas_kernels.row_backend import LANES
 
 WARPS = 4
 SHORT = 1024  # elements: a row up to here lies in one warp
@@ -23,7 +23,7 @@ def row_layout(E: int, itemsize: int) -> tuple[int, Any]:
     or a long one in all four. Neighbouring lanes load neighbouring pieces of up to 16 bytes.
 
     Args:
-        E: elements of a row, a multiple of 32 up to `LONGEST_ROW`.
+        E: elements of a row, a multiple of 32 up to `LONGEST`.
         itemsize: bytes of each in memory.
     """
     warps = WARPS if E > SHORT and E % (WARPS * LANES) == 0 else 1

@@ -31,7 +31,7 @@ def row(
 
 
 def stack(rows: list[SamplingRows]) -> SamplingRows:
-    return jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *rows)
+    return jax.tree.map(jnp.asarray, sampling.stack_rows(rows))
 
 
 def repeat(one: SamplingRows, count: int) -> SamplingRows:

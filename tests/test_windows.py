@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
-from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import checkpoints.demo
-from checkpoints import load_params
+from bench.kv_quality import DEMO
+from bench.speculation import load_pair, prepare
 from jaxinfer import LLM, SamplingParams
-from jaxinfer.models.families import read_config
-from jaxinfer.models.weights import declare
-from jaxinfer.proposers import draft_model, prompt_lookup
-from jaxinfer.speculate import Drawing, step
-from jaxinfer.windows import begin, model_forward
+from jaxinfer.windows import begin
 from tests.test_sampling import row, stack
 
-DEMO = Path(checkpoints.demo.__file__).parent
 MORE = 24  # tokens
 TEXT = (
     "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n",
@@ -38,13 +30,8 @@ def llm() -> Iterator[LLM]:
 
 
 @pytest.fixture(scope="module")
-def pair() -> dict[str, Any]:
-    """Of each model its config and its weights."""
-    found = {}
-    for name in ("target", "draft"):
-        config = read_config(DEMO / name)
-        found[name] = config, load_params(DEMO / name, declare(config), dtype=jnp.float32)
-    return found
+def pair() -> Any:
+    return load_pair(jnp.float32)
 
 
 @pytest.mark.parametrize(("name", "temperature"), [("draft", 0.8), ("lookup", 0.0)])
@@ -54,20 +41,9 @@ def test_tokens_are_those_of_the_engine(llm: LLM, pair: Any, name: str, temperat
     prompts = [list(out.prompt_token_ids) for out in outputs]
     limits = [len(p) + MORE for p in prompts]
     rows = stack([row(temperature=temperature, seed=7)] * len(prompts))
-    configs, params = ({n: pair[n][i] for n in pair} for i in (0, 1))
-    proposer = draft_model(model_forward("draft", configs["draft"]))
-    if name == "lookup":
-        proposer = prompt_lookup()
-        del configs["draft"]
+    configs, params = pair
+    run, configs = prepare(configs, name, "shared", temperature)
     state = begin(params, configs, prompts, rows, limits, k=3, page_size=16, dtype=jnp.float32)
-    run = jax.jit(
-        partial(
-            step,
-            draft=proposer,
-            target=model_forward("target", configs["target"]),
-            drawing=Drawing(truncated=False, random=temperature > 0),
-        )
-    )
     made: list[list[int]] = [[] for _ in prompts]
     taken = attempted = 0
     while np.any(np.asarray(state.active)):

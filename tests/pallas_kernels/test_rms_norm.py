@@ -12,8 +12,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels import rms_norm as op
-from pallas_kernels.rms_norm import BACKENDS, rms_norm
+from pallas_kernels import row_backend
+from pallas_kernels.rms_norm import rms_norm
+from pallas_kernels.row_backend import BACKENDS
 from tests.pallas_kernels.gpu_check import checks
 from tests.pallas_kernels.norm_problems import compare, problem
 
@@ -68,7 +69,7 @@ def test_on_a_gpu(check):
     [(None, 64, False), (9.0, 64, True), (8.0, 4096, True), (9.0, 24, False), (7.5, 64, False)],
 )
 def test_auto_takes_the_kernel_where_it_runs(capability, E, kernel, monkeypatch):
-    monkeypatch.setattr(op, "capability", lambda: capability)
+    monkeypatch.setattr(row_backend, "capability", lambda: capability)
     x = jnp.zeros((8, E))
     jaxpr = str(jax.make_jaxpr(lambda x: rms_norm(x, x[0], 1e-5))(x))
     assert ("name=rms_norm" in jaxpr or "core_map" in jaxpr or "mpmd_map" in jaxpr) == kernel

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import round_rows as op
-from pallas_kernels.round_rows import BACKENDS, round_rows
+from pallas_kernels import row_backend
+from pallas_kernels.round_rows import round_rows
+from pallas_kernels.row_backend import BACKENDS
 from tests.pallas_kernels.gpu_check import checks
 from tests.pallas_kernels.quant_problems import compare_rounding, rows_to_round
 
@@ -62,7 +63,7 @@ def test_on_a_gpu(check):
     [(None, 64, False), (9.0, 64, True), (8.0, 4096, True), (9.0, 24, False), (7.5, 64, False)],
 )
 def test_auto_takes_the_kernel_where_it_runs(capability, E, kernel, monkeypatch):
-    monkeypatch.setattr(op, "capability", lambda: capability)
+    monkeypatch.setattr(row_backend, "capability", lambda: capability)
     jaxpr = str(jax.make_jaxpr(lambda x: round_rows(x, jnp.int8))(jnp.zeros((8, E))))
     assert ("core_map" in jaxpr or "mpmd_map" in jaxpr) == kernel
 
