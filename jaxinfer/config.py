@@ -152,8 +152,8 @@ class Speculative:
             model's distribution; but which they are depends on how many were guessed.
         longest, shortest: of `lookup`: how many of the last tokens are looked for.
         skip: of `skip`: layers left out.
-        forced: for measurements: guesses hold with this probability, whatever they are, and the text is
-            nobody's.
+        forced: for measurements: guesses hold with this probability, whatever they are, and the
+            text is nobody's.
 
     Raises:
         ValueError: a value out of range; names it and what is accepted.
@@ -196,8 +196,8 @@ class Speculative:
             )
         if bool(self.skip) != (self.method == "skip"):
             raise ValueError(
-                f"speculative: skip={self.skip} with method={self.method!r}: the method 'skip', and "
-                "no other, needs layers to leave out"
+                f"speculative: skip={self.skip} with method={self.method!r}: the method 'skip', "
+                "and no other, needs layers to leave out"
             )
 
 

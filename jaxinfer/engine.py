@@ -540,7 +540,10 @@ class Engine:
     def _observe(self, done: InFlight) -> list[Update]:
         tokens, rows = np.asarray(done.sampled.tokens), done.key.rows
         following = tokens[:, rows : rows + len(done.action.chunks)]
-        self.metrics.observe(tokens[:, : len(done.action.ids)], following)
+        attempted = done.sampled.attempted
+        if attempted is not None:
+            attempted = np.asarray(attempted)[:, : len(done.action.ids)]
+        self.metrics.observe(tokens[:, : len(done.action.ids)], following, attempted)
         columns = tokens.T.tolist()
         if self._guesser is not None:
             self._guesser.observed(done, now=self._clock())

@@ -127,10 +127,10 @@ class LLM:
             what was scheduled, step by step.
         compilation_cache: directory for compiled programs; None: under the user's cache
             directory; "": none.
-        speculative: guesses tokens and has the model check several at a time: `draft=MODEL`, a smaller
-            model with the same tokens; `lookup`, what followed when the same words occurred before;
-            `skip=4-9`, the model without some of its layers; or `config.Speculative`. It changes
-            no token (docs/speculation.md).
+        speculative: guesses tokens, several of which the model then checks at once: `draft=MODEL`,
+            a smaller model with the same tokens; `lookup`, what followed when the same words
+            occurred before; `skip=4-9`, the model without some of its layers; or
+            `config.Speculative`. It changes no token (docs/speculation.md).
 
     Raises:
         UnsupportedModel, CheckpointError, CapacityError: before the weights are read where it can
@@ -204,8 +204,8 @@ class LLM:
     ) -> Self:
         """An LLM over weights that are in memory already (a tree of `models.weights.declare`).
 
-        Takes the options of `LLM`. The weights' dtype must be `dtype`. `draft`: a model that guesses, in
-        memory already, for `speculative="draft"`.
+        Takes the options of `LLM`. The weights' dtype must be `dtype`. `draft`: a model that
+        guesses, in memory already, for `speculative="draft"`.
 
         Raises:
             CheckpointError: `params` is not the tree of `config` and `dtype`; lists what differs.

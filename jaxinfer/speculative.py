@@ -1,11 +1,10 @@
-"""From what a user says of speculation to what guesses: all of it checked before weights are read."""
+"""From what a user says of speculation to what guesses, checked before any weights are read."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
