@@ -4,7 +4,7 @@
 
 `shapes`: an 8B shape with random weights, one request, drafts of a 1B and a 100M shape. Random
 models never agree: guesses are made to hold by chance (`Speculative.forced`). It is time that is
-measured, and the name of the record says so. Then 64 requests with the controller on, nothing forced.
+measured, and the name of the record says so. Then 64 requests with the controller on, none forced.
 `demo`: the demo's pair and prompt lookup on text that repeats itself and on text that does not; and
 that 1000 prompts have the same tokens with every proposer as without.
 `parts`: a step that guesses over its parts, each compiled alone: the draft's forwards, one of the
@@ -128,6 +128,7 @@ def measure_shapes(args: argparse.Namespace) -> Iterator[Record]:
         given, name = None, shapes.short(kind)
         if text is None:
             given = (shapes.init_params(kind, jnp.bfloat16), shapes.model_config(kind))
+        if text is None and 1 in args.batch:
             how = f"draft,tokens={K},adapt=false,forced={HELD}"
             with start(draft=given, speculative=how) as llm:
                 yield from faster(
