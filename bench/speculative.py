@@ -20,7 +20,9 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -163,37 +165,48 @@ def demo_prompts(count: int, tokens: int) -> list[list[int]]:
 def measure_demo(args: argparse.Namespace) -> Iterator[Record]:
     from jaxinfer import LLM, SamplingParams
 
-    rest: dict[str, Any] = {"max_num_seqs": 64, "dtype": args.dtype, "kv_cache_bytes": 1 << 30}
-    specs = {"draft": f"draft=demo-draft,tokens={K}", "lookup": "lookup,tokens=8"}
+    # Few sizes, so that there are few programs to compile.
+    rest: dict[str, Any] = {
+        "dtype": args.dtype, "kv_cache_bytes": 1 << 30,
+        "max_num_batched_tokens": 256, "max_model_len": 1024,
+    }  # fmt: skip
+    specs = {"lookup": "lookup,tokens=8", "draft": f"draft=demo-draft,tokens={K}"}
     specs["skip"] = f"skip=1-2,tokens={K}"
+    greedy = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
+    noise = SamplingParams(temperature=1.5, seed=1, max_tokens=args.tokens, ignore_eos=True)
+    edits = [(p + p + p[: len(p) // 2]) for p in demo_prompts(64, 160)]
     code = demo_prompts(args.prompts, 96)
-    say = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
-    with LLM("demo", **rest) as plain:
-        expected = seconds(plain, code, say)[1]
-        for kind, text in specs.items():
+    texts = {"edits": (edits, greedy), "noise": (code, noise)}
+
+    def start(kinds: Sequence[SamplingParams], **options: Any) -> LLM:
+        llm = LLM("demo", **(rest | options))
+        llm.warm_up(kinds)
+        return llm
+
+    checked: dict[str, Any] = {"max_num_seqs": 64, "max_steps": 1}
+    with start([greedy], **checked) as plain:
+        expected = seconds(plain, code, replace(greedy, max_tokens=64))[1]
+    rest["max_num_seqs"] = max(args.batch)
+    with start([greedy, noise]) as plain:
+        for kind in args.kinds or specs:
+            text = specs[kind]
+            with start([greedy, noise], speculative=text) as llm:
+                for name, batch in product(texts, args.batch):
+                    prompts, how = texts[name]
+
+                    def draws(turn: int, prompts: Any = prompts, batch: int = batch) -> Prompts:
+                        return [prompts[(turn * batch + i) % len(prompts)] for i in range(batch)]
+
+                    yield from faster(
+                        f"speculative.demo.{kind}.{name}.b{batch}", plain, llm, draws, how,
+                        repeats=2 * args.repeats, detail={"speculative": text},
+                    )  # fmt: skip
             fixed = f"{text},adapt=false"
-            with LLM("demo", speculative=fixed, **rest) as llm:
-                got = seconds(llm, code, say)[1]
+            with start([greedy], speculative=fixed, **checked) as llm:
+                got = seconds(llm, code, replace(greedy, max_tokens=64))[1]
                 wrong = sum(a != b for a, b in zip(expected, got, strict=True))
                 detail = {"prompts": len(code), "speculative": fixed, **acceptance(llm)}
                 yield Record(f"speculative.demo.{kind}.other_tokens", wrong, "prompts", detail)
-        edits = [(p + p + p[: len(p) // 2]) for p in demo_prompts(64, 160)]
-        noise = SamplingParams(temperature=1.5, seed=1, max_tokens=args.tokens, ignore_eos=True)
-        greedy = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
-        for kind, text in specs.items():
-            with LLM("demo", speculative=text, **rest) as llm:
-                for name, prompts, how in (("edits", edits, greedy), ("noise", code, noise)):
-                    for batch in args.batch:
-
-                        def draws(turn: int, prompts: Any = prompts, batch: int = batch) -> Prompts:
-                            return [
-                                prompts[(turn * batch + i) % len(prompts)] for i in range(batch)
-                            ]
-
-                        yield from faster(
-                            f"speculative.demo.{kind}.{name}.b{batch}", plain, llm, draws, how,
-                            repeats=2 * args.repeats, detail={"speculative": text},
-                        )  # fmt: skip
 
 
 # -- a step and its parts -------------------------------------------------------------------------
