@@ -162,6 +162,10 @@ def demo_prompts(count: int, tokens: int) -> list[list[int]]:
     return [found[i % len(found)][: tokens - i // len(found)] for i in range(count)]
 
 
+def _in_turn(prompts: Prompts, batch: int, turn: int) -> Prompts:
+    return [prompts[(turn * batch + i) % len(prompts)] for i in range(batch)]
+
+
 def measure_demo(args: argparse.Namespace) -> Iterator[Record]:
     from jaxinfer import LLM, SamplingParams
 
@@ -194,12 +198,9 @@ def measure_demo(args: argparse.Namespace) -> Iterator[Record]:
                 for name, batch in product(texts, args.batch):
                     prompts, how = texts[name]
 
-                    def draws(turn: int, prompts: Any = prompts, batch: int = batch) -> Prompts:
-                        return [prompts[(turn * batch + i) % len(prompts)] for i in range(batch)]
-
                     yield from faster(
-                        f"speculative.demo.{kind}.{name}.b{batch}", plain, llm, draws, how,
-                        repeats=2 * args.repeats, detail={"speculative": text},
+                        f"speculative.demo.{kind}.{name}.b{batch}", plain, llm,
+                        partial(_in_turn, prompts, batch), how, repeats=2 * args.repeats, detail={"speculative": text},
                     )  # fmt: skip
             fixed = f"{text},adapt=false"
             with start([greedy], speculative=fixed, **checked) as llm:

@@ -141,7 +141,8 @@ def unread(
     """
     page_size, P = kept.cache.k[0].shape[2], kept.page_table.shape[2]
     ends, at = jnp.cumsum(count), jnp.arange(T)
-    owner = jnp.minimum(jnp.searchsorted(ends, at, side="right"), len(count) - 1)
+    # By comparing all: a search is a loop, whose every turn is launched.
+    owner = jnp.minimum((at[:, None] >= ends).sum(axis=1), len(count) - 1)
     offset = jnp.where(at < ends[-1], at - (ends - count)[owner], 0)
     where = jnp.where(at < ends[-1], position[owner] + offset, 0)
     column = where // page_size
