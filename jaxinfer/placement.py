@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from jaxinfer.buckets import MOST_CHUNKS
 from jaxinfer.cache import KV_DTYPES, page_bytes, resolve_kv_dtype
@@ -171,12 +172,17 @@ def memory_of(config: ModelConfig, setting: Setting) -> Memory:
     )
 
 
+def stage_rows(setting: Setting) -> int:
+    """Sequences that are in one stage at a time."""
+    return math.ceil(setting.rows / setting.pp)
+
+
 def stage_step(config: ModelConfig, setting: Setting) -> Step:
-    """What one GPU of the fullest stage does in a decode step: its `pp`th part of the rows."""
+    """What one GPU of the fullest stage does in a decode step, of its `stage_rows`."""
     return decode_step(
         shard(config, setting.tp, setting.pp),
         setting.stored,
-        rows=math.ceil(setting.rows / setting.pp),
+        rows=stage_rows(setting),
         context=setting.context,
         kv_dtype=setting.kv_name,
     )
@@ -239,7 +245,7 @@ def _layouts(config: ModelConfig, setting: Setting, gpus: int) -> Iterator[Setti
 def nearest(config: ModelConfig, setting: Setting) -> Iterator[str]:
     """Changes that make it fit, each alone, in words."""
 
-    def fits(**changes: int | str) -> bool:
+    def fits(**changes: Any) -> bool:
         return memory_of(config, replace(setting, **changes)).fits
 
     if batch := largest_batch(config, setting):

@@ -154,14 +154,19 @@ def count_sizes(config: ModelConfig) -> Sizes:
     )
 
 
+def padded(rows: int) -> int:
+    """Rows that a step computes for so many."""
+    return pages_for(rows, ROWS) * ROWS
+
+
 def decode_step(
     part: ModelConfig, precision: Precision, *, rows: int, context: int, kv_dtype: str
 ) -> Step:
     """One token for each of `rows` sequences that hold `context` tokens."""
     seen = sum(min(layer.window or context, context) for layer in part.layers)
     one = page_bytes(replace(part, layers=part.layers[:1]), 1, kv_dtype)
-    padded = pages_for(rows, ROWS) * ROWS
-    return _step(part, precision, padded, padded, kv_bytes=rows * seen * one, attention_flops=0.0)
+    full = padded(rows)
+    return _step(part, precision, full, full, kv_bytes=rows * seen * one, attention_flops=0.0)
 
 
 def prefill_steps(part: ModelConfig, precision: Precision, prompt: int) -> list[Step]:
@@ -171,7 +176,7 @@ def prefill_steps(part: ModelConfig, precision: Precision, prompt: int) -> list[
         end = min(prompt, start + CHUNK_TOKENS)
         pairs = sum(_attended(end, x.window) - _attended(start, x.window) for x in part.layers)
         flops = 4.0 * part.num_heads * part.head_dim * pairs
-        rows = pages_for(end - start, ROWS) * ROWS
+        rows = padded(end - start)
         steps.append(_step(part, precision, rows, ROWS, kv_bytes=0.0, attention_flops=flops))
     return steps
 

@@ -358,8 +358,6 @@ def estimate(
     plot: Annotated[Path | None, typer.Option(help="Write a roofline here; needs --gpu.")] = None,
 ) -> None:
     """Says what a model needs on GPUs that need not be here, and predicts its speed and cost."""
-    from rich.console import Console
-
     from jaxinfer.cli import estimating, plotting
 
     options = estimating.EstimateOptions(
@@ -377,12 +375,10 @@ def estimate(
     if as_json:
         for answer in found:
             write_record(estimating.json_record(model, answer))
-    elif gpu is None:
-        Console().print(estimating.comparison(found, tpot_ms))
     else:
-        Console().print(estimating.details(model, found[0]))
+        estimating.show(model, found, options)
     if plot and found[0].estimate:
-        plotting.plot_roofline(config, found[0].estimate.setting, plot)
+        plotting.plot_roofline(model, config, found[0].estimate.setting, plot)
 
 
 @app.command(epilog=EPILOG)

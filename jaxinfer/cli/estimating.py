@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,7 +24,14 @@ if TYPE_CHECKING:
     from jaxinfer.placement import Setting
 
 CONTEXT = 4096  # tokens, where the user says nothing
-GB = 1e9
+GB, PIPE_WIDTH = 1e9, 120
+PARTS = {  # of a decode step
+    "read": "reading weights",
+    "compute": "products, meanwhile",
+    "kv": "reading keys and values",
+    "launches": "launches",
+    "communication": "all-reduces",
+}
 
 
 @dataclass(frozen=True)
@@ -122,10 +130,10 @@ def _smallest(
     from jaxinfer.placement import MOST_GPUS, search
 
     if setting.stored.dtype == "bfloat16" and not setting.gpu.bfloat16:
-        return Answer(setting.gpu.name, None, "no bfloat16: try --precision fp16")
+        return Answer(setting.gpu.name, None, "no bfloat16")
     found = search(config, setting)
     if found is None:
-        return Answer(setting.gpu.name, None, f"does not fit on {MOST_GPUS}")
+        return Answer(setting.gpu.name, None, f"over {MOST_GPUS}")
     return _answer(config, found, prices, tpot_ms)
 
 
@@ -160,49 +168,70 @@ def read_prices(text: str | None, gpu: str | None) -> dict[str, float]:
 
 
 def json_record(model: str, answer: Answer) -> dict[str, Any]:
-    """An `estimate` record."""
-    return record("estimate", model=model, **asdict(answer))
+    """An `estimate` record: the fields of `Answer`, with what follows from them."""
+    fields = asdict(answer)
+    if answer.estimate is not None:
+        memory = answer.estimate.memory
+        fields["estimate"]["memory"] |= {"needed": memory.needed, "fits": memory.fits}
+        fields["estimate"]["setting"]["gpus"] = answer.estimate.setting.gpus
+    return record("estimate", model=model, **fields)
+
+
+def show(model: str, answers: list[Answer], options: EstimateOptions) -> None:
+    """A table on stdout: all about the GPU asked for, or a row for each kind."""
+    from rich.console import Console
+
+    one = options.gpu is not None
+    table = details(model, answers[0]) if one else comparison(answers, options.tpot_ms)
+    # A pipe has no width of its own, and rows that are wrapped are hard to take apart.
+    Console(width=None if sys.stdout.isatty() else PIPE_WIDTH).print(table)
 
 
 def comparison(answers: list[Answer], tpot_ms: float | None) -> Table:
     """A row for each kind of GPU."""
+    from rich import box
     from rich.table import Table
 
-    heads = ["GPU", "needed", "GB of each", "most rows", "ms/token", "tok/s", "first token, ms"]
-    heads += [] if tpot_ms is None else [f"rows at {tpot_ms:g} ms"]
-    priced = any(a.estimate and a.estimate.price_per_gpu_hour is not None for a in answers)
-    heads += ["per million"] if priced else []
-    table = Table(*heads)
+    table = Table("GPU", "GPUs", box=box.SIMPLE)
+    heads = ["GB each", "most rows", "ms a token", "token/s", "first, ms"]
+    heads += [] if tpot_ms is None else [f"rows in {tpot_ms:g} ms"]
+    heads += ["per million"] if any(map(_cost, answers)) else []
+    for head in heads:
+        table.add_column(head, justify="right")
     for a in answers:
         e = a.estimate
         if e is None:
             table.add_row(a.gpu, a.reason)
             continue
         cells = [
-            a.gpu, layout(e.setting), f"{e.memory.needed / GB:.1f} of {e.memory.usable / GB:.1f}",
+            a.gpu, layout(e.setting), f"{e.memory.needed / GB:.1f}/{e.memory.usable / GB:.1f}",
             f"{e.max_batch:,}", f"{e.decode_ms:.2f}", f"{e.decode_tok_s:,.0f}",
             f"{e.prefill_ms:,.0f}",
         ]  # fmt: skip
         cells += [] if tpot_ms is None else [f"{a.batch_within_tpot:,}"]
-        cost = e.cost_per_million_output
-        table.add_row(*cells, *([f"{cost:.3f}" if cost is not None else ""] if priced else []))
+        table.add_row(*cells, _cost(a))
     return table
 
 
+def _cost(answer: Answer) -> str:
+    cost = answer.estimate and answer.estimate.cost_per_million_output
+    return "" if cost is None else f"{cost:.3f}"
+
+
 def layout(setting: Setting) -> str:
-    """`8 (tp 4, pp 2)`."""
-    ways = [(name, getattr(setting, name)) for name in ("tp", "pp", "dp")]
-    split = ", ".join(f"{name} {n}" for name, n in ways if n > 1)
-    return f"{setting.gpus} ({split})" if split else str(setting.gpus)
+    """`8 tp4 pp2`: how many GPUs, and what for."""
+    ways = [f"{name}{getattr(setting, name)}" for name in ("tp", "pp", "dp")]
+    return " ".join([str(setting.gpus), *(way for way in ways if not way.endswith("p1"))])
 
 
 def details(model: str, answer: Answer) -> Table:
     """Everything about one kind of GPU."""
+    from rich import box
     from rich.table import Table
 
     assert answer.estimate is not None, "there is one of a GPU that was asked for"
     s = answer.estimate.setting
-    table = Table("", f"{model}, {s.precision}, {s.gpu.name}: {layout(s)}", show_lines=False)
+    table = Table("", f"{model}, {s.precision}, {s.gpu.name}: {layout(s)}", box=box.SIMPLE)
     for name, value in _lines(answer.estimate):
         table.add_row(name, value)
     if answer.batch_within_tpot is not None:
@@ -226,9 +255,9 @@ def _lines(e: Estimate) -> Iterator[tuple[str, str]]:
     yield "most sequences", f"{e.max_batch:,}"
     yield "a token, each sequence", f"{e.decode_ms:.2f} ms"
     yield "tokens, all sequences", f"{e.decode_tok_s:,.0f} a second"
-    for name, seconds in vars(parts).items():
-        if seconds:
-            yield f"  {name}", f"{1e3 * s.pp * seconds:.3f} ms"
+    for name, what in PARTS.items():
+        if seconds := getattr(parts, name):
+            yield f"  {what}", f"{1e3 * s.pp * seconds:.3f} ms"
     if s.gpus > s.dp:
         sent = f"{e.communication_bytes / 1e6:.2f} MB a GPU a step"
         yield "between GPUs", f"{e.communication_ms:.3f} ms, {sent} (assumed, not measured)"

@@ -24,7 +24,7 @@ def need_matplotlib() -> None:
         raise ValueError("--plot needs matplotlib, which is not installed: pip install matplotlib")
 
 
-def plot_roofline(config: ModelConfig, setting: Setting, path: Path) -> None:
+def plot_roofline(model: str, config: ModelConfig, setting: Setting, path: Path) -> None:
     """FLOP/s over FLOPs a byte: the GPU's roof by its datasheet and as reached, decode steps of
     several batches (those that fit) and a prompt's reading; all of one GPU.
 
@@ -45,7 +45,7 @@ def plot_roofline(config: ModelConfig, setting: Setting, path: Path) -> None:
         ("reached", peak * reach.matmul, gpu.memory_bandwidth * reach.copy),
     ):
         ridge = flops / bandwidth
-        axes.plot([0.1, ridge, 1e4], [0.1 * bandwidth, flops, flops], label=label)
+        axes.plot([1, ridge, 1e4], [bandwidth, flops, flops], label=label)
     most = largest_batch(config, setting)
     for batch in sorted({b for b in (*BATCHES, setting.batch) if b <= max(most, setting.batch)}):
         intensity, rate = _decode_point(config, replace(setting, batch=batch))
@@ -54,7 +54,7 @@ def plot_roofline(config: ModelConfig, setting: Setting, path: Path) -> None:
     axes.plot(*_prefill_point(config, setting), "^", color="black", label="a prompt")
     axes.plot([], [], "o", color="black", label="decode, by sequences")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte read", ylabel="FLOP/s of a GPU")
-    axes.set_title(f"{setting.precision} on {gpu.name}, context {setting.context}")
+    axes.set_title(f"{model}, {setting.precision} on {gpu.name}, context {setting.context}")
     axes.legend()
     try:
         figure.savefig(path)
@@ -69,9 +69,12 @@ def _work(step: Step) -> tuple[float, float]:
 
 
 def _decode_point(config: ModelConfig, setting: Setting) -> tuple[float, float]:
-    from jaxinfer.placement import decode_time, stage_step
+    from jaxinfer.placement import decode_time, stage_rows, stage_step
+    from jaxinfer.roofline import padded
 
     flops, read = _work(stage_step(config, setting))
+    rows = stage_rows(setting)
+    flops *= rows / padded(rows)  # padding computes too, but for nothing
     return flops / read, flops / decode_time(config, setting)[1].total
 
 
