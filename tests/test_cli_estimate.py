@@ -57,7 +57,7 @@ def test_without_a_gpu_all_are_compared(capsys):
     assert found["h100"]["estimate"]["cost_per_million_output"] > 0
     assert found["b200"]["estimate"]["cost_per_million_output"] is None
     code, out, _ = run(capsys, *args)
-    assert all(name in out for name in (*GPUS, "4 tp4", "per million", "rows in 40"))
+    assert all(name in out for name in (*GPUS, "4 tp4", "per million", "batch in 40 ms"))
     assert max(map(len, out.splitlines())) <= 120
 
 

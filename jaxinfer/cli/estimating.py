@@ -193,8 +193,8 @@ def comparison(answers: list[Answer], tpot_ms: float | None) -> Table:
     from rich.table import Table
 
     table = Table("GPU", "GPUs", box=box.SIMPLE)
-    heads = ["GB each", "most rows", "ms a token", "token/s", "first, ms"]
-    heads += [] if tpot_ms is None else [f"rows in {tpot_ms:g} ms"]
+    heads = ["GB each", "max batch", "ms/token", "token/s", "first ms"]
+    heads += [] if tpot_ms is None else [f"batch in {tpot_ms:g} ms"]
     heads += ["per million"] if any(map(_cost, answers)) else []
     for head in heads:
         table.add_column(head, justify="right")
@@ -245,7 +245,7 @@ def _lines(e: Estimate) -> Iterator[tuple[str, str]]:
     yield "weights", f"{e.weight_bytes / GB:.2f} GB, {m.weights / GB:.2f} GB a GPU"
     a_sequence = f"{e.kv_bytes_per_sequence / GB:.2f} GB at {s.context} tokens"
     yield "KV cache", f"{e.kv_bytes_per_token:,} bytes a token, {a_sequence}"
-    yield "", f"{m.kv / GB:.2f} GB a GPU, of {s.batch} sequences"
+    yield "", f"{m.kv / GB:.2f} GB a GPU, of {s.rows} sequences"
     yield "activations", f"{m.activations / GB:.2f} GB"
     yield "compiled temporaries", f"{m.temporaries / GB:.2f} GB"
     verdict = "fits" if m.fits else "does not fit"
