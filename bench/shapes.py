@@ -7,80 +7,27 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from jaxinfer import known_models
+
 if TYPE_CHECKING:
     from jaxinfer.config import ModelConfig
 
-_LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "attention_bias": False,
-    "mlp_bias": False,
-}
-
-
-def _llama3_rope(factor: float) -> dict[str, Any]:
-    return {
-        "rope_type": "llama3",
-        "factor": factor,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-
-
 # Each by its full name; `short` is what it is called in the names of records.
 HF_CONFIGS: dict[str, dict[str, Any]] = {
-    "llama-3.1-8b": {
-        **_LLAMA,
-        "vocab_size": 128256,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 131072,
-        "rope_scaling": _llama3_rope(8.0),
-        "tie_word_embeddings": False,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-    },
-    "llama-3.2-1b": {
-        **_LLAMA,
-        "vocab_size": 128256,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "max_position_embeddings": 131072,
-        "rope_scaling": _llama3_rope(32.0),
-        "tie_word_embeddings": True,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-    },
+    **{name: dict(known_models.HF_CONFIGS[name]) for name in ("llama-3.1-8b", "llama-3.2-1b")},
     # Small enough to draft for the others; no published model.
     "llama-draft-100m": {
-        **_LLAMA,
-        "vocab_size": 128256,
+        **known_models.HF_CONFIGS["llama-3.2-1b"],
         "hidden_size": 512,
         "intermediate_size": 2048,
         "num_hidden_layers": 8,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
         "head_dim": 64,
-        "max_position_embeddings": 131072,
-        "rope_scaling": _llama3_rope(32.0),
-        "tie_word_embeddings": True,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
     },
+    # a Llama 3.1 of two layers
     "tiny": {
-        **_LLAMA,
+        **known_models.HF_CONFIGS["llama-3.1-8b"],
         "vocab_size": 512,
         "hidden_size": 64,
         "intermediate_size": 128,
@@ -88,9 +35,6 @@ HF_CONFIGS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
-        "max_position_embeddings": 131072,
-        "rope_scaling": _llama3_rope(8.0),
-        "tie_word_embeddings": False,
         "bos_token_id": 0,
         "eos_token_id": 1,
     },

@@ -24,6 +24,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {
             "jaxinfer.config",
             "jaxinfer.errors",
+            "jaxinfer.known_models",
             "jaxinfer.response_cache",
             "jaxinfer.types",
             "jaxinfer.validation",
@@ -53,7 +54,16 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "functional": ({"jaxinfer.functional"}, {"plans"}),
     "quantise": ({"jaxinfer.quantise", "jaxinfer.quality"}, {"models"}),
     "sharding": ({"jaxinfer.sharding"}, {"models"}),
-    "sizing": ({"jaxinfer.sizing", "jaxinfer.hardware"}, {"models", "buckets"}),
+    "sizing": (
+        {
+            "jaxinfer.estimate",
+            "jaxinfer.hardware",
+            "jaxinfer.placement",
+            "jaxinfer.roofline",
+            "jaxinfer.sizing",
+        },
+        {"models", "buckets"},
+    ),
     "host": (
         {
             "jaxinfer.backend",

@@ -1,4 +1,4 @@
-"""The command line: `jaxinfer generate`, `chat`, `logprobs`, `info`, `quantize` and others.
+"""The command line: `jaxinfer generate`, `chat`, `info`, `quantize`, `estimate` and others.
 
 Data goes to stdout, everything else to stderr. JAX and transformers are imported by the commands
 that need them, so that `jaxinfer --help` is quick.
@@ -323,6 +323,62 @@ def quantize(
         raise typer.BadParameter(str(error)) from error
     if found is not None:
         print_info({"quality": found._asdict()})
+
+
+@app.command(epilog=EPILOG)
+def estimate(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Directory, config.json, .gguf file, demo, or a name such as llama-3.1-8b."
+        ),
+    ],
+    gpu: Annotated[str | None, typer.Option(help="Such as h100; default: compare all.")] = None,
+    precision: Annotated[
+        str, typer.Option(help="Of the weights: bf16, fp16, fp32, int8, w8a8, fp8, int4, nf4.")
+    ] = "bf16",
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
+    batch: Annotated[int, typer.Option(help="Sequences that decode at once.")] = 1,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens that each holds; default: 4096.")
+    ] = None,
+    prompt: Annotated[
+        int | None, typer.Option(help="Tokens of a prompt; default: the context.")
+    ] = None,
+    tp: Annotated[int | None, typer.Option(help="GPUs that share each layer.")] = None,
+    pp: Annotated[int | None, typer.Option(help="Stages that hold the layers in turn.")] = None,
+    dp: Annotated[int, typer.Option(help="Copies that share the batch.")] = 1,
+    price: Annotated[
+        str | None, typer.Option(help="Of a GPU for an hour: 2.5, or h100=2.5,l40s=1.1.")
+    ] = None,
+    tpot_ms: Annotated[
+        float | None, typer.Option(help="Find the largest batch with such a time a token.")
+    ] = None,
+    as_json: Json = False,
+    plot: Annotated[Path | None, typer.Option(help="Write a roofline here; needs --gpu.")] = None,
+) -> None:
+    """Says what a model needs on GPUs that need not be here, and predicts its speed and cost."""
+    from jaxinfer.cli import estimating, plotting
+
+    options = estimating.EstimateOptions(
+        model, gpu, precision, kv_cache_dtype, batch, context, prompt, tp, pp, dp, price, tpot_ms
+    )
+    try:
+        if plot and gpu is None:
+            raise ValueError("--plot is of one kind of GPU: give --gpu too")
+        if plot:
+            plotting.need_matplotlib()
+        config = estimating.read_model(model)
+        found = estimating.answers(config, options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if as_json:
+        for answer in found:
+            write_record(estimating.json_record(model, answer))
+    else:
+        estimating.show(model, found, options)
+    if plot and found[0].estimate:
+        plotting.plot_roofline(model, config, found[0].estimate.setting, plot)
 
 
 @app.command(epilog=EPILOG)

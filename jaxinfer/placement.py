@@ -1,0 +1,273 @@
+"""A model on GPUs that need not be there: what its fullest GPU holds, and what fits.
+
+Memory is what `sizing` plans for (weights, KV pages, steps), time is `roofline`'s. Letters: `tp`
+GPUs share each layer, `pp` stages hold the layers in turn, `dp` copies of all share the batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from jaxinfer.buckets import MOST_CHUNKS
+from jaxinfer.cache import KV_DTYPES, page_bytes, resolve_kv_dtype
+from jaxinfer.config import EngineOptions, ModelConfig
+from jaxinfer.hardware import Gpu
+from jaxinfer.pages import pages_for
+from jaxinfer.roofline import (
+    CHUNK_TOKENS,
+    PRECISIONS,
+    Precision,
+    Step,
+    StepTime,
+    count_sizes,
+    decode_step,
+    send_time,
+    shard,
+    step_time,
+)
+from jaxinfer.sizing import step_bytes
+
+HOST_GPUS, MOST_GPUS = 8, 64  # most that share a layer; most that `search` looks at
+MOST_ROWS = 1 << 20
+SMALLER = ("fp8", "int4")  # what is tried where a precision does not fit
+KV_CHOICES = ("auto", *KV_DTYPES)
+PAGE = EngineOptions.page_size
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is asked about.
+
+    Attributes:
+        gpu: a row of `hardware.GPUS`.
+        precision: a key of `roofline.PRECISIONS`.
+        kv_dtype: `auto` (as the activations), `int8` or `fp8`.
+        batch: sequences that decode at once, over all copies.
+        context: tokens that each holds: memory and decode are of a batch of this length.
+        prompt: tokens of a prompt whose reading is timed; None: `context`.
+        tp, pp, dp: see the module's head.
+        utilization: share of the GPU's memory that is used.
+    """
+
+    gpu: Gpu
+    precision: str = "bf16"
+    kv_dtype: str = "auto"
+    batch: int = 1
+    context: int = 4096
+    prompt: int | None = None
+    tp: int = 1
+    pp: int = 1
+    dp: int = 1
+    utilization: float = EngineOptions.gpu_memory_utilization
+
+    @property
+    def gpus(self) -> int:
+        """How many, in all."""
+        return self.tp * self.pp * self.dp
+
+    @property
+    def rows(self) -> int:
+        """Sequences of one copy."""
+        return math.ceil(self.batch / self.dp)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return self.context if self.prompt is None else self.prompt
+
+    @property
+    def stored(self) -> Precision:
+        """What `precision` stands for."""
+        return PRECISIONS[self.precision]
+
+    @property
+    def kv_name(self) -> str:
+        """The dtype of the pages."""
+        return resolve_kv_dtype(self.kv_dtype, self.stored.dtype).name
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the fullest GPU.
+
+    Attributes:
+        weights: its share.
+        kv: pages of its rows.
+        activations: of the largest step, which reads prompts too.
+        temporaries: compiled steps' other needs: logits and what sampling makes of them, and what
+            libraries keep.
+        usable: what may be used.
+    """
+
+    weights: int
+    kv: int
+    activations: int
+    temporaries: int
+    usable: int
+
+    @property
+    def needed(self) -> int:
+        return self.weights + self.kv + self.activations + self.temporaries
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.usable
+
+
+def check_setting(config: ModelConfig, setting: Setting) -> None:
+    """Raises ValueError for what makes no sense; it names the value and what is accepted."""
+    s = setting
+    if s.precision not in PRECISIONS:
+        raise ValueError(f"precision={s.precision!r}: expected one of {', '.join(PRECISIONS)}")
+    if s.kv_dtype not in KV_CHOICES:
+        raise ValueError(f"kv_dtype={s.kv_dtype!r}: expected one of {', '.join(KV_CHOICES)}")
+    if s.stored.dtype == "bfloat16" and not s.gpu.bfloat16:
+        raise ValueError(f"precision={s.precision!r}: {s.gpu.name} has no bfloat16; take fp16")
+    for name in ("batch", "context", "tp", "pp", "dp"):
+        if getattr(s, name) < 1:
+            raise ValueError(f"{name}={getattr(s, name)}: expected at least 1")
+    if s.context > config.max_position:
+        raise ValueError(
+            f"context={s.context}: this model was made for sequences of up to"
+            f" {config.max_position} tokens"
+        )
+    if not 1 <= s.prompt_tokens <= s.context:
+        raise ValueError(f"prompt={s.prompt}: expected 1 to {s.context}, the context")
+    if not 0 < s.utilization <= 1:
+        raise ValueError(f"utilization={s.utilization}: expected above 0, at most 1")
+    if not can_split(config, s.tp):
+        works = [n for n in range(1, HOST_GPUS + 1) if can_split(config, n)]
+        raise ValueError(
+            f"tp={s.tp}: expected at most {HOST_GPUS} GPUs, that divide {config.num_heads} heads,"
+            f" {config.intermediate_size} columns of the MLP and {config.vocab_size} tokens, and"
+            f" that {config.num_kv_heads} KV heads are shared out to evenly; nearest that works:"
+            f" {min(works, key=lambda n: abs(n - s.tp))} (of {', '.join(map(str, works))})"
+        )
+    if s.pp > config.num_layers:
+        raise ValueError(f"pp={s.pp}: expected at most {config.num_layers}, one layer a stage")
+
+
+def can_split(config: ModelConfig, tp: int) -> bool:
+    """Whether `tp` GPUs of one host can share each layer."""
+    c = config
+    even = all(n % tp == 0 for n in (c.num_heads, c.intermediate_size, c.vocab_size))
+    return even and tp <= HOST_GPUS and (c.num_kv_heads % tp == 0 or tp % c.num_kv_heads == 0)
+
+
+def memory_of(config: ModelConfig, setting: Setting) -> Memory:
+    """What the fullest GPU holds. Pages of the engine's default size, one of them for trash."""
+    part, stored, size = shard(config, setting.tp, setting.pp), setting.stored, PAGE
+    pages = setting.rows * pages_for(setting.context, size) + 1
+    rows, tokens = setting.rows + MOST_CHUNKS, max(CHUNK_TOKENS, 2 * setting.rows)
+    temporaries = step_bytes(part, rows=rows, tokens=0, dtype=stored.dtype)
+    steps = step_bytes(part, rows=rows, tokens=tokens, dtype=stored.dtype)
+    return Memory(
+        weights=round(count_sizes(part).bytes(stored)),
+        kv=pages * page_bytes(part, size, setting.kv_name),
+        activations=steps - temporaries,
+        temporaries=temporaries,
+        usable=int(setting.utilization * setting.gpu.visible_bytes),
+    )
+
+
+def stage_rows(setting: Setting) -> int:
+    """Sequences that are in one stage at a time."""
+    return math.ceil(setting.rows / setting.pp)
+
+
+def stage_step(config: ModelConfig, setting: Setting) -> Step:
+    """What one GPU of the fullest stage does in a decode step, of its `stage_rows`."""
+    return decode_step(
+        shard(config, setting.tp, setting.pp),
+        setting.stored,
+        rows=stage_rows(setting),
+        context=setting.context,
+        kv_dtype=setting.kv_name,
+    )
+
+
+def decode_time(config: ModelConfig, setting: Setting) -> tuple[float, StepTime]:
+    """Seconds between two tokens of a sequence, and where those of one stage go.
+
+    The batch is cut into `pp` parts that go through the stages one behind the other; the slowest
+    stage, with the output projection, sets the pace.
+    """
+    step = stage_step(config, setting)
+    stage = step_time(step, setting.gpu, setting.stored, kv_dtype=setting.kv_name, tp=setting.tp)
+    return setting.pp * (stage.total + hop_time(step, setting)), stage
+
+
+def hop_time(step: Step, setting: Setting) -> float:
+    """Seconds to hand a step's rows to the next stage."""
+    if setting.pp == 1:
+        return 0.0
+    return send_time(step.message_bytes, setting.gpu, setting.tp * setting.pp)
+
+
+def largest_batch(config: ModelConfig, setting: Setting, *, tpot_ms: float | None = None) -> int:
+    """Most sequences that fit, and of which each gets a token every `tpot_ms`; 0: not even `dp`."""
+
+    def works(rows: int) -> bool:
+        tried = replace(setting, batch=rows * setting.dp)
+        if not memory_of(config, tried).fits:
+            return False
+        return tpot_ms is None or 1e3 * decode_time(config, tried)[0] <= tpot_ms
+
+    return setting.dp * _largest(works, MOST_ROWS)
+
+
+def search(config: ModelConfig, setting: Setting, *, most: int = MOST_GPUS) -> Setting | None:
+    """The setting on the fewest GPUs that it fits on, in ones, twos, fours and so on, as they are
+    sold; of several ways to share them the fastest in decode. None: not on `most`.
+
+    `tp` and `pp` of `setting` are not looked at; each of its `dp` copies gets as many.
+
+    Raises:
+        ValueError: see `check_setting`.
+    """
+    check_setting(config, replace(setting, tp=1, pp=1))
+    for gpus in (1 << i for i in range(most.bit_length())):
+        fitting = [s for s in _layouts(config, setting, gpus) if memory_of(config, s).fits]
+        if fitting:
+            return min(fitting, key=lambda s: decode_time(config, s)[0])
+    return None
+
+
+def _layouts(config: ModelConfig, setting: Setting, gpus: int) -> Iterator[Setting]:
+    for tp in range(1, min(gpus, HOST_GPUS) + 1):
+        pp, rest = divmod(gpus, tp)
+        if not rest and pp <= config.num_layers and can_split(config, tp):
+            yield replace(setting, tp=tp, pp=pp)
+
+
+def nearest(config: ModelConfig, setting: Setting) -> Iterator[str]:
+    """Changes that make it fit, each alone, in words."""
+
+    def fits(**changes: Any) -> bool:
+        return memory_of(config, replace(setting, **changes)).fits
+
+    if batch := largest_batch(config, setting):
+        yield f"batch {batch}"
+    if context := _largest(lambda n: fits(context=n, prompt=None), setting.context):
+        yield f"context {context}"
+    if setting.kv_dtype == "auto" and fits(kv_dtype="fp8"):
+        yield "kv-dtype fp8"
+    width = PRECISIONS[setting.precision].weight_bytes
+    for name in SMALLER:
+        if PRECISIONS[name].weight_bytes < width and setting.gpu.bfloat16 and fits(precision=name):
+            yield f"precision {name}"
+            break
+    if found := search(config, setting):
+        split = [f"{name} {n}" for name, n in (("tp", found.tp), ("pp", found.pp)) if n > 1]
+        yield f"{' '.join(split)} ({found.gpus} GPUs)"
+
+
+def _largest(works: Callable[[int], bool], most: int) -> int:
+    """The largest number up to `most` that works, where all below it do too; 0: none."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if works(middle) else (low, middle - 1)
+    return low
