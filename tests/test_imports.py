@@ -45,7 +45,10 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "runner": ({"jaxinfer.runner"}, {"hooks", "packing", "speculate"}),
     "plans": ({"jaxinfer.plans", "jaxinfer.warmup"}, {"runner", "batcher", "buckets"}),
     "engine": ({"jaxinfer.engine", "jaxinfer.observe", "jaxinfer.state"}, {"plans"}),
-    "functional": ({"jaxinfer.functional", "jaxinfer.windows"}, {"plans"}),
+    "functional": (
+        {"jaxinfer.acceptance", "jaxinfer.functional", "jaxinfer.windows"},
+        {"plans"},
+    ),
     "quantise": ({"jaxinfer.quantise", "jaxinfer.quality"}, {"models"}),
     "sharding": ({"jaxinfer.sharding"}, {"models"}),
     "sizing": ({"jaxinfer.sizing", "jaxinfer.hardware"}, {"models", "buckets"}),
@@ -71,7 +74,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "verify": ({"jaxinfer.verify"}, {"api"}),
     "evaluation": ({"jaxinfer.eval_arguments", "jaxinfer.evaluation"}, {"api"}),
     "server": ({"jaxinfer.server"}, {"api"}),
-    "cli": ({"jaxinfer.cli"}, {"server", "verify", "quantise"}),
+    "cli": ({"jaxinfer.cli"}, {"server", "verify", "quantise", "training"}),
     "bench": ({"bench"}, {"cli", "training"}),
     "tests": ({"tests"}, {"bench", "demo", "evaluation"}),
 }
