@@ -16,8 +16,9 @@ import pytest
 
 from checkpoints.demo.train import model_config, write_model
 from jaxinfer import cli
-from jaxinfer.cli import distilling
-from jaxinfer.cli.distilling import DistillOptions, distill
+from jaxinfer.cli import distill_run
+from jaxinfer.cli.distill_run import DistillOptions
+from jaxinfer.cli.distilling import distill
 from jaxinfer.errors import CheckpointError, InvalidRequest, UnsupportedModel
 from jaxinfer.hub import DEMO_MODELS
 from jaxinfer.loading import load_weights
@@ -47,7 +48,7 @@ def write(directory: Path, hf: dict[str, Any], seed: int) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def _short() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(distilling, "MORE", 16)
+        patch.setattr(distill_run, "MORE", 16)
         yield
 
 

@@ -355,16 +355,17 @@ def distill(
     k: Annotated[int, typer.Option("-k", help="Guesses a step, where acceptance is measured.")] = 4,
 ) -> None:
     """Trains a draft model to guess what a target says, and measures how many guesses hold."""
-    from jaxinfer.cli import distilling
+    from jaxinfer.cli.distill_run import DistillOptions
+    from jaxinfer.cli.distilling import distill as run
     from jaxinfer.progress import training_bar
 
-    options = distilling.DistillOptions(
+    options = DistillOptions(
         target, draft_config, data, out, held_out, steps, batch_size, sequence_length,
         learning_rate, cross_entropy, seed, save_every, dtype, k,
     )  # fmt: skip
     try:
         with training_bar(out.name) as progress:
-            found = distilling.distill(options, progress)
+            found = run(options, progress)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     print_info(found)
