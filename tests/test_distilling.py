@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,7 +61,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write(folder / "draft", shape(1), 1)
     (folder / "draft.json").write_text(json.dumps(shape(1)))
     (folder / "text.py").write_text(Path(__file__).read_text())
-    distill(options(folder, folder / "out"), None)
+    distill(options(folder, folder / "out"))
     return folder
 
 
@@ -94,28 +95,28 @@ def test_stopped_and_gone_on_with_it_ends_with_the_same_bits(
 ) -> None:
     out = tmp_path / "out"
 
-    def stop(done: int, total: int, said: str) -> None:
+    def told(done: int, total: int, said: str) -> None:
         assert said.startswith("loss ")
         assert total == STEPS
         if done == 4:  # told of one step late: 5 are done, of which 4 are saved
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        distill(options(made, out), stop)
+        distill(options(made, out), lambda name: nullcontext(told))
     assert "4 of 6 steps are in" in capsys.readouterr().err
     assert not out.exists()
     with pytest.raises(ValueError, match=r"seed was 0, now 1; k was 2, now 3"):
-        distill(options(made, out, seed=1, k=3), None)
-    found = distill(options(made, out, save_every=3), None)
+        distill(options(made, out, seed=1, k=3))
+    found = distill(options(made, out, save_every=3))
     assert "4 of 6 steps are in" in capsys.readouterr().err
     for name in ("model.safetensors", "config.json", "distillation.json"):
         assert (out / name).read_bytes() == (made / "out" / name).read_bytes(), name
     assert not (tmp_path / "out.training").exists()
 
-    assert distill(options(made, out), None) == found  # does nothing
+    assert distill(options(made, out)) == found  # does nothing
     assert "done already" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"learning_rate was 0.01, now 0.02"):
-        distill(options(made, out, learning_rate=0.02), None)
+        distill(options(made, out, learning_rate=0.02))
 
 
 def test_a_draft_that_has_weights_goes_on_from_them(
@@ -144,29 +145,29 @@ def test_what_does_not_fit_is_refused_before_any_work(made: Path, tmp_path: Path
     ours = options(made, tmp_path / "out")
     other.write_text(json.dumps(shape(1, vocab_size=4095)))
     with pytest.raises(ValueError, match="vocabulary has 4095 tokens, the target's 4096"):
-        distill(replace(ours, draft=str(other)), None)
+        distill(replace(ours, draft=str(other)))
     other.write_text(json.dumps(shape(1, quantization_config={"quant_method": "gptq"})))
     with pytest.raises(UnsupportedModel, match="dense one"):
-        distill(replace(ours, draft=str(other)), None)
+        distill(replace(ours, draft=str(other)))
     with pytest.raises(CheckpointError, match="does not exist"):
-        distill(replace(ours, draft=str(tmp_path / "nothing")), None)
+        distill(replace(ours, draft=str(tmp_path / "nothing")))
     with pytest.raises(CheckpointError, match="does not exist"):
-        distill(replace(ours, target=str(tmp_path / "nothing")), None)
+        distill(replace(ours, target=str(tmp_path / "nothing")))
     text.write_text("x = 1\n")
     with pytest.raises(ValueError, match="tokens to train on: expected at least 33"):
-        distill(replace(ours, data=text), None)
+        distill(replace(ours, data=text))
     with pytest.raises(ValueError, match="of held-out text: expected at least 64"):
-        distill(replace(ours, held_out=text), None)
+        distill(replace(ours, held_out=text))
     with pytest.raises(ValueError, match=r"--data .*nothing: cannot be read: No such file"):
-        distill(replace(ours, data=tmp_path / "nothing"), None)
+        distill(replace(ours, data=tmp_path / "nothing"))
     text.write_bytes(b"\xff\xfe")
     with pytest.raises(InvalidRequest, match="cannot be read"):
-        distill(replace(ours, data=text), None)
+        distill(replace(ours, data=text))
     with pytest.raises(ValueError, match="-k 0: expected at least 1"):
-        distill(replace(ours, k=0), None)
+        distill(replace(ours, k=0))
     with pytest.raises(ValueError, match="steps 0: expected at least 1"):
-        distill(replace(ours, steps=0), None)
+        distill(replace(ours, steps=0))
     with pytest.raises(CheckpointError, match=r"exists already, and holds no distillation.json"):
-        distill(replace(ours, out=made / "draft"), None)
+        distill(replace(ours, out=made / "draft"))
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out.training").exists()

@@ -357,15 +357,13 @@ def distill(
     """Trains a draft model to guess what a target says, and measures how many guesses hold."""
     from jaxinfer.cli.distill_run import DistillOptions
     from jaxinfer.cli.distilling import distill as run
-    from jaxinfer.progress import training_bar
 
     options = DistillOptions(
         target, draft_config, data, out, held_out, steps, batch_size, sequence_length,
         learning_rate, cross_entropy, seed, save_every, dtype, k,
     )  # fmt: skip
     try:
-        with training_bar(out.name) as progress:
-            found = run(options, progress)
+        found = run(options)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     print_info(found)

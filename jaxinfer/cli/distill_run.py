@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 REPORT = "distillation.json"  # of OUT: what was asked for, and what came of it
 MORE = 128  # tokens that follow a prompt, where acceptance is measured
 
-Progress = Callable[[int, int, str], None]  # steps done, steps in all, the loss
+Progress = Callable[[int, int, str], None]  # of steps done, steps in all, the loss
+Bar = Callable[[str], AbstractContextManager[Progress | None]]  # of OUT's name
 Found = dict[str, Any]
 
 
@@ -92,7 +94,7 @@ class Run:
     asked: dict[str, Any]
 
 
-def train(run: Run, begun: tuple[int, dict[str, Any]] | None, progress: Progress | None) -> Found:
+def train(run: Run, begun: tuple[int, dict[str, Any]] | None, bar: Bar) -> Found:
     """Loads, measures, trains from the last checkpoint on, measures again and writes."""
     import jax
     import jax.numpy as jnp
@@ -117,7 +119,8 @@ def train(run: Run, begun: tuple[int, dict[str, Any]] | None, progress: Progress
         like = jax.eval_shape(create, abstract_params(draft.config, jnp.float32))
         state = restore_step(options.training, first, like)
     said = {"asked": run.asked, "before": before}
-    params = half(_steps(run, state, target, first, said, progress))
+    with bar(options.out.name) as progress:
+        params = half(_steps(run, state, target, first, said, progress))
     found = {
         "acceptance": {"before": before, "after": measure(params)},
         "k": options.k, "prompts": len(run.text.prompts), "trained_on": len(run.text.train),

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import jaxinfer
 from jaxinfer.cli.distill_run import (
     REPORT,
+    Bar,
     DistillOptions,
     Draft,
     Found,
-    Progress,
     Run,
     Text,
     train,
@@ -29,6 +29,7 @@ from jaxinfer.cli.quantizing import dense_model, pieces, read_tokens
 from jaxinfer.cli.results import differences
 from jaxinfer.errors import CheckpointError, JaxinferError, UnsupportedModel
 from jaxinfer.hub import resolve_model
+from jaxinfer.progress import training_bar
 
 if TYPE_CHECKING:
     from jaxinfer.training.distill import DistillConfig
@@ -37,8 +38,10 @@ HELD_OUT = 20  # one token in so many, the last of the text, is held out
 PROMPTS, PROMPT = 16, 64  # how many, and tokens of each
 
 
-def distill(options: DistillOptions, progress: Progress | None) -> Found:
+def distill(options: DistillOptions, bar: Bar = training_bar) -> Found:
     """Writes `options.out`, whole or not at all, going on where the same run was stopped.
+
+    `bar`: yields what is told of every step, or None.
 
     Returns:
         `acceptance`: of the draft's attempted guesses those that hold at temperature 0, `before`
@@ -71,7 +74,7 @@ def distill(options: DistillOptions, progress: Progress | None) -> Found:
     context = min(draft.config.max_position, target_config.max_position)
     text = _read(options, directory, how, context)
     run = Run(options, how, directory, target_config, draft, text, context, asked)
-    return train(run, begun, progress)
+    return train(run, begun, bar)
 
 
 def _target(name: str) -> Path:
