@@ -63,6 +63,22 @@ HF_CONFIGS: dict[str, dict[str, Any]] = {
         "bos_token_id": 128000,
         "eos_token_id": 128001,
     },
+    # Small enough to draft for the others; no published model.
+    "llama-draft-100m": {
+        **_LLAMA,
+        "vocab_size": 128256,
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "max_position_embeddings": 131072,
+        "rope_scaling": _llama3_rope(32.0),
+        "tie_word_embeddings": True,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    },
     "tiny": {
         **_LLAMA,
         "vocab_size": 512,

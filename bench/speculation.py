@@ -22,9 +22,9 @@ from bench.parts import Part, emit
 from bench.record import Record
 from checkpoints import load_params
 from jaxinfer.acceptance import count, prepare
+from jaxinfer.config import Rule
 from jaxinfer.models.families import read_config
 from jaxinfer.models.weights import declare
-from jaxinfer.speculate import Rule
 from jaxinfer.tokenizer import load_tokenizer
 
 PROMPT, MORE = 128, 128  # tokens

@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.config import ModelConfig
+from jaxinfer.config import ModelConfig, Rule
 from jaxinfer.models.decoder import Params
 from jaxinfer.proposers import draft_model, prompt_lookup
 from jaxinfer.sampling import pack_row, stack_rows
-from jaxinfer.speculate import Accepted, Drawing, Rule, State, step
+from jaxinfer.speculate import Accepted, Drawing, State, step
 from jaxinfer.types import SamplingParams
 from jaxinfer.windows import begin, model_forward
 

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxinfer.cache import TRASH_PAGE
+from jaxinfer.cache import TRASH_PAGE, PagedCache
 from jaxinfer.sampling import PenaltyState, SamplingRows
 from jaxinfer.types import MAX_STOP_IDS
 
@@ -57,6 +57,18 @@ class Batch(NamedTuple):
     logit_rows: Array
 
 
+class Drafting(NamedTuple):
+    """What a draft model keeps of the running sequences.
+
+    Attributes:
+        cache: its keys and values, in pages of the target's numbers.
+        read: int32 [M]; tokens of each row that it has read.
+    """
+
+    cache: PagedCache
+    read: Array
+
+
 class SeqState(NamedTuple):
     """The running sequences; donated to every step, so it never leaves the device.
 
@@ -68,6 +80,7 @@ class SeqState(NamedTuple):
         page_table: int32 [G, M, P_max].
         rows: how each row is sampled.
         penalties: only once some request has asked for penalties.
+        draft: only where another model guesses.
     """
 
     tokens: Array
@@ -77,6 +90,7 @@ class SeqState(NamedTuple):
     page_table: Array
     rows: SamplingRows
     penalties: PenaltyState | None
+    draft: Drafting | None = None
 
 
 class Chunks(NamedTuple):
@@ -123,6 +137,7 @@ class Plan(NamedTuple):
         chunks: what is read of prompts; None in dispatches of several steps.
         hooked: int32 [2, R + Q]; of each sequence, which of the step's hooks changes its
             activations, and which its logits, -1: none does; None in a step without hooks.
+        guessing: bool [R]; rows for which tokens are guessed; None in a step that guesses nothing.
     """
 
     released: Host
@@ -133,6 +148,7 @@ class Plan(NamedTuple):
     steps: Host
     chunks: Chunks | None
     hooked: Host = None
+    guessing: Host = None
 
 
 def init_state(max_num_seqs: int, max_pages: int, groups: int = 1) -> SeqState:
@@ -183,6 +199,7 @@ def _admit(seq: SeqState, chunks: Chunks) -> SeqState:
         page_table=seq.page_table.at[:, new].set(chunks.pages, mode="drop"),
         rows=jax.tree.map(put, seq.rows, chunks.how),
         penalties=None if seq.penalties is None else _noted(seq.penalties, chunks, new),
+        draft=None if seq.draft is None else seq.draft._replace(read=put(seq.draft.read, 0)),
     )
 
 

@@ -72,7 +72,23 @@ class Finished(NamedTuple):
     keys: np.ndarray
 
 
-Event = Submit | Return | Cancel | Finished
+class Guess(NamedTuple):
+    """From here on `tokens` are guessed for each row in every step, where there is room for them
+    and no prompt to read."""
+
+    tokens: int
+
+
+class Progress(NamedTuple):
+    """What became of steps that guess. int64 [n]: ids; the tokens that each sequence has at least,
+    and at most, once all that was dispatched has run. Who does not run any more is left out."""
+
+    ids: np.ndarray
+    least: np.ndarray
+    most: np.ndarray
+
+
+Event = Submit | Return | Cancel | Finished | Guess | Progress
 
 
 class Prefill(NamedTuple):
@@ -94,7 +110,7 @@ class Prefill(NamedTuple):
 
 class Run(NamedTuple):
     """One dispatch: a token of each row that decodes, beside chunks of prompts; or, without
-    chunks, `steps` decode steps.
+    chunks, `steps` decode steps, in each of which `guesses` tokens are guessed for every row.
 
     `rows` [n]: those that decode, and `ids` [n] their sequences. `tokens`: the longest that any
     sequence of the dispatch may have become afterwards. `pages` int32 [M, W]: pages granted to each
@@ -103,6 +119,7 @@ class Run(NamedTuple):
     """
 
     steps: int
+    guesses: int
     rows: np.ndarray
     ids: np.ndarray
     tokens: int
@@ -133,7 +150,8 @@ class Rows(NamedTuple):
 
     `prompt`: tokens to read before it can go on: its prompt, and what it had when it was preempted.
     `prefilled`: prompt tokens that were dispatched, or are shared; 0 before the first chunk.
-    `scheduled`: output tokens that the steps dispatched so far may have produced. `held`: pages.
+    `scheduled`: output tokens that the steps dispatched so far may have produced; `least`: those
+    that they have, unless it has ended. `held`: pages.
     """
 
     id: np.ndarray
@@ -142,6 +160,7 @@ class Rows(NamedTuple):
     rank: np.ndarray
     prefilled: np.ndarray
     scheduled: np.ndarray
+    least: np.ndarray
     held: np.ndarray
 
 
@@ -150,7 +169,7 @@ class BatcherState(NamedTuple):
 
     `keys`, objects [M]: of the full pages of each running sequence's prompt. `released` [M]: rows
     that the device must be told to stop, with the next action. `parked` int64 [n, 3]: preempted
-    sequences, their limits and ranks.
+    sequences, their limits and ranks. `guesses`: see `Guess`.
     """
 
     waiting: Submit
@@ -160,6 +179,7 @@ class BatcherState(NamedTuple):
     keys: np.ndarray
     pool: PagePool
     released: np.ndarray
+    guesses: int = 0
 
 
 def create_state(config: BatcherConfig) -> BatcherState:
@@ -170,7 +190,7 @@ def create_state(config: BatcherConfig) -> BatcherState:
     state = BatcherState(
         waiting=Submit(none, none, none, none, np.empty(0, object)),
         parked=np.empty((0, 3), np.int64),
-        rows=Rows(np.full(M, NO_SEQUENCE), zero, zero, zero, zero, zero, zero),
+        rows=Rows(np.full(M, NO_SEQUENCE), *([zero] * 7)),
         pages=objects([NO_PAGES] * M),
         keys=np.full(M, None),
         pool=create(config.num_pages),
@@ -189,7 +209,7 @@ def step(
 
     Raises:
         ValueError: an event that names a sequence which is neither waiting nor running nor
-            preempted, or a submission that could never fit.
+            preempted, a submission that could never fit, or more guesses than the config has.
     """
     actions: list[Action] = []
     for event in events:
@@ -205,6 +225,12 @@ def step(
                 for sequence, keys in zip(event.ids, event.keys, strict=True):
                     state = _remember(state, int(sequence), keys)
                     state = _leave(state, int(sequence), tell_device=False)
+            case Guess():
+                if not 0 <= event.tokens <= config.max_guesses:
+                    raise ValueError(f"{event}: expected 0 to {config.max_guesses}")
+                state = state._replace(guesses=event.tokens)
+            case Progress():
+                state = _progress(state, event)
     state, run = _schedule(state, config)
     _seal(
         state,
@@ -278,6 +304,20 @@ def _remember(state: BatcherState, sequence: int, keys: np.ndarray) -> BatcherSt
     return state._replace(pool=publish(state.pool, pages, keys))
 
 
+def _progress(state: BatcherState, event: Progress) -> BatcherState:
+    """What is `scheduled` was for guesses that all hold."""
+    rows = state.rows
+    order = np.argsort(rows.id)
+    place = np.minimum(np.searchsorted(rows.id, event.ids, sorter=order), len(order) - 1)
+    row = order[place]
+    there = rows.id[row] == event.ids
+    row = row[there]
+    read = rows.prompt[row]
+    scheduled = _with(rows.scheduled, row, event.most[there] - read)
+    least = _with(rows.least, row, event.least[there] - read)
+    return state._replace(rows=rows._replace(scheduled=scheduled, least=least))
+
+
 def _leave(state: BatcherState, sequence: int, *, tell_device: bool) -> BatcherState:
     """Forgets a sequence, wherever it is."""
     waits = state.waiting.ids == sequence
@@ -309,11 +349,12 @@ def _schedule(
     state: BatcherState, config: BatcherConfig
 ) -> tuple[BatcherState, tuple[Action, ...]]:
     """Every row that can decode does, beside as many prompt tokens as the budget leaves."""
-    state, steps, scheduled, new, preempted = _make_room(state, config)
-    rows = state.rows
-    decoding = _where(scheduled > rows.scheduled)
-    state, granted = _grant(state, new, pages_for(config.max_steps, config.page_size) + 1)
-    state = state._replace(rows=state.rows._replace(scheduled=scheduled))
+    state, need, preempted = _make_room(state, config)
+    rows, scheduled = state.rows, need.scheduled
+    decoding = _where(need.least > rows.least)
+    state, granted = _grant(state, need.pages, granted_columns(config))
+    now = state.rows._replace(scheduled=scheduled, least=need.least)
+    state = state._replace(rows=now)
     budget = _budget(state, config, decoding)
     if not preempted:
         state = _admit(state, config, budget)
@@ -322,7 +363,8 @@ def _schedule(
         return state, preempted
     longest = [int((rows.prompt + scheduled)[decoding].max())] if len(decoding) else []
     action = Run(
-        steps=steps,
+        steps=need.steps,
+        guesses=need.guesses,
         rows=decoding,
         ids=rows.id[decoding],
         tokens=max(longest + [chunk.stop for chunk in chunks]),
@@ -334,26 +376,52 @@ def _schedule(
     return state._replace(released=np.zeros_like(state.released)), (*preempted, action)
 
 
+def granted_columns(config: BatcherConfig) -> int:
+    """Pages that one dispatch grants to a row at most."""
+    return pages_for(config.max_steps * (config.max_guesses + 1), config.page_size) + 1
+
+
+class _Need(NamedTuple):
+    """A dispatch: its steps and guesses; what is then `scheduled` and `least` of each row, and the
+    pages that each needs for it, [M]."""
+
+    steps: int
+    guesses: int
+    scheduled: np.ndarray
+    least: np.ndarray
+    pages: np.ndarray
+
+
 def _make_room(
     state: BatcherState, config: BatcherConfig
-) -> tuple[BatcherState, int, np.ndarray, np.ndarray, tuple[Action, ...]]:
-    """How many decode steps to run, what rows then are `scheduled` [M], pages that each needs for
-    it [M]; and who was preempted, so that there are as many."""
+) -> tuple[BatcherState, _Need, tuple[Action, ...]]:
+    """What the rows that decode need; and who was preempted, so that there is as much."""
     preempted: list[Action] = []
+    guesses = state.guesses
     while True:
         rows = state.rows
         running = rows.id != NO_SEQUENCE
         reading = running & (rows.prefilled < rows.prompt)
-        left = (rows.limit - rows.prompt - rows.scheduled) * (running & ~reading)
+        room = rows.limit - rows.prompt
+        left = (room - rows.least) * (running & ~reading)
+        waiting = len(state.waiting.ids) > 0
+        # A step that reads guesses nothing: nor does one in which somebody may be admitted.
+        if reading.any() or (waiting and not running.all()):
+            guesses = 0
         # Whoever waits should find the device free soon.
-        alone = not reading.any() and not len(state.waiting.ids)
-        steps = int(min(config.max_steps, left.max())) if alone else 1
-        scheduled = rows.scheduled + np.minimum(left, steps)
+        alone = not reading.any() and not waiting
+        steps = int(min(config.max_steps, -(-left.max() // (guesses + 1)))) if alone else 1
+        most = np.minimum(rows.scheduled + steps * (guesses + 1), room)
+        scheduled = np.where(left > 0, most, rows.scheduled)
+        least = rows.least + np.minimum(left, steps)
         # The last token of all is not in the cache before the step after it.
         wanted = -(-(rows.prompt + scheduled - 1) // config.page_size)
         new = np.maximum(wanted - rows.held, 0) * (left > 0)
         if new.sum() <= state.pool.available:
-            return state, steps, scheduled, new, tuple(preempted)
+            return state, _Need(steps, guesses, scheduled, least, new), tuple(preempted)
+        if guesses:  # which is no reason to take anything from anybody
+            guesses = 0
+            continue
         last = int(np.lexsort((rows.id, rows.rank, running))[-1])
         preempted.append(Preempt(int(rows.id[last])))
         parked = np.array([[rows.id[last], rows.limit[last], rows.rank[last]]])
@@ -408,7 +476,7 @@ def _admit(state: BatcherState, config: BatcherConfig, budget: int) -> BatcherSt
             break
         pool, pages = allocate(pool, wanted - len(found))
         row, unread = int(free[0]), unread + prompt
-        new = (sequence, prompt, limit, rank, 0, 0, wanted)  # in the order of Rows
+        new = (sequence, prompt, limit, rank, 0, 0, 0, wanted)  # in the order of Rows
         state = state._replace(
             waiting=Submit(*(a[1:] for a in state.waiting)),
             rows=Rows(*(_with(a, row, value) for a, value in zip(rows, new, strict=True))),
@@ -468,7 +536,9 @@ def _chunk(
     last = stop == prompt
     chunk = Prefill(int(rows.id[row]), row, start, stop, first, last, int(rows.limit[row]), pages)
     rows = rows._replace(
-        prefilled=_with(rows.prefilled, row, stop), scheduled=_with(rows.scheduled, row, int(last))
+        prefilled=_with(rows.prefilled, row, stop),
+        scheduled=_with(rows.scheduled, row, int(last)),
+        least=_with(rows.least, row, int(last)),
     )
     # A step writes all its keys before it attends, and steps run in the order dispatched: whoever
     # is scheduled from here on finds these pages full.
@@ -501,7 +571,7 @@ def _known(pool: PagePool, keys: np.ndarray, prompt: int, config: BatcherConfig)
     return find(pool, keys[: (prompt - 1) // config.page_size])
 
 
-def _with(array: np.ndarray, index: int, value: int | np.ndarray | None) -> np.ndarray:
+def _with(array: np.ndarray, index: int | np.ndarray, value: int | np.ndarray | None) -> np.ndarray:
     copy = array.copy()
     copy[index] = value
     return copy

@@ -25,6 +25,8 @@ MAKESPAN_FEW = (192, 384, 512, 640, 768)
 MOST_CHUNKS, MAKESPAN_CHUNKS = 32, 8
 CPU_CHUNKS = 4  # each costs as much as the longest
 GPU_SHORT = 8192  # tokens: page tables of sequences up to here are looked at as one size
+# Rows that guess: the step is of some tokens for each. With more, computing them takes longer.
+GPU_GUESSING, CPU_GUESSING, MOST_GUESSING = (1, 8, 32), (1, 8), 64
 MULTIPLE = 64  # of tokens, in steps that are larger
 
 
@@ -37,12 +39,14 @@ class Buckets:
         tokens: of steps with chunks of prompts, in all.
         pages: columns of the page table.
         few: rows; see `mixed_rows`.
+        guessing: rows of steps that guess tokens; with more rows, none does.
     """
 
     rows: tuple[int, ...]
     tokens: tuple[int, ...]
     pages: tuple[int, ...]
     few: tuple[int, ...]
+    guessing: tuple[int, ...]
 
     def mixed_rows(self, tokens: int) -> tuple[int, ...]:
         """Rows that decode in a step of so many tokens: few, or as many as can be."""
@@ -65,6 +69,9 @@ def make_buckets(limits: BatcherConfig, *, gpu: bool) -> Buckets:
         tokens=_up_to(tokens, max(largest, tokens[0])),
         pages=_up_to([GPU_SHORT // limits.page_size] if gpu else fours[2::2], pages),
         few=few if gpu else CPU_FEW,
+        guessing=_up_to(
+            GPU_GUESSING if gpu else CPU_GUESSING, pages_for(min(rows, MOST_GUESSING), 8) * 8
+        ),
     )
 
 

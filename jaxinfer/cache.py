@@ -27,12 +27,16 @@ class PagedCache(NamedTuple):
     `k_scales`, `v_scales`: of quantised pages (int8, float8_e4m3fn), one float32 array a layer:
     [num_pages, kv_heads, page_size], or [kv_heads] where the scales were calibrated beforehand
     (`pallas_kernels.qkv_write`). None for float pages.
+
+    `tokens`: int32 [num_pages, page_size], the tokens themselves; None where nobody asks for them:
+    speculation does, which looks for repeats or has another model read them.
     """
 
     k: tuple[jax.Array, ...]
     v: tuple[jax.Array, ...]
     k_scales: Scales | None = None
     v_scales: Scales | None = None
+    tokens: jax.Array | None = None
 
 
 def resolve_kv_dtype(kv_cache_dtype: str, dtype: Any) -> Any:
@@ -47,6 +51,7 @@ def init_cache(
     kv_dtype: Any,
     *,
     scales: tuple[Scales, Scales] | None = None,
+    with_tokens: bool = False,
 ) -> PagedCache:
     """A zeroed cache of `num_pages` pages, the trash page included.
 
@@ -54,6 +59,7 @@ def init_cache(
         kv_dtype: what the pages hold: a float type, int8 or float8_e4m3fn.
         scales: calibrated scales of keys and of values, float32 [kv_heads] a layer, for quantised
             pages. None: every token and head gets its own.
+        with_tokens: whether it keeps the tokens too.
     """
     shape = (num_pages, config.num_kv_heads, page_size, config.head_dim)
 
@@ -62,7 +68,10 @@ def init_cache(
 
     if jnp.dtype(kv_dtype) in LARGEST and scales is None:
         scales = (pools(shape[:3], jnp.float32), pools(shape[:3], jnp.float32))
-    return PagedCache(pools(shape, kv_dtype), pools(shape, kv_dtype), *(scales or (None, None)))
+    tokens = jnp.zeros((num_pages, page_size), jnp.int32) if with_tokens else None
+    return PagedCache(
+        pools(shape, kv_dtype), pools(shape, kv_dtype), *(scales or (None, None)), tokens=tokens
+    )
 
 
 def split_layers(cache: PagedCache) -> list[Pools]:
@@ -72,11 +81,19 @@ def split_layers(cache: PagedCache) -> list[Pools]:
     return list(zip(cache.k, cache.v, *scales, strict=True))
 
 
-def join_layers(layers: list[Pools]) -> PagedCache:
-    """The cache that `split_layers` takes apart."""
+def join_layers(layers: list[Pools], tokens: jax.Array | None = None) -> PagedCache:
+    """The cache that `split_layers` takes apart, but for its tokens."""
     k, v, k_scales, v_scales = zip(*layers, strict=True)
     quantised = k_scales[0] is not None
-    return PagedCache(k, v, k_scales if quantised else None, v_scales if quantised else None)
+    scales = (k_scales, v_scales) if quantised else (None, None)
+    return PagedCache(k, v, *scales, tokens=tokens)
+
+
+def note_tokens(tokens: jax.Array | None, kv_index: jax.Array, new: jax.Array) -> jax.Array | None:
+    """`PagedCache.tokens` with tokens `new` [T] in the slots `kv_index` [T]."""
+    if tokens is None:
+        return None
+    return tokens.reshape(-1).at[kv_index].set(new).reshape(tokens.shape)
 
 
 def page_bytes(config: ModelConfig, page_size: int, kv_dtype: Any) -> int:

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 Policy = Literal["continuous", "static", "makespan"]
+Method = Literal["draft", "lookup", "skip"]
+Rule = Literal["shared", "rejection"]
+MOST_GUESSES = 16
 
 
 @dataclass(frozen=True)
@@ -118,6 +121,7 @@ class BatcherConfig:
             there at once: those that may become longest first, and prompts no sooner than they
             must be read for all to end soon. It knows limits, not where sequences really end.
         prefix_caching: pages of prompts that begin alike are computed once.
+        max_guesses: most tokens that are guessed for a row in one step.
     """
 
     num_pages: int
@@ -130,6 +134,71 @@ class BatcherConfig:
     max_waiting: int = 1_000_000
     policy: Policy = "continuous"
     prefix_caching: bool = True
+    max_guesses: int = 0
+
+
+@dataclass(frozen=True)
+class Speculative:
+    """How tokens are guessed, to be checked by the model several at a time.
+
+    Attributes:
+        method: `draft`: another, smaller model; `lookup`: what followed the last tokens when they
+            occurred before; `skip`: the model itself without some of its layers.
+        draft: the other model: a directory, or a Hub id.
+        tokens: guesses of a step, at most. There are fewer, or none, where that is faster.
+        adapt: False: always so many.
+        rule: `shared`: a guess holds if it is what the model draws anyway, so that tokens are those
+            of a run without speculation. `rejection`: more guesses hold, and tokens have the
+            model's distribution; but which they are depends on how many were guessed.
+        longest, shortest: of `lookup`: how many of the last tokens are looked for.
+        skip: of `skip`: layers left out.
+        forced: for measurements: guesses hold with this probability, whatever they are, and the
+            text is nobody's.
+
+    Raises:
+        ValueError: a value out of range; names it and what is accepted.
+    """
+
+    method: Method
+    draft: str | None = None
+    tokens: int = 4
+    adapt: bool = True
+    rule: Rule = "shared"
+    longest: int = 3
+    shortest: int = 1
+    skip: tuple[int, ...] = ()
+    forced: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, accepted in {"method": get_args(Method), "rule": get_args(Rule)}.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(
+                    f"speculative: {name}={getattr(self, name)!r}: expected one of {accepted}"
+                )
+        for name in ("tokens", "longest", "shortest"):
+            value = getattr(self, name)
+            if (
+                not isinstance(value, int)
+                or isinstance(value, bool)
+                or not (1 <= value <= MOST_GUESSES)
+            ):
+                raise ValueError(
+                    f"speculative: {name}={value!r}: expected an integer from 1 to {MOST_GUESSES}"
+                )
+        if self.shortest > self.longest:
+            raise ValueError(
+                f"speculative: shortest={self.shortest}: expected at most longest={self.longest}"
+            )
+        if self.draft is not None and self.method != "draft":
+            raise ValueError(
+                f"speculative: draft={self.draft!r} with method={self.method!r}: a draft model is "
+                "for the method 'draft'"
+            )
+        if bool(self.skip) != (self.method == "skip"):
+            raise ValueError(
+                f"speculative: skip={self.skip} with method={self.method!r}: the method 'skip', "
+                "and no other, needs layers to leave out"
+            )
 
 
 @dataclass(frozen=True)
@@ -158,6 +227,7 @@ class EngineOptions:
     response_cache: int = 0
     event_log: str | None = None
     compilation_cache: str | None = None
+    speculative: Speculative | None = None
 
     def __post_init__(self) -> None:
         for name, accepted in {

@@ -14,11 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxinfer import batcher, eventlog, sampling, warmup
-from jaxinfer.batch import Plan, init_penalties, init_state
+from jaxinfer.batch import Plan, SeqState, init_penalties, init_state
 from jaxinfer.buckets import make_buckets
-from jaxinfer.cache import init_cache
+from jaxinfer.cache import PagedCache, init_cache
 from jaxinfer.config import BatcherConfig, ModelConfig
+from jaxinfer.controller import Costs
+from jaxinfer.drafting import Drafter, init_drafting
 from jaxinfer.errors import JaxinferError
+from jaxinfer.guesser import Guesser, catch_up_key, catch_up_plan
 from jaxinfer.hooked import LOGITS, HookTables
 from jaxinfer.hooks import Bound
 from jaxinfer.metrics import Metrics
@@ -56,7 +59,10 @@ class Engine:
         dtype: of the KV cache.
         invariant: see `runner.StepCompiler`.
         event_log: an open file to which the scheduler's events go; see `eventlog`.
-        clock: seconds, for `metrics`.
+        clock: seconds, for `metrics`, and for what guesses are worth.
+        drafter: what guesses tokens, `limits.max_guesses` at most; None: nothing does.
+        draft: weights of the drafter's model, if it has one.
+        costs: see `controller`; with a drafter.
     """
 
     def __init__(
@@ -69,23 +75,46 @@ class Engine:
         invariant: bool = True,
         event_log: TextIO | None = None,
         clock: Callable[[], float] = time.perf_counter,
+        drafter: Drafter | None = None,
+        draft: Params | None = None,
+        costs: Costs | None = None,
     ) -> None:
-        self._log = event_log
+        self._log, self._clock = event_log, clock
         self.config, self.limits = config, limits
         self._params, self._dtype = params, dtype
         platform = jax.tree.leaves(params)[0].devices().pop().platform
         self._invariant = invariant
         self._buckets = make_buckets(limits, gpu=platform == "gpu")
         self._table_width = pages_for(limits.max_model_len, limits.page_size)
-        self.compiler = StepCompiler(config, invariant=invariant, platform=platform)
+        self.compiler = StepCompiler(
+            config, invariant=invariant, platform=platform, drafter=drafter
+        )
+        self._drafter, self._draft = drafter, draft
+        self._guesser = None
+        if drafter is not None:
+            assert costs is not None, "what guesses are worth depends on what they cost"
+            self._guesser = Guesser(drafter, limits, self._buckets, costs)
         self.metrics = Metrics(clock, limits.page_size)
         self._weights = b""  # what stands for them in the keys of pages
         self._warmed: tuple[SamplingParams, ...] = ()
         self._variants: tuple[Kind, ...] = ()  # of what was warmed up
         self._ids = itertools.count()
-        self._cache = init_cache(config, limits.num_pages, limits.page_size, dtype)
+        self._cache = self._new_cache()
         self._hooks = HookTables(limits.max_num_seqs, self.compiler.forget)
         self._clear()
+
+    def _new_cache(self) -> PagedCache:
+        limits, drafter = self.limits, self._drafter
+        return init_cache(
+            self.config, limits.num_pages, limits.page_size, self._dtype,
+            with_tokens=drafter is not None and drafter.reads_text,
+        )  # fmt: skip
+
+    def _with_draft(self, seq: SeqState) -> SeqState:
+        """Rows of which a draft model has read nothing."""
+        if self._drafter is None:
+            return seq
+        return seq._replace(draft=init_drafting(self._drafter, self.limits, self._dtype))
 
     def _clear(self) -> None:
         if self._log is not None:
@@ -100,7 +129,9 @@ class Engine:
         self._preempted: set[int] = set()
         self._cached: dict[int, int] = {}  # from a sequence's first chunk to its last
         self._in_flight: deque[InFlight] = deque()
-        self._seq = init_state(self.limits.max_num_seqs, self._table_width)
+        self._seq = self._with_draft(init_state(self.limits.max_num_seqs, self._table_width))
+        if self._guesser is not None:
+            self._guesser.reset()
         if any(p.penalised for p in self._warmed):  # programs differ in it
             self._count_penalties()
         self.metrics.reset()
@@ -186,16 +217,16 @@ class Engine:
         self._captured.pop(sequence, None)
         self._cached.pop(sequence, None)
         self._preempted.discard(sequence)
+        if self._guesser is not None:
+            self._guesser.forget(sequence)
 
     def reset(self) -> None:
         """Forgets every sequence, after a failure or an interrupt in the middle of a step."""
-        self._clear()
-        # The old cache may have been donated, or hold what a failed computation left.
-        for leaf in jax.tree.leaves(self._cache):
+        # The old caches may have been donated, or hold what a failed computation left.
+        for leaf in jax.tree.leaves((self._cache, self._seq.draft)):
             leaf.delete()
-        self._cache = init_cache(
-            self.config, self.limits.num_pages, self.limits.page_size, self._dtype
-        )
+        self._clear()
+        self._cache = self._new_cache()
 
     @property
     def params(self) -> Params:
@@ -261,7 +292,9 @@ class Engine:
         )
         running = None
         if pages:
-            running = keep_running(self._batcher, self._events, self._seq, self._cache)
+            # What a draft has read, it can read again.
+            seq = self._seq._replace(draft=None)
+            running = keep_running(self._batcher, self._events, seq, self._cache)
         return EngineState(self._described(), self.limits, next_id, live, running)
 
     def restore(self, state: EngineState) -> None:
@@ -293,7 +326,9 @@ class Engine:
         try:
             self._cached = {live.id: live.cached for live in state.live if live.cached is not None}
             self._batcher, self._events = state.running.scheduler, list(state.running.events)
-            self._seq = jax.tree.map(jnp.array, state.running.seq)
+            self._seq = jax.tree.map(jnp.array, state.running.seq)._replace(draft=self._seq.draft)
+            if self._guesser is not None:
+                self._guesser.restored({i: len(self._tokens(i)) for i in self._live})
             self._cache = put_pages(state.running, self._cache)
         except BaseException:
             self.reset()
@@ -336,13 +371,18 @@ class Engine:
         if any(p.penalised for p in params):
             self._count_penalties()
         keys = warmup.step_keys(
-            params, limits=self.limits, buckets=self._buckets, invariant=self._invariant
-        )
+            params, limits=self.limits, buckets=self._buckets, invariant=self._invariant,
+            guesses=() if self._guesser is None else self._guesser.choices,
+        )  # fmt: skip
         probe = warmup.probe(self.limits, self.config.vocab_size)
         self.compiler.compile_all(
-            keys, lambda key: self._probe(key, probe), self._params, self._cache, self._seq
-        )
+            keys, lambda key: self._probe(key, probe), self._params, self._cache, self._seq,
+            draft=self._draft,
+        )  # fmt: skip
         found = self._probed(keys, probe)
+        if self._guesser is not None and self._draft is not None:
+            for tokens, pages in itertools.product(self._buckets.tokens, self._buckets.pages):
+                self._catch_up([], tokens, pages)
         self._warmed = (*self._warmed, *params)
         self._variants = warmup.variants(self._warmed)
         self.reset()
@@ -396,6 +436,7 @@ class Engine:
         They may be none: a chunk of a prompt, or a sequence given up meanwhile.
         """
         while len(self._in_flight) < DISPATCHES_AHEAD:
+            self._say_guesses()
             action = self._schedule()
             if action is None:
                 break
@@ -407,6 +448,12 @@ class Engine:
     def read(self) -> list[Update]:
         """As `step`, but nothing new is begun."""
         return self._observe(self._in_flight.popleft()) if self._in_flight else []
+
+    def _say_guesses(self) -> None:
+        if self._guesser is not None:
+            wanted = self._guesser.wanted(self._batcher, self._live)
+            if wanted != self._batcher.guesses:
+                self._events.append(batcher.Guess(wanted))
 
     def _schedule(self) -> batcher.Run | None:
         events, self._events = tuple(self._events), []
@@ -457,13 +504,33 @@ class Engine:
             if chunk.first:
                 self._hooks.note(chunk.row, _hooks(specs[chunk.id]))
         known = {i: self._tokens(i) for i in reading}
-        plan = make_plan(action, key, inside | specs, known, table_width=self._table_width)
-        return InFlight(action, key, self._dispatch(key, plan))
+        guessed, under_way = np.zeros(len(action.ids), bool), bool(self._in_flight)
+        if self._guesser is not None:
+            guessed = self._guesser.guessed(action, self._live)
+            if action.guesses:
+                rows, sizes = self._guesser.behind(action, self._live)
+                for tokens in sizes:
+                    self._catch_up(rows, tokens, key.pages)
+                under_way = under_way and not sizes
+            self._guesser.dispatched(action, guessed)
+        plan = make_plan(
+            action, key, inside | specs, known, table_width=self._table_width, guessed=guessed
+        )
+        return InFlight(action, key, self._dispatch(key, plan), guessed, under_way)
+
+    def _catch_up(self, rows: Sequence[int], tokens: int, pages: int) -> None:
+        """Has the draft read so many tokens of some rows."""
+        limits = self.limits
+        key = catch_up_key(
+            tokens, pages, buckets=self._buckets, limits=limits, invariant=self._invariant
+        )
+        self._dispatch(key, catch_up_plan(rows, key, limits))
 
     def _dispatch(self, key: StepKey, plan: Plan) -> Sampled:
         self._cache, self._seq, sampled = self.compiler.run(
-            key, self._params, self._cache, self._seq, pack(plan), self._hooks.tables(key.hooks)
-        )
+            key, self._params, self._cache, self._seq, pack(plan), self._hooks.tables(key.hooks),
+            self._draft,
+        )  # fmt: skip
         for leaf in jax.tree.leaves(sampled):
             leaf.copy_to_host_async()
         return sampled
@@ -473,8 +540,13 @@ class Engine:
     def _observe(self, done: InFlight) -> list[Update]:
         tokens, rows = np.asarray(done.sampled.tokens), done.key.rows
         following = tokens[:, rows : rows + len(done.action.chunks)]
-        self.metrics.observe(tokens[:, : len(done.action.ids)], following)
+        attempted = done.sampled.attempted
+        if attempted is not None:
+            attempted = np.asarray(attempted)[:, : len(done.action.ids)]
+        self.metrics.observe(tokens[:, : len(done.action.ids)], following, attempted)
         columns = tokens.T.tolist()
+        if self._guesser is not None:
+            self._guesser.observed(done, now=self._clock())
         updates = self._fail(done)
         for place, sequence in enumerate(done.action.ids.tolist()):
             if sequence in self._live and columns[place][0] >= 0:  # neither given up nor ended
@@ -495,8 +567,25 @@ class Engine:
             del self._live[sequence]
             self._forget(sequence)
             self.metrics.finish(sequence)
+        if done.action.guesses:
+            self._tell_progress(done.action.ids.tolist())
         self._return_preempted()
         return updates
+
+    def _tell_progress(self, ids: Sequence[int]) -> None:
+        """How many tokens sequences have come to have, where the scheduler can but guess."""
+        going = [i for i in ids if i in self._live]
+        if not going:
+            return
+        known = np.array([len(self._live[i].prompt) + len(self._outputs[i]) for i in going])
+        limits = np.array([self._live[i].limit for i in going])
+        least, most = known.copy(), known.copy()
+        for done in self._in_flight:
+            on_the_way = np.isin(going, done.action.ids)
+            least += on_the_way * done.action.steps
+            most += on_the_way * done.action.steps * (done.action.guesses + 1)
+        bounds = (np.minimum(x, limits) for x in (least, most))
+        self._events.append(batcher.Progress(np.array(going, np.int64), *bounds))
 
     def _read(
         self, chunk: batcher.Prefill, column: list[int], place: int, done: InFlight
@@ -576,11 +665,11 @@ class Engine:
 
     def _update(self, id: int, column: list[int], place: int, sampled: Sampled) -> Update:
         """Notes the tokens of a sequence, those of column `place`."""
-        spec, tokens = self._live[id], [t for t in column if t >= 0]
-        logprobs = None
+        spec = self._live[id]
+        there = [i for i, token in enumerate(column) if token >= 0]
+        tokens, logprobs = [column[i] for i in there], None
         if spec.params.logprobs is not None and tokens:
-            rows = (slice(0, len(tokens)), place)
-            logprobs = taken(sampled.logprobs, rows, spec.params.logprobs)
+            logprobs = taken(sampled.logprobs, (there, place), spec.params.logprobs)
         self._outputs[id] += tokens
         self.metrics.give(id, len(tokens))
         ended = len(spec.prompt) + len(self._outputs[id]) >= spec.limit

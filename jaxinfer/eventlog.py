@@ -1,7 +1,7 @@
 """The scheduler's event log: written while an engine runs, and replayed without one.
 
 The scheduler is pure: from its config and its events alone follows all that it did. A log is JSON
-lines: first `{"version": 2, "config": {...}}`, then for each step `{"events": [...], "actions":
+lines: first `{"version": 3, "config": {...}}`, then for each step `{"events": [...], "actions":
 [...]}`. Actions are there to be compared: a replay that differs names the step. An engine that has
 forgotten everything after a failure begins again with such a first line.
 """
@@ -21,10 +21,17 @@ from jaxinfer.batcher import Action, BatcherState, Event, Preempt, Prefill, Refu
 from jaxinfer.config import BatcherConfig
 from jaxinfer.errors import InvalidRequest
 
-VERSION = 2
+VERSION = 3
 EVENTS = {
     kind.__name__: kind
-    for kind in (batcher.Submit, batcher.Return, batcher.Cancel, batcher.Finished)
+    for kind in (
+        batcher.Submit,
+        batcher.Return,
+        batcher.Cancel,
+        batcher.Finished,
+        batcher.Guess,
+        batcher.Progress,
+    )
 }
 
 
@@ -110,6 +117,10 @@ def _event_words(event: Event) -> str:
             return f"{event.id} returns with {event.tokens} tokens"
         case batcher.Cancel():
             return f"{event.id} cancelled"
+        case batcher.Guess():
+            return f"{event.tokens} guesses a step"
+        case batcher.Progress():
+            return f"{_some(event.ids.tolist())} got on"
 
 
 def _action_words(action: Action) -> str:
@@ -117,7 +128,8 @@ def _action_words(action: Action) -> str:
         case Run():
             some = [_chunk_words(chunk) for chunk in action.chunks]
             if len(action.ids):
-                some.append(f"{action.steps} steps of {_some(action.ids.tolist())}")
+                guesses = f" with {action.guesses} guesses" if action.guesses else ""
+                some.append(f"{action.steps} steps{guesses} of {_some(action.ids.tolist())}")
             return ", ".join(some)
         case Preempt():
             return f"{action.id} preempted: no pages left"

@@ -169,9 +169,10 @@ def fork(state: State, row: int | Array, into: Array) -> State:
     scales = state.cache.k_scales, state.cache.v_scales
     # Scales a head are the same for every page.
     scales = [x if x is None or x[0].ndim == 1 else tuple(map(copied, x)) for x in scales]
-    cache = PagedCache(
-        tuple(map(copied, state.cache.k)), tuple(map(copied, state.cache.v)), *scales
-    )
+    cache = state.cache._replace(
+        k=tuple(map(copied, state.cache.k)), v=tuple(map(copied, state.cache.v)),
+        k_scales=scales[0], v_scales=scales[1],
+    )  # fmt: skip
     rows = jax.tree.map(spread, seq.rows)
     rows = rows._replace(sample=rows.sample.at[into].add(1 + jnp.arange(count)))
     seq = seq._replace(

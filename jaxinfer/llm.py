@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxinfer import functional, saving, warmup
 from jaxinfer.cache import resolve_kv_dtype
-from jaxinfer.config import EngineOptions, ModelConfig
+from jaxinfer.config import EngineOptions, ModelConfig, Speculative
 from jaxinfer.engine import DISPATCHES_AHEAD, Engine
 from jaxinfer.errors import (
     CapacityError,
@@ -53,6 +53,7 @@ from jaxinfer.requests import (
     token_logprobs,
 )
 from jaxinfer.response_cache import Key, ResponseCache, response_key
+from jaxinfer.speculative import Draft, costs, load_draft, parse, prepare
 from jaxinfer.types import (
     MAX_PRIORITY,
     MAX_SEED,
@@ -126,6 +127,10 @@ class LLM:
             what was scheduled, step by step.
         compilation_cache: directory for compiled programs; None: under the user's cache
             directory; "": none.
+        speculative: guesses tokens, several of which the model then checks at once: `draft=MODEL`,
+            a smaller model with the same tokens; `lookup`, what followed when the same words
+            occurred before; `skip=4-9`, the model without some of its layers; or
+            `config.Speculative`. It changes no token (docs/speculation.md).
 
     Raises:
         UnsupportedModel, CheckpointError, CapacityError: before the weights are read where it can
@@ -156,6 +161,7 @@ class LLM:
         response_cache: int = 0,
         event_log: str | None = None,
         compilation_cache: str | None = None,
+        speculative: str | Mapping[str, Any] | Speculative | None = None,
     ) -> None:
         from jaxinfer.hub import resolve_model
 
@@ -168,15 +174,22 @@ class LLM:
             max_waiting=max_waiting, policy=policy, prefix_caching=prefix_caching,
             response_cache=response_cache, event_log=event_log,
             compilation_cache=compilation_cache,
+            speculative=None if speculative is None else parse(speculative),
         )  # fmt: skip
         source = open_source(resolve_model(str(model), revision))
         config = model_config(source)
         prepare_backend(options)
         expected = weight_bytes(source, config, jnp.dtype(dtype))
-        plan(config, options, loaded=False, weights=expected)  # whether it fits, before reading
+        how = options.speculative
+        draft = None if how is None else prepare(how, config, options)
+        expected += 0 if draft is None else draft.bytes
+        drafter = None if draft is None else draft.drafter
+        # Whether it fits, before reading.
+        plan(config, options, loaded=False, weights=expected, drafter=drafter)
         tokenizer = model_tokenizer(source)
         params = load_weights(source, config, jnp.dtype(dtype))
-        self._start(params, config, tokenizer, options, owned=True)
+        guessing = None if draft is None else load_draft(draft, options)
+        self._start(params, config, tokenizer, options, draft, guessing, owned=True)
 
     @classmethod
     def from_params(
@@ -185,21 +198,34 @@ class LLM:
         config: ModelConfig,
         *,
         tokenizer: Tokenizer | None = None,
+        draft: tuple[Params, ModelConfig] | None = None,
+        speculative: str | Mapping[str, Any] | Speculative | None = None,
         **options: Any,
     ) -> Self:
         """An LLM over weights that are in memory already (a tree of `models.weights.declare`).
 
-        Takes the options of `LLM`. The weights' dtype must be `dtype`.
+        Takes the options of `LLM`. The weights' dtype must be `dtype`. `draft`: a model that
+        guesses, in memory already, for `speculative="draft"`.
 
         Raises:
             CheckpointError: `params` is not the tree of `config` and `dtype`; lists what differs.
             CapacityError, ValueError: as `LLM`.
         """
-        chosen = EngineOptions(**options)
-        check_params(params, config, jnp.dtype(chosen.dtype))
+        how = None if speculative is None else parse(speculative)
+        chosen = EngineOptions(speculative=how, **options)
+        dtype = jnp.dtype(chosen.dtype)
+        check_params(params, config, dtype)
+        found = None if how is None else prepare(how, config, chosen, given=draft)
+        guessing = None
+        if found is not None and draft is not None:
+            check_params(*draft, dtype)
+            guessing = pack_params(jax.device_put(draft[0]), dtype, consume=False)
+        elif found is not None:
+            guessing = load_draft(found, chosen)
         prepare_backend(chosen)
         self = cls.__new__(cls)
-        self._start(jax.device_put(params), config, tokenizer, chosen, owned=False)
+        params = jax.device_put(params)
+        self._start(params, config, tokenizer, chosen, found, guessing, owned=False)
         return self
 
     def _start(
@@ -208,12 +234,16 @@ class LLM:
         config: ModelConfig,
         tokenizer: Tokenizer | None,
         options: EngineOptions,
+        draft: Draft | None,
+        guessing: Params | None,
         *,
         owned: bool,
     ) -> None:
         self._given = jax.eval_shape(lambda tree: tree, params)  # as updates must be
         params = pack_params(params, jnp.dtype(options.dtype), consume=owned)
-        memory = plan(config, options, loaded=True, weights=tree_bytes(params))
+        drafter = None if draft is None else draft.drafter
+        weights, others = tree_bytes(params), 0 if guessing is None else tree_bytes(guessing)
+        memory = plan(config, options, loaded=True, weights=weights + others, drafter=drafter)
         logger.info("%s", memory)
         self.config, self.memory_plan, self.tokenizer = config, memory, tokenizer
         self._options = options
@@ -222,12 +252,16 @@ class LLM:
         self._owners: dict[int, tuple[Request, Sample]] = {}
         self.params_version: int | str = 0  # of the weights; see `update_params`
         self.response_cache = ResponseCache(options.response_cache)
-        limits = batcher_config(config, options, memory)
+        limits = batcher_config(options, memory, drafter)
         kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)
         self._event_log = open(options.event_log, "w") if options.event_log else None  # noqa: SIM115
         self._engine: Engine | None = Engine(
             params, config, limits, dtype=kv_dtype, invariant=options.invariant,
-            event_log=self._event_log,
+            event_log=self._event_log, drafter=drafter, draft=guessing,
+            costs=None if drafter is None else costs(
+                config, drafter, weight_bytes=weights, draft_bytes=others,
+                gpu=jax.devices()[0].platform == "gpu",
+            ),
         )  # fmt: skip
 
     # -- life -------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.backend import default_cache_directory, reserve_memory, use_compilation_cache
-from jaxinfer.buckets import max_chunks
-from jaxinfer.cache import resolve_kv_dtype
+from jaxinfer.buckets import MOST_GUESSING, max_chunks
+from jaxinfer.cache import page_bytes, resolve_kv_dtype
 from jaxinfer.config import BatcherConfig, EngineOptions, ModelConfig
+from jaxinfer.drafting import Drafter
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import abstract_params, declare
@@ -39,14 +40,22 @@ def prepare_backend(options: EngineOptions) -> None:
         use_compilation_cache(default_cache_directory() if chosen is None else Path(chosen))
 
 
-def plan(config: ModelConfig, options: EngineOptions, *, loaded: bool, weights: int) -> MemoryPlan:
+def plan(
+    config: ModelConfig,
+    options: EngineOptions,
+    *,
+    loaded: bool,
+    weights: int,
+    drafter: Drafter | None = None,
+) -> MemoryPlan:
     """Divides the memory of the default device.
 
     Args:
         config: the model.
         options: what the user chose.
         loaded: the weights are in it already.
-        weights: their bytes.
+        weights: their bytes, those of a draft model included.
+        drafter: what guesses tokens.
 
     Raises:
         ValueError: `max_model_len` beyond what the model was made for.
@@ -71,7 +80,20 @@ def plan(config: ModelConfig, options: EngineOptions, *, loaded: bool, weights: 
         in_use=max(0, in_use - weights) if loaded else in_use,
         max_num_batched_tokens=batched_tokens(options),
         weights=weights,
+        **_guessing(drafter, options),
     )
+
+
+def _guessing(drafter: Drafter | None, options: EngineOptions) -> dict[str, int]:
+    """What `plan_memory` is told of a drafter."""
+    if drafter is None:
+        return {}
+    extra = 4 * options.page_size if drafter.reads_text else 0
+    if drafter.model is not None:
+        kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)
+        extra += page_bytes(drafter.model, options.page_size, kv_dtype)
+    rows = min(options.max_num_seqs, MOST_GUESSING)
+    return {"page_extra": extra, "guessed_rows": rows * (drafter.how.tokens + 1)}
 
 
 def batched_tokens(options: EngineOptions) -> int:
@@ -82,7 +104,7 @@ def batched_tokens(options: EngineOptions) -> int:
 
 
 def batcher_config(
-    config: ModelConfig, options: EngineOptions, memory: MemoryPlan
+    options: EngineOptions, memory: MemoryPlan, drafter: Drafter | None = None
 ) -> BatcherConfig:
     """The scheduler's limits, with what the options leave open."""
     gpu = jax.devices()[0].platform == "gpu"
@@ -102,6 +124,7 @@ def batcher_config(
         max_waiting=options.max_waiting,
         policy=options.policy,
         prefix_caching=options.prefix_caching,
+        max_guesses=0 if drafter is None else drafter.how.tokens,
     )
 
 

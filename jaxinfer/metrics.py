@@ -27,6 +27,9 @@ class StepRecord(NamedTuple):
         dispatched_s: when it had been queued on the device.
         observed_s: when its results had been read.
         steps: decode steps that were wanted of it.
+        guesses: tokens guessed for each row in each step.
+        attempted, held: guesses up to and including the first of each step that did not hold; those
+            that did.
         rows: sequences that decode in it.
         read: prompt tokens; what is computed anew after a preemption included.
         sampled: output tokens that came of it.
@@ -47,6 +50,9 @@ class StepRecord(NamedTuple):
     dispatched_s: float
     observed_s: float
     steps: int
+    guesses: int
+    attempted: int
+    held: int
     rows: int
     read: int
     sampled: int
@@ -135,6 +141,7 @@ class Summary(NamedTuple):
         kv_waste_share: of the room in granted pages, what held no token.
         device_idle_share: of `seconds`, with nothing queued; a lower bound (`StepRecord.idle_s`).
         mean_rows: sequences that decode in a step, on average.
+        acceptance: of attempted guesses, those that held.
     """
 
     requests: int
@@ -152,6 +159,7 @@ class Summary(NamedTuple):
     kv_waste_share: float | None
     device_idle_share: float | None
     mean_rows: float | None
+    acceptance: float | None
 
 
 def summary(
@@ -183,6 +191,7 @@ def summary(
         # What came before the first dispatch is not in `seconds`.
         device_idle_share=_share(sum(s.idle_s for s in steps[1:]), seconds),
         mean_rows=_share(sum(s.rows * s.steps for s in steps), sum(s.steps for s in steps)),
+        acceptance=_share(sum(s.held for s in steps), sum(s.attempted for s in steps)),
     )
 
 
@@ -275,6 +284,9 @@ class Metrics:
                 dispatched_s=now,
                 observed_s=now,
                 steps=action.steps,
+                guesses=action.guesses,
+                attempted=0,
+                held=0,
                 rows=len(action.ids),
                 read=read,
                 sampled=0,
@@ -299,11 +311,19 @@ class Metrics:
         if not live.output_tokens:  # what it finds of its own after a preemption was no gift
             live.cached_tokens = cached
 
-    def observe(self, decoded: np.ndarray, following: np.ndarray) -> None:
+    def observe(
+        self, decoded: np.ndarray, following: np.ndarray, attempted: np.ndarray | None = None
+    ) -> None:
         """The oldest dispatch's results were read: tokens of its rows, int32 [K, n], and those that
-        follow its chunks [K, m]; negative ones are none."""
+        follow its chunks [K, m]; negative ones are none.
+
+        With k guesses a step brings k + 1 rows of tokens; `attempted` [K, n] are its guesses."""
         self._observed_s = now = self._clock()
         step, tokens = self._under_way.popleft(), int(np.count_nonzero(decoded >= 0))
+        if attempted is not None:
+            # Of the tokens of a step, the first was no guess.
+            own = int(np.count_nonzero(decoded[:: step.guesses + 1] >= 0))
+            step = step._replace(attempted=int(attempted.sum()), held=tokens - own)
         self.steps.append(
             step._replace(
                 observed_s=now,

@@ -36,11 +36,17 @@ class Update(NamedTuple):
 
 
 class InFlight(NamedTuple):
-    """A dispatch whose results have not been read."""
+    """A dispatch whose results have not been read.
+
+    `guessed`: bool [n]; for which of the action's sequences tokens are guessed. `under_way`: there
+    was another before it, and nothing between them.
+    """
 
     action: batcher.Run
     key: StepKey
     sampled: Sampled
+    guessed: np.ndarray
+    under_way: bool
 
 
 class Fault(NamedTuple):

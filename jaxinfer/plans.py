@@ -99,9 +99,10 @@ def step_key(
         limits, buckets, invariant: the engine's.
     """
     count, inside = len(action.rows), list(inside)
+    sizes = buckets.guessing if action.guesses else buckets.rows
     tokens = sum(chunk.stop - chunk.start for chunk in action.chunks)
     size = fit(buckets.tokens, count + tokens) if tokens else 0
-    rows = fit(buckets.mixed_rows(size) if tokens else buckets.rows, count)
+    rows = fit(buckets.mixed_rows(size) if tokens else sizes, count)
     return StepKey(
         rows=rows,
         tokens=size,
@@ -117,12 +118,14 @@ def step_key(
         capture=tuple(sorted({site for wanted in inside for site in wanted.capture})),
         # A dict keeps the order of the sequences, a set would not.
         hooks=tuple(dict.fromkeys(bound.hook for wanted in inside for bound in wanted.hooks)),
+        guesses=action.guesses,
     )
 
 
 def padded_tokens(key: StepKey) -> int:
     """Tokens that a program computes, whatever of them is wanted."""
-    return key.tokens or max(key.rows, MIN_ROWS) * key.steps
+    each = pages_for(key.rows * (key.guesses + 1), MIN_ROWS) * MIN_ROWS
+    return key.tokens or each * key.steps
 
 
 def make_plan(
@@ -132,6 +135,7 @@ def make_plan(
     known: Mapping[int, np.ndarray],
     *,
     table_width: int,
+    guessed: np.ndarray | None = None,
 ) -> Plan:
     """What the device is told of an action, in the shapes of `key`.
 
@@ -141,11 +145,15 @@ def make_plan(
         specs: at least the sequences of the action's chunks, and those that have hooks.
         known: all tokens of those sequences, int32: prompt, and what was sampled before.
         table_width: columns of the device's page table.
+        guessed: bool [n]; for which of the action's rows tokens are guessed; None: for all.
     """
     M = len(action.released)
     rows = np.full(key.rows, M, np.int32)
     rows[: len(action.rows)] = action.rows
-    chunks, hooked = None, None
+    chunks, hooked, guessing = None, None, None
+    if key.guesses:
+        guessing = np.zeros(key.rows, bool)
+        guessing[: len(action.rows)] = True if guessed is None else guessed
     if key.chunks:
         chunks = _chunks(action, key, specs, known, table_width)
     if key.hooks:
@@ -159,6 +167,7 @@ def make_plan(
         steps=np.int32(action.steps),
         chunks=chunks,
         hooked=hooked,
+        guessing=guessing,
     )
 
 

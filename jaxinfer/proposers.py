@@ -1,10 +1,12 @@
-"""Proposers for `speculate.step`: a draft model, and what the text itself has said before.
+"""Proposers for `speculate.step`: a draft model, the target without some of its layers, and what
+the text itself has said before.
 
 Letters: S sequences, k guesses, L tokens of history, V vocabulary.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -25,34 +27,73 @@ def draft_model(forward: Forward, *, with_probabilities: bool = False) -> Propos
         with_probabilities: what the rule `rejection` needs.
     """
 
-    def propose(params: Any, state: State, k: int, drawing: Drawing) -> tuple[Any, Proposal]:
-        first = state.lengths - state.fresh_count
-        count = jnp.where(state.active, state.fresh_count, 0)
-        logits, kept = forward(params, state.draft, state.fresh, count, first)
-        logits = jnp.take_along_axis(logits, state.fresh_count[:, None, None] - 1, axis=1)[:, 0]
-        one = state.active.astype(jnp.int32)
-        rows = jnp.arange(len(one))
-
-        def draw(logits: Array, position: Array, penalties: Any) -> Any:
-            arguments = (logits, state.rows, position, penalties)
-            token = sampling.sample(*arguments, **drawing._asdict())
-            q = sampling.probabilities(*arguments, **drawing._asdict()) if with_probabilities else 0
-            return token, q, sampling.count_tokens(penalties, rows, token)
-
-        def another(carry: Any, _: None) -> Any:
-            token, position, penalties, kept = carry
-            logits, kept = forward(params, kept, token[:, None], one, position)
-            token, q, penalties = draw(logits[:, 0], position + 1, penalties)
-            return (token, position + 1, penalties, kept), (token, q)
-
-        token, q, penalties = draw(logits, state.lengths, state.penalties)
-        carry = (token, state.lengths, penalties, kept)
-        (*_, kept), (tokens, qs) = lax.scan(another, carry, length=k - 1)
-        tokens = jnp.concatenate([token[None], tokens]).T
-        all_q = jnp.concatenate([q[None], qs]).swapaxes(0, 1) if with_probabilities else None
-        return kept, Proposal(tokens, jnp.full_like(one, k), all_q)
+    def propose(params: Any, state: State, k: int, drawing: Drawing) -> tuple[State, Proposal]:
+        kept, proposal = _drawn(
+            partial(forward, params), state.draft, state.fresh, state.fresh_count, state, k,
+            drawing, with_probabilities,
+        )  # fmt: skip
+        return state._replace(draft=kept), proposal
 
     return propose
+
+
+def skipped_layers(forward: Forward, *, with_probabilities: bool = False) -> Proposer:
+    """Guesses by the target itself without some of its layers; Zhang et al. 2023, Draft & verify.
+
+    It shares what the target keeps: of the layers that it has, keys and values of a guess are put
+    there, and replaced when the target reads the guess.
+
+    Args:
+        forward: of the target without those layers; it keeps all that the target keeps.
+        with_probabilities: as of `draft_model`.
+    """
+
+    def propose(params: Any, state: State, k: int, drawing: Drawing) -> tuple[State, Proposal]:
+        # The target has seen the other fresh ones, and knows them better.
+        newest = jnp.take_along_axis(state.fresh, state.fresh_count[:, None] - 1, axis=1)
+        kept, proposal = _drawn(
+            partial(forward, params), state.target, newest, jnp.ones_like(state.fresh_count),
+            state, k, drawing, with_probabilities,
+        )  # fmt: skip
+        return state._replace(target=kept), proposal
+
+    return propose
+
+
+def _drawn(
+    forward: Any, kept: Any, fresh: Array, fresh_count: Array, state: State, k: int,
+    drawing: Drawing, with_probabilities: bool,
+) -> tuple[Any, Proposal]:  # fmt: skip
+    """k guesses, each of the text with the one before it: what `forward` keeps, and they.
+
+    Args:
+        forward: with its params.
+        fresh, fresh_count: int32 [S, W] and [S]; the newest tokens, that it reads first.
+    """
+    one = (state.active & state.guessed).astype(jnp.int32)
+    rows = jnp.arange(len(one))
+    first = state.lengths - fresh_count
+    logits, kept = forward(kept, fresh, one * fresh_count, first)
+    logits = jnp.take_along_axis(logits, fresh_count[:, None, None] - 1, axis=1)[:, 0]
+
+    def draw(logits: Array, position: Array, penalties: Any) -> Any:
+        arguments = (logits, state.rows, position, penalties)
+        token = sampling.sample(*arguments, **drawing._asdict())
+        q = sampling.probabilities(*arguments, **drawing._asdict()) if with_probabilities else 0
+        return token, q, sampling.count_tokens(penalties, rows, token)
+
+    def another(carry: Any, _: None) -> Any:
+        token, position, penalties, kept = carry
+        logits, kept = forward(kept, token[:, None], one, position)
+        token, q, penalties = draw(logits[:, 0], position + 1, penalties)
+        return (token, position + 1, penalties, kept), (token, q)
+
+    token, q, penalties = draw(logits, state.lengths, state.penalties)
+    carry = (token, state.lengths, penalties, kept)
+    (*_, kept), (tokens, qs) = lax.scan(another, carry, length=k - 1)
+    tokens = jnp.concatenate([token[None], tokens]).T
+    all_q = jnp.concatenate([q[None], qs]).swapaxes(0, 1) if with_probabilities else None
+    return kept, Proposal(tokens, jnp.full_like(one, k), all_q)
 
 
 def prompt_lookup(longest: int = 3, shortest: int = 1) -> Proposer:
@@ -70,7 +111,7 @@ def prompt_lookup(longest: int = 3, shortest: int = 1) -> Proposer:
             f"shortest={shortest}, longest={longest}: expected 1 <= shortest <= longest"
         )
 
-    def propose(params: Any, state: State, k: int, drawing: Drawing) -> tuple[Any, Proposal]:
+    def propose(params: Any, state: State, k: int, drawing: Drawing) -> tuple[State, Proposal]:
         tokens = _noted(state)
         S, L = tokens.shape
         length, at = state.lengths, jnp.arange(L)
@@ -88,7 +129,7 @@ def prompt_lookup(longest: int = 3, shortest: int = 1) -> Proposer:
         ids = place[:, None] + 1 + jnp.arange(k)
         guesses = jnp.take_along_axis(tokens, jnp.minimum(ids, L - 1), axis=1)
         count = jnp.where(hit & state.active, jnp.minimum(length - 1 - place, k), 0)
-        return tokens, Proposal(guesses, count.astype(jnp.int32))
+        return state._replace(draft=tokens), Proposal(guesses, count.astype(jnp.int32))
 
     return propose
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -21,10 +22,12 @@ from jaxinfer import sampling
 from jaxinfer.batch import MIN_ROWS, Plan, SeqState, assemble, prepare
 from jaxinfer.cache import PagedCache
 from jaxinfer.config import ModelConfig
+from jaxinfer.drafting import Drafter, catch_up, speculate_rows
 from jaxinfer.hooked import change_logits, changes, faults, hook_up
 from jaxinfer.hooks import Hook, Rows, wanted_sites
 from jaxinfer.models.decoder import NO_CHANGE, AttentionOptions, Params, forward, logits
 from jaxinfer.packing import Packed, pack, unpack
+from jaxinfer.speculate import Drawing
 from pallas_kernels.paged_attention import Backend
 
 logger = logging.getLogger(__name__)
@@ -61,6 +64,8 @@ class StepKey:
             is scored.
         capture: sites whose activations are returned.
         hooks: users' functions; each token is for one of them at most.
+        guesses: tokens that are guessed for each row in each step; only without chunks.
+        catch_up: the draft model reads `tokens` that it has not seen, and that is all.
     """
 
     rows: int
@@ -77,17 +82,23 @@ class StepKey:
     score: int | None = None
     capture: tuple[str, ...] = ()
     hooks: tuple[Hook, ...] = ()
+    guesses: int = 0
+    catch_up: bool = False
 
 
 class Sampled(NamedTuple):
     """Results of a dispatch of K steps, for R rows that decode and then Q prompts.
 
+    With k guesses a step brings k + 1 rows of tokens instead of one, and their log-probabilities.
+
     Attributes:
-        tokens: int32 [K, R + Q]; -1 where a row has ended or a prompt goes on.
+        tokens: int32 [K, R + Q]; -1 where a row has ended or a prompt goes on, and for guesses that
+            did not hold.
         logprobs: [K, R + Q, …], or None.
         scores: [T, …]; of the targets of chunks, or None.
         captured: by site, [K, T, width]: of all tokens of each step, in their flat order.
         faults: int32 [K, 2, R + Q]; see `hooked.faults`; None without hooks.
+        attempted: int32 [K, R]; see `speculate.Accepted`; None without guesses.
     """
 
     tokens: Array
@@ -95,6 +106,7 @@ class Sampled(NamedTuple):
     scores: sampling.Logprobs | None
     captured: dict[str, Array]
     faults: Array | None
+    attempted: Array | None = None
 
 
 def run_step(
@@ -103,32 +115,82 @@ def run_step(
     seq: SeqState,
     plan: Plan,
     tables: tuple[Any, ...] = (),
+    draft: Params | None = None,
     *,
     config: ModelConfig,
     key: StepKey,
+    drafter: Drafter | None = None,
 ) -> tuple[PagedCache, SeqState, Sampled]:
-    """One dispatch: what `plan` says, in the shapes that `key` says. `tables`: of its hooks.
+    """One dispatch: what `plan` says, in the shapes that `key` says.
+
+    `tables`: of its hooks; `draft`: weights of the drafter's model.
 
     Of several decode steps all `key.steps` are computed, those without a row to run too: a loop
     that ends early would make the host wait for the device at every look, and then the device for
     the host.
     """
     seq = prepare(seq, plan)
+    if key.catch_up:
+        assert drafter is not None
+        assert draft is not None
+        seq = catch_up(
+            draft, cache, seq, plan, drafter=drafter, tokens=key.tokens, pages=key.pages,
+            attention=AttentionOptions(key.backend, key.invariant),
+        )  # fmt: skip
+        return cache, seq, Sampled(jnp.zeros((0, 0), jnp.int32), None, None, {}, None)
+    one = partial(_step, tables=tables, config=config, key=key)
+    if key.guesses:
+        assert drafter is not None
+        one = partial(_guessing, draft=draft, drafter=drafter, config=config, key=key)
     if key.steps == 1:
-        cache, seq, sampled = _step(params, cache, seq, plan, tables, config, key)
+        cache, seq, sampled = one(params, cache, seq, plan)
         scores = sampled.scores
         sampled = jax.tree.map(lambda x: x[None], sampled._replace(scores=None))
-        return cache, seq, sampled._replace(scores=scores)
+        return cache, seq, _in_rows(sampled, key)._replace(scores=scores)
 
     def step(carry: tuple[PagedCache, SeqState], i: Array) -> Any:
         cache, seq = carry
         running, due = seq.active, i < plan.steps
         paused = seq._replace(active=running & due)
-        cache, seq, sampled = _step(params, cache, paused, plan, tables, config, key)
+        cache, seq, sampled = one(params, cache, paused, plan)
         return (cache, seq._replace(active=jnp.where(due, seq.active, running))), sampled
 
     (cache, seq), sampled = lax.scan(step, (cache, seq), jnp.arange(key.steps))
-    return cache, seq, sampled
+    return cache, seq, _in_rows(sampled, key)
+
+
+def _in_rows(sampled: Sampled, key: StepKey) -> Sampled:
+    """Tokens of a step that guesses, [K, k + 1, R], as those of so many steps."""
+    if not key.guesses:
+        return sampled
+    tokens, logprobs = jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:]), (sampled.tokens, sampled.logprobs)
+    )
+    return sampled._replace(tokens=tokens, logprobs=logprobs)
+
+
+def _guessing(
+    params: Params,
+    cache: PagedCache,
+    seq: SeqState,
+    plan: Plan,
+    *,
+    draft: Params | None,
+    drafter: Drafter,
+    config: ModelConfig,
+    key: StepKey,
+) -> tuple[PagedCache, SeqState, Sampled]:
+    """From one token to `key.guesses` + 1 of every row that decodes."""
+    cache, seq, accepted = speculate_rows(
+        params, draft, cache, seq, plan,
+        config=config, drafter=drafter, k=key.guesses, pages=key.pages,
+        attention=AttentionOptions(key.backend, key.invariant),
+        drawing=Drawing(key.truncated, key.random), top=key.top,
+    )  # fmt: skip
+    new = jnp.arange(key.guesses + 1) < accepted.added[:, None]
+    tokens = jnp.where(new, accepted.tokens, -1).T
+    logprobs = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), accepted.logprobs)
+    return cache, seq, Sampled(tokens, logprobs, None, {}, None, accepted.attempted)
 
 
 def _step(
@@ -136,6 +198,7 @@ def _step(
     cache: PagedCache,
     seq: SeqState,
     plan: Plan,
+    *,
     tables: tuple[Any, ...],
     config: ModelConfig,
     key: StepKey,
@@ -232,13 +295,21 @@ class StepCompiler:
         invariant: compile so that a row's bits do not depend on the batch (costs nothing much;
             see ADR 003).
         platform: `gpu` or `cpu`; the options are XLA's for GPUs.
+        drafter: what guesses, in steps that do.
 
     Attributes:
         options: of the compiler.
     """
 
-    def __init__(self, config: ModelConfig, *, invariant: bool, platform: str) -> None:
-        self._config = config
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        invariant: bool,
+        platform: str,
+        drafter: Drafter | None = None,
+    ) -> None:
+        self._config, self._drafter = config, drafter
         self.options: dict[str, Any] = INVARIANT_OPTIONS if invariant and platform == "gpu" else {}
         self._compiled: dict[tuple[StepKey, bool], Any] = {}
         self.compile_seconds = 0.0
@@ -255,7 +326,11 @@ class StepCompiler:
         return max((m.temp_size_in_bytes for m in found if m is not None), default=0)
 
     def compile_all(
-        self, keys: Iterable[StepKey], plans: Callable[[StepKey], Plan], *args: Any
+        self,
+        keys: Iterable[StepKey],
+        plans: Callable[[StepKey], Plan],
+        *args: Any,
+        draft: Params | None = None,
     ) -> None:
         """Compiles steps, several at a time.
 
@@ -263,12 +338,15 @@ class StepCompiler:
             keys: of the steps; what is compiled already is left alone.
             plans: makes a plan in a key's shapes.
             args: params, cache and state, or their shapes. Keys with hooks are not for this.
+            draft: weights of the drafter's model, or their shapes.
         """
         begin, penalised = time.perf_counter(), args[-1].penalties is not None
         missing = [key for key in keys if (key, penalised) not in self._compiled]
         with ThreadPoolExecutor() as pool:
             # Tracing holds the interpreter, compiling does not.
-            lowered = ((key, self._lower(key, *args, pack(plans(key)), ())) for key in missing)
+            lowered = (
+                (key, self._lower(key, *args, pack(plans(key)), (), draft)) for key in missing
+            )
             found = [(key, pool.submit(self._finish, key, low)) for key, low in lowered]
             for key, compiled in found:
                 self._compiled[key, penalised] = compiled.result()
@@ -282,19 +360,21 @@ class StepCompiler:
         seq: SeqState,
         plan: Packed,
         tables: tuple[Any, ...] = (),
+        draft: Params | None = None,
     ) -> tuple[PagedCache, SeqState, Sampled]:
         """Runs a step, compiling it first if need be. `cache` and `seq` are donated.
 
-        `plan` is a `Plan`, packed; `tables` are those of the key's hooks.
+        `plan` is a `Plan`, packed; `tables` are those of the key's hooks; `draft`: weights of the
+        drafter's model, for keys that need them.
         """
         # Penalties change the state's structure, and with it the program.
         lookup = (key, seq.penalties is not None)
         if lookup not in self._compiled:
             begin = time.perf_counter()
-            lowered = self._lower(key, params, cache, seq, plan, tables)
+            lowered = self._lower(key, params, cache, seq, plan, tables, draft)
             self._compiled[lookup] = self._finish(key, lowered)
             self.compile_seconds += time.perf_counter() - begin
-        return self._compiled[lookup](params, cache, seq, plan, tables)
+        return self._compiled[lookup](params, cache, seq, plan, tables, draft)
 
     def forget(self, hook: Hook) -> None:
         """Lets go of the programs that have a hook in them."""
@@ -303,9 +383,12 @@ class StepCompiler:
 
     def _lower(self, key: StepKey, *args: Any) -> Any:
         def step(
-            params: Params, cache: PagedCache, seq: SeqState, plan: Packed, tables: Any
+            params: Params, cache: PagedCache, seq: SeqState, plan: Packed, tables: Any, draft: Any
         ) -> Any:
-            return run_step(params, cache, seq, unpack(plan), tables, config=self._config, key=key)
+            return run_step(
+                params, cache, seq, unpack(plan), tables, draft,
+                config=self._config, key=key, drafter=self._drafter,
+            )  # fmt: skip
 
         return jax.jit(step, donate_argnums=(1, 2)).lower(*args)
 

@@ -81,6 +81,8 @@ def plan_memory(
     in_use: int = 0,
     max_num_batched_tokens: int = 2048,
     weights: int | None = None,
+    page_extra: int = 0,
+    guessed_rows: int = 0,
 ) -> MemoryPlan:
     """Sizes the KV cache: what is asked for, or what is left, and no more than can be used.
 
@@ -95,7 +97,9 @@ def plan_memory(
         limit: bytes of device memory that may be used; None: not known (a CPU).
         in_use: bytes of it that are taken already, by others.
         max_num_batched_tokens: most tokens of one step.
-        weights: bytes of the weights; None: all of `dtype`.
+        weights: bytes of the weights, a draft's included; None: all of `dtype`.
+        page_extra: bytes of a page beside the model's keys and values: a draft's, and the text.
+        guessed_rows: rows of logits of a step that guesses, at most.
 
     Raises:
         CapacityError: the weights do not fit, not even one page is left, or a sequence of
@@ -103,11 +107,11 @@ def plan_memory(
     """
     if weights is None:
         weights = count_params(config) * np.dtype(dtype).itemsize
-    rows = max_num_seqs + MOST_CHUNKS
+    rows = max(max_num_seqs + MOST_CHUNKS, guessed_rows)
     steps = 0
     if limit is not None:
         steps = step_bytes(config, rows=rows, tokens=max_num_batched_tokens, dtype=dtype)
-    one = page_bytes(config, page_size, dtype if kv_dtype is None else kv_dtype)
+    one = page_bytes(config, page_size, dtype if kv_dtype is None else kv_dtype) + page_extra
     longest = config.max_position if max_model_len is None else max_model_len
     useful = (max_num_seqs * pages_for(longest, page_size) + 1) * one
     if kv_cache_bytes is None:

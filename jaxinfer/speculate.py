@@ -19,16 +19,15 @@ Letters: S sequences, k guesses, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from jaxinfer import sampling
-from jaxinfer.sampling import PenaltyState, SamplingRows
-
-Rule = Literal["shared", "rejection"]
+from jaxinfer.config import Rule
+from jaxinfer.sampling import Logprobs, PenaltyState, SamplingRows
 
 COIN, RESIDUAL = 1, 2  # purposes of noise: whether a guess is taken; what is drawn instead
 
@@ -62,11 +61,13 @@ class Accepted(NamedTuple):
         tokens: int32 [S, k + 1]; the first `added` are new.
         added: int32 [S]; from 1 to k + 1; 0 of a sequence that does not run.
         attempted: int32 [S]; guesses up to and including the first that was refused.
+        logprobs: of `tokens`, [S, k + 1, …], under the target itself; None: not asked for.
     """
 
     tokens: Array
     added: Array
     attempted: Array
+    logprobs: Logprobs | None = None
 
 
 class State(NamedTuple):
@@ -79,6 +80,7 @@ class State(NamedTuple):
         lengths: int32 [S]; tokens of each sequence, the fresh ones included.
         limits: int32 [S]; a sequence ends when it has so many.
         active: bool [S].
+        guessed: bool [S]; those of them for which anything is to be guessed.
         rows: how each is sampled.
         penalties: None where no row is penalised.
         draft, target: what the proposer and the target keep.
@@ -89,6 +91,7 @@ class State(NamedTuple):
     lengths: Array
     limits: Array
     active: Array
+    guessed: Array
     rows: SamplingRows
     penalties: PenaltyState | None
     draft: Any
@@ -96,11 +99,12 @@ class State(NamedTuple):
 
 
 class Proposer(Protocol):
-    """(The new `state.draft`, guesses of the `k` tokens that follow): it reads `state.fresh`."""
+    """(The state with what it keeps, guesses of the `k` tokens that follow): it reads
+    `state.fresh`, of those that are `guessed`. Nothing but `draft` and `target` changes."""
 
     def __call__(
         self, params: Any, state: State, k: int, drawing: Drawing, /
-    ) -> tuple[Any, Proposal]: ...
+    ) -> tuple[State, Proposal]: ...
 
 
 class Forward(Protocol):
@@ -120,6 +124,8 @@ def step(
     target: Forward,
     drawing: Drawing,
     rule: Rule = "shared",
+    top: int | None = None,
+    forced: float | None = None,
 ) -> tuple[State, Accepted]:
     """Guesses, checks them, and adds to every active sequence from one token to k + 1.
 
@@ -127,20 +133,28 @@ def step(
         state: whose `fresh` holds k + 1 tokens.
         params: passed to both functions: dict-like with whatever they need.
         draft, target: see `Proposer`, `Forward`; static, as is all that follows.
+        top: how many of the likeliest tokens' log-probabilities to return; None: none at all.
+        forced: for measurements: guesses hold with this probability, whatever they are.
     """
     k = state.fresh.shape[1] - 1
-    kept, proposal = draft(params, state, k, drawing)
+    state, proposal = draft(params, state, k, drawing)
     # A guess at the limit would never be used, nor has it a place where it could be kept.
-    room = jnp.maximum(state.limits - state.lengths - 1, 0)
+    room = jnp.where(state.guessed, jnp.maximum(state.limits - state.lengths - 1, 0), 0)
     proposal = proposal._replace(drafted=jnp.minimum(proposal.drafted, room))
     newest = jnp.take_along_axis(state.fresh, state.fresh_count[:, None] - 1, axis=1)
     tokens = jnp.concatenate([newest, proposal.tokens], axis=1)
     count = jnp.where(state.active, proposal.drafted + 1, 0)
     logits, seen = target(params, state.target, tokens, count, state.lengths - 1)
     accepted = verify(
-        proposal, logits, state.rows, state.lengths, state.penalties, drawing=drawing, rule=rule
-    )
+        proposal, logits, state.rows, state.lengths, state.penalties, drawing=drawing, rule=rule,
+        forced=forced,
+    )  # fmt: skip
     accepted, going = _cut(accepted, state)
+    if top is not None:
+        V = logits.shape[-1]
+        found = sampling.token_logprobs(logits.reshape(-1, V), accepted.tokens.reshape(-1), top=top)
+        found = jax.tree.map(lambda x: x.reshape(*tokens.shape, *x.shape[1:]), found)
+        accepted = accepted._replace(logprobs=found)
     lengths = state.lengths + accepted.added
     new = accepted.added[:, None] > 0
     return state._replace(
@@ -149,7 +163,6 @@ def step(
         lengths=lengths,
         active=state.active & going,
         penalties=_counted(state.penalties, accepted),
-        draft=kept,
         target=seen,
     ), accepted
 
@@ -163,6 +176,7 @@ def verify(
     *,
     drawing: Drawing,
     rule: Rule = "shared",
+    forced: float | None = None,
 ) -> Accepted:
     """Which guesses are taken, and the token after them.
 
@@ -170,6 +184,7 @@ def verify(
         proposal: k guesses for the positions from `lengths` [S] on.
         logits: [S, k + 1, V]; the target's, after the newest token and after each guess.
         rows, penalties: [S]; as before the first guess.
+        forced: see `step`.
     """
     S, width, V = logits.shape
     k = width - 1
@@ -179,9 +194,12 @@ def verify(
     told = _as_if_taken(penalties, proposal.tokens)
     arguments = (logits.reshape(-1, V), flat, positions, told)
     meant = jnp.arange(k) < proposal.drafted[:, None]
-    if rule == "shared":
+    # Of the noise of one token: uniform in (0, 1).
+    u = jnp.exp(-jnp.exp(-sampling.gumbel(flat, positions, 1, COIN))).reshape(S, width)[:, :k]
+    if rule == "shared" or forced is not None:
         tokens = sampling.sample(*arguments, **drawing._asdict()).reshape(S, width)
-        taken = _run_length(meant & (proposal.tokens == tokens[:, :k]))
+        agrees = proposal.tokens == tokens[:, :k] if forced is None else u < forced
+        taken = _run_length(meant & agrees)
     else:
         p = sampling.probabilities(*arguments, **drawing._asdict()).reshape(S, width, V)
         q = proposal.probabilities
@@ -189,8 +207,6 @@ def verify(
             q = jax.nn.one_hot(proposal.tokens, V, dtype=jnp.float32)
         at = proposal.tokens[..., None]
         p_guess, q_guess = (jnp.take_along_axis(x, at, axis=2)[..., 0] for x in (p[:, :k], q))
-        # Of the noise of one token: u is uniform in (0, 1).
-        u = jnp.exp(-jnp.exp(-sampling.gumbel(flat, positions, 1, COIN))).reshape(S, width)[:, :k]
         taken = _run_length(meant & (u * q_guess < p_guess))
         instead = _residual(p, q, taken, taken < proposal.drafted, rows, lengths)
         tokens = jnp.pad(proposal.tokens, ((0, 0), (0, 1)))

@@ -237,9 +237,12 @@ def _device_part(arrays: Mapping[str, np.ndarray]) -> tuple[SeqState, np.ndarray
 
     counted = "seq.penalties.prompt" in arrays
     penalties = made(PenaltyState, "seq.penalties") if counted else None
-    seq = made(SeqState, "seq", rows=made(SamplingRows, "seq.rows"), penalties=penalties)
+    rows = made(SamplingRows, "seq.rows")
+    seq = made(SeqState, "seq", rows=rows, penalties=penalties, draft=None)
     scales = (layers(name) or None for name in ("k_scales", "v_scales"))
-    return seq, arrays["page_ids"], PagedCache(layers("k"), layers("v"), *scales)
+    tokens: Any = arrays.get("pages.tokens")
+    cache = PagedCache(layers("k"), layers("v"), *scales, tokens=tokens)
+    return seq, arrays["page_ids"], cache
 
 
 def plain(x: Any) -> Any:

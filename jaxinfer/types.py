@@ -47,6 +47,7 @@ class SamplingParams:
             likeliest; None returns none. They are the model's own: before temperature,
             penalties and truncation.
         prompt_logprobs: the same for the tokens of the prompt.
+        speculate: False: no tokens are guessed for it, whatever the engine does for others.
     """
 
     n: int = 1
@@ -65,6 +66,7 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    speculate: bool = True
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

@@ -69,6 +69,7 @@ def validate(params: SamplingParams, *, index: int, vocab_size: int) -> None:
     check("max_tokens", _optional(_integer(1, math.inf)), "None or an integer of at least 1")
     most = math.inf if params.max_tokens is None else params.max_tokens
     check("min_tokens", _integer(0, most), "an integer from 0 to max_tokens")
+    check("speculate", lambda v: isinstance(v, bool), "True or False")
     check("stop", _stop_strings, "a string or a list of strings, none of them empty")
     check(
         "stop_token_ids",

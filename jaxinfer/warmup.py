@@ -61,12 +61,23 @@ def step_keys(
     limits: BatcherConfig,
     buckets: Buckets,
     invariant: bool,
+    guesses: Sequence[int] = (),
 ) -> list[StepKey]:
-    """Every program that requests with such parameters may need."""
+    """Every program that requests with such parameters may need.
+
+    Args:
+        guesses: numbers of tokens that a step may guess for a row.
+    """
     scores = {None} | {top_bucket(p.prompt_logprobs) for p in params}
-    decode = [(rows, 0, steps, None) for rows in buckets.rows for steps in {1, limits.max_steps}]
+    guessing = [
+        (rows, 0, steps, None, k)
+        for k in guesses
+        for rows in buckets.guessing
+        for steps in {1, limits.max_steps}
+    ]
+    decode = [(rows, 0, steps, None, 0) for rows in buckets.rows for steps in {1, limits.max_steps}]
     mixed = [
-        (rows, tokens, 1, score)
+        (rows, tokens, 1, score, 0)
         for score in scores
         for tokens in buckets.tokens
         for rows in buckets.mixed_rows(tokens)
@@ -75,11 +86,11 @@ def step_keys(
         StepKey(
             rows=rows, tokens=tokens, chunks=limits.max_chunks if tokens else 0, pages=pages,
             page_size=limits.page_size, steps=steps, invariant=invariant, random=kind.random,
-            truncated=kind.truncated, top=kind.top, score=score,
+            truncated=kind.truncated, top=kind.top, score=score, guesses=k,
         )
         for kind in variants(params)
         for pages in buckets.pages
-        for rows, tokens, steps, score in (*mixed, *decode)
+        for rows, tokens, steps, score, k in (*mixed, *decode, *guessing)
     ]  # fmt: skip
 
 
@@ -114,7 +125,7 @@ def probe(limits: BatcherConfig, vocab_size: int) -> Probe:
 def probing(of: Probe, key: StepKey, limits: BatcherConfig) -> batcher.Run:
     """Reads the probe into row 0, after as much of the others as fits, and samples the next token;
     a program that only decodes adds a token to what is there, as the last of its rows."""
-    M, W = limits.max_num_seqs, pages_for(limits.max_steps, limits.page_size) + 1
+    M, W = limits.max_num_seqs, batcher.granted_columns(limits)
     chunks, rows = [], np.arange(0)
     if key.chunks:
         rest = min(key.tokens - len(of.tokens), len(of.others))
@@ -127,9 +138,9 @@ def probing(of: Probe, key: StepKey, limits: BatcherConfig) -> batcher.Run:
         rows = np.append(np.arange(1, min(key.rows, M)), 0)
     longest = max([len(of.tokens) + 1, *(chunk.stop for chunk in chunks)])
     return batcher.Run(
-        steps=1, rows=rows, ids=rows, tokens=longest, columns=np.zeros(M, np.int32),
-        pages=np.zeros((M, W), np.int32), chunks=tuple(chunks),
-        released=np.full(M, bool(key.chunks)),
+        steps=1, guesses=key.guesses, rows=rows, ids=rows, tokens=longest,
+        columns=np.zeros(M, np.int32), pages=np.zeros((M, W), np.int32),
+        chunks=tuple(chunks), released=np.full(M, bool(key.chunks)),
     )  # fmt: skip
 
 

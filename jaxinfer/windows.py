@@ -6,7 +6,8 @@ vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from jax import Array
 
 from jaxinfer.batch import MIN_ROWS, Batch, Ragged
-from jaxinfer.cache import TRASH_PAGE, PagedCache, init_cache
+from jaxinfer.cache import TRASH_PAGE, PagedCache, init_cache, join_layers, split_layers
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.decoder import DEFAULT_ATTENTION, AttentionOptions, Params, forward, logits
 from jaxinfer.pages import pages_for
@@ -36,20 +37,36 @@ class Pages(NamedTuple):
 
 
 def model_forward(
-    name: str, config: ModelConfig, attention: AttentionOptions = DEFAULT_ATTENTION
+    name: str,
+    config: ModelConfig,
+    attention: AttentionOptions = DEFAULT_ATTENTION,
+    *,
+    skip: Sequence[int] = (),
 ) -> Forward:
     """`speculate.Forward` of the model whose weights are `params[name]`; it keeps `Pages`.
 
     Tokens beyond a sequence's last page are computed, and not kept.
+
+    Args:
+        skip: layers that it does without; what it keeps of them stays as it is.
     """
+    layers = [i for i in range(config.num_layers) if i not in set(skip)]
+    chosen = replace(config, layers=tuple(config.layers[i] for i in layers))
 
     def run(
         params: Mapping[str, Params], kept: Pages, tokens: Array, count: Array, position: Array
     ) -> tuple[Array, Pages]:
         S, W = tokens.shape
+        weights, pools = params[name], split_layers(kept.cache)
+        weights = weights | {"layers": [weights["layers"][i] for i in layers]}
+        options = replace(attention, max_query=W)
         batch = flatten(kept, tokens, count, position)
-        out, cache = forward(params[name], config, batch, kept.cache, attention=attention)
-        found = logits(params[name], config, out.hidden)[: S * W]
+        some = join_layers([pools[i] for i in layers], kept.cache.tokens)
+        out, some = forward(weights, chosen, batch, some, attention=options)
+        for i, pool in zip(layers, split_layers(some), strict=True):
+            pools[i] = pool
+        found = logits(weights, chosen, out.hidden)[: S * W]
+        cache = join_layers(pools, some.tokens)
         return found.reshape(S, W, -1), kept._replace(cache=cache)
 
     return run
@@ -93,8 +110,10 @@ def begin(
     fresh[:, 0] = text[np.arange(S), lengths - 1]
     return State(
         fresh=jnp.asarray(fresh), fresh_count=jnp.ones(S, jnp.int32), lengths=jnp.asarray(lengths),
-        limits=jnp.asarray(limits, jnp.int32), active=jnp.ones(S, bool), rows=rows,
-        penalties=None, draft=kept.get("draft", jnp.asarray(text)), target=kept["target"],
+        limits=jnp.asarray(limits, jnp.int32), active=jnp.ones(S, bool),
+        guessed=jnp.ones(S, bool),
+        rows=rows, penalties=None, draft=kept.get("draft", jnp.asarray(text)),
+        target=kept["target"],
     )  # fmt: skip
 
 
@@ -103,28 +122,48 @@ def flatten(kept: Pages, tokens: Array, count: Array, position: Array) -> Batch:
     padded. Its `logit_rows` are those of [S, W], and padding."""
     S, W = tokens.shape
     T = pages_for(S * W, MIN_ROWS) * MIN_ROWS
+    batch = unread(kept, count, position, T, lambda owner, offset, _: tokens[owner, offset])
+    rows = (jnp.cumsum(count) - count)[:, None] + jnp.arange(W)
+    rows = jnp.pad(jnp.minimum(rows, T - 1).reshape(-1), (0, T - S * W))
+    return batch._replace(logit_rows=rows.astype(jnp.int32))
+
+
+def unread(
+    kept: Pages, count: Array, position: Array, T: int, tokens: Callable[..., Array]
+) -> Batch:
+    """The batch of the `count` [S] tokens of each sequence from `position` [S] on: T at most.
+
+    No logits are wanted of it.
+
+    Args:
+        tokens: what they are, of int32 [T] each: the sequence, the number among its new tokens, the
+            position. It is asked for padding too.
+    """
     page_size, P = kept.cache.k[0].shape[2], kept.page_table.shape[2]
-    ends = jnp.cumsum(count)
-    meant = jnp.arange(W) < count[:, None]
-    place = jnp.where(meant, (ends - count)[:, None] + jnp.arange(W), T)  # past the end: dropped
-    at = position[:, None] + jnp.arange(W)
-    column = at // page_size
-    page = jnp.take_along_axis(kept.page_table[0], jnp.minimum(column, P - 1), axis=1)
-    page = jnp.where(column < P, page, TRASH_PAGE)
-
-    def flat(x: Array) -> Array:
-        return jnp.zeros(T, jnp.int32).at[place].set(x, mode="drop")
-
-    rows = jnp.minimum(place, T - 1).reshape(-1)
+    ends, at = jnp.cumsum(count), jnp.arange(T)
+    owner = jnp.minimum(jnp.searchsorted(ends, at, side="right"), len(count) - 1)
+    offset = jnp.where(at < ends[-1], at - (ends - count)[owner], 0)
+    where = jnp.where(at < ends[-1], position[owner] + offset, 0)
+    column = where // page_size
+    real = (at < ends[-1]) & (column < P)
+    page = jnp.where(real, kept.page_table[0, owner, jnp.minimum(column, P - 1)], TRASH_PAGE)
     return Batch(
-        tokens=flat(tokens),
-        positions=flat(at),
-        kv_index=flat(page * page_size + at % page_size),
+        tokens=tokens(owner, offset, where),
+        positions=where.astype(jnp.int32),
+        kv_index=(page * page_size + where % page_size).astype(jnp.int32),
         decode=None,
         chunks=Ragged(
             kept.page_table,
             jnp.pad(ends, (1, 0)).astype(jnp.int32),
             jnp.where(count > 0, position + count, 0).astype(jnp.int32),
         ),
-        logit_rows=jnp.pad(rows, (0, T - S * W)).astype(jnp.int32),
+        logit_rows=jnp.zeros(MIN_ROWS, jnp.int32),
     )
+
+
+def text_at(tokens: Array, table: Array, position: Array) -> Array:
+    """The tokens at `position` [S, n] of sequences with pages `table` [S, P], of
+    `PagedCache.tokens`. Beyond the table: whatever."""
+    page_size, P = tokens.shape[1], table.shape[1]
+    page = jnp.take_along_axis(table, jnp.minimum(position // page_size, P - 1), axis=1)
+    return tokens[page, position % page_size]

@@ -42,13 +42,18 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "models": ({"jaxinfer.models"}, {"layers", "batch"}),
     "packing": ({"jaxinfer.packing"}, set()),
     "hooks": ({"jaxinfer.hooks", "jaxinfer.hooked"}, {"models"}),
-    "runner": ({"jaxinfer.runner"}, {"hooks", "packing", "speculate"}),
-    "plans": ({"jaxinfer.plans", "jaxinfer.warmup"}, {"runner", "batcher", "buckets"}),
-    "engine": ({"jaxinfer.engine", "jaxinfer.observe", "jaxinfer.state"}, {"plans"}),
-    "functional": (
-        {"jaxinfer.acceptance", "jaxinfer.functional", "jaxinfer.windows"},
-        {"plans"},
+    "drafting": (
+        {"jaxinfer.acceptance", "jaxinfer.drafting", "jaxinfer.windows"},
+        {"models", "speculate", "pages"},
     ),
+    "runner": ({"jaxinfer.runner"}, {"hooks", "packing", "drafting"}),
+    "plans": ({"jaxinfer.plans", "jaxinfer.warmup"}, {"runner", "batcher", "buckets"}),
+    "controller": ({"jaxinfer.controller"}, set()),
+    "engine": (
+        {"jaxinfer.engine", "jaxinfer.guesser", "jaxinfer.observe", "jaxinfer.state"},
+        {"plans", "controller"},
+    ),
+    "functional": ({"jaxinfer.functional"}, {"plans"}),
     "quantise": ({"jaxinfer.quantise", "jaxinfer.quality"}, {"models"}),
     "sharding": ({"jaxinfer.sharding"}, {"models"}),
     "sizing": ({"jaxinfer.sizing", "jaxinfer.hardware"}, {"models", "buckets"}),
@@ -64,7 +69,10 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "checkpoints": ({"checkpoints"}, {"models", "quant", "sharding"}),
     "requests": ({"jaxinfer.requests"}, {"engine", "host"}),
-    "loading": ({"jaxinfer.loading"}, {"checkpoints", "sizing", "host"}),
+    "loading": (
+        {"jaxinfer.loading", "jaxinfer.speculative"},
+        {"checkpoints", "sizing", "host", "engine"},
+    ),
     "llm": ({"jaxinfer.llm", "jaxinfer.saving"}, {"requests", "loading", "functional"}),
     "async": ({"jaxinfer.async_llm"}, {"llm"}),
     "offline": ({"jaxinfer.offline"}, {"llm"}),
@@ -93,7 +101,7 @@ RESTRICTED: dict[str, set[str]] = {
     "joblib": set(),
 }
 
-WITHOUT_JAX = {"data", "pages", "batcher"}
+WITHOUT_JAX = {"data", "pages", "batcher", "controller"}
 
 
 @cache

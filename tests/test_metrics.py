@@ -164,7 +164,7 @@ def test_what_a_sequence_finds_of_its_own_is_not_cached() -> None:
     metrics.submit({0: 20})
     for start, given in ((0, 0), (8, 1), (16, 1)):  # preempted before its first token, and after
         chunk = Prefill(0, 0, start, 20, True, True, 48, empty)
-        run = Run(1, empty, empty, 20, empty, empty, (chunk,), empty)
+        run = Run(1, 0, empty, empty, 20, empty, empty, (chunk,), empty)
         metrics.dispatch(run, state, 64)
         metrics.observe(none, np.array([[given - 1]]))
         metrics.give(0, given)

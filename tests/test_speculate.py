@@ -50,9 +50,9 @@ def models(seed: int, *, unlike: float, scale: float = 1.5) -> Params:
     return Params(*(jnp.asarray(x, jnp.float32) for x in (target, target + unlike * other)))
 
 
-def nothing(params: Any, state: State, k: int, drawing: Drawing) -> tuple[Any, Proposal]:
+def nothing(params: Any, state: State, k: int, drawing: Drawing) -> tuple[State, Proposal]:
     zeros = jnp.zeros((len(state.lengths), k), jnp.int32)
-    return state.draft, Proposal(zeros, zeros[:, 0])
+    return state, Proposal(zeros, zeros[:, 0])
 
 
 def make_proposer(name: str, rule: Rule) -> Any:
@@ -90,7 +90,8 @@ def begin(
     seen = np.where(np.arange(L) < lengths[:, None] - 1, text, 3)
     return State(
         fresh=jnp.asarray(fresh), fresh_count=jnp.ones(n, jnp.int32), lengths=jnp.asarray(lengths),
-        limits=jnp.asarray(limits, jnp.int32), active=jnp.ones(n, bool), rows=rows,
+        limits=jnp.asarray(limits, jnp.int32), active=jnp.ones(n, bool),
+        guessed=jnp.ones(n, bool), rows=rows,
         penalties=penalties, draft=jnp.asarray(seen), target=jnp.asarray(seen),
     )  # fmt: skip
 

@@ -31,6 +31,7 @@ BAD = {
     "stop": ["", [""], ["a", ""], [1], 3, None, b"x", {"a": 1}],
     "stop_token_ids": [[-1], [V], [1.0], [True], ["a"], 5, None, [1] * (MAX_STOP_TOKEN_IDS + 1)],
     "ignore_eos": [1, None, "yes"],
+    "speculate": [0, None, "no"],
     "logprobs": [-1, MAX_TOP_LOGPROBS + 1, 1.0, True],
     "prompt_logprobs": [-1, MAX_TOP_LOGPROBS + 1, True],
 }

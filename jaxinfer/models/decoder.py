@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxinfer.batch import Batch, Ragged
-from jaxinfer.cache import PagedCache, join_layers, split_layers
+from jaxinfer.cache import PagedCache, join_layers, note_tokens, split_layers
 from jaxinfer.config import LayerConfig, ModelConfig, RopeConfig
 from jaxinfer.errors import InvalidRequest
 from jaxinfer.layers import (
@@ -54,10 +54,13 @@ class AttentionOptions:
     Attributes:
         backend: of `pallas_kernels.paged_attention`; `reference` is that of the other ops too.
         invariant: of `pallas_kernels.paged_attention`.
+        max_query: most new tokens that a sequence has, of those that `Batch.decode` does not serve;
+            None: as many as the batch has.
     """
 
     backend: Backend = "auto"
     invariant: bool = True
+    max_query: int | None = None
 
 
 DEFAULT_ATTENTION = AttentionOptions()
@@ -144,7 +147,8 @@ def forward(
         hidden = at(FINAL_NORM, finish(last))[batch.logit_rows]
     else:
         hidden = finish(jax.tree.map(lambda x: x[batch.logit_rows], last))
-    return StepOutput(hidden, kept), join_layers(pools)
+    tokens = note_tokens(cache.tokens, batch.kv_index, batch.tokens)
+    return StepOutput(hidden, kept), join_layers(pools, tokens)
 
 
 def _attend(
@@ -163,7 +167,8 @@ def _attend(
     def call(part: str, q: jax.Array, ragged: Ragged, into: jax.Array | None = None) -> jax.Array:
         lengths = (ragged.page_table[0], ragged.query_starts, ragged.kv_lengths)
         static: dict[str, Any] = {
-            "max_query": 1 if part == "decode" else q.shape[0], "window": window,
+            "max_query": 1 if part == "decode" else attention.max_query or q.shape[0],
+            "window": window,
             "backend": attention.backend,
         }  # fmt: skip
         if (part, window) not in plans:  # layers with the same window share one

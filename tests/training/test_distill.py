@@ -15,6 +15,8 @@ import pytest
 from checkpoints.steps import latest_step, restore_step, save_step
 from jaxinfer.config import LayerConfig, ModelConfig
 from jaxinfer.quality import divergence
+from jaxinfer.quant.make import Recipe
+from jaxinfer.quantise import Method, quantise_params
 from jaxinfer.training import distill, lm
 from jaxinfer.training.distill import DistillConfig
 
@@ -72,6 +74,19 @@ def test_the_loss_falls_and_the_target_stays(target: Any) -> None:
     assert len(losses) == HOW.steps
     assert losses[-1] < 0.5 * losses[0]
     assert all(jax.tree.leaves(jax.tree.map(np.array_equal, before, target)))
+
+
+def test_a_quantised_target_teaches(target: Any) -> None:
+    rounded = quantise_params(target, TARGET, Method(Recipe("int", 8, 8)))
+    tokens = jnp.asarray(TEXT[: HOW.batch_size * 17].reshape(-1, 17))
+    kl = []
+    for weights in (target, rounded):
+        _, metrics = distill.train_step(
+            begin(), weights, tokens, np.float32(0), config=DRAFT, target_config=TARGET, how=HOW
+        )
+        kl.append(float(metrics.kl))
+    assert kl[0] != kl[1]
+    assert kl[0] == pytest.approx(kl[1], rel=0.05)
 
 
 @pytest.mark.parametrize("cut", [1, 25])

@@ -1,0 +1,190 @@
+"""How many tokens to guess: a pure controller, without jax.
+
+More guesses bring more tokens a step, and make the step longer. What a step brings follows from how
+many guesses have held; how long it takes is measured, and until then told by a cost model. The
+number that brings a sequence to its end soonest is chosen: none, where guessing does not pay. Then
+a few are tried now and then, so seldom that it costs next to nothing.
+
+It decides how fast tokens come, never which: under the rule `shared` they are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+PRIOR = 0.7  # share of guesses that hold, before anything is known
+PRIOR_WORTH = 2.0  # guesses
+SEQUENCE_MEMORY, OVERALL_MEMORY = 0.9, 0.99  # what the past counts after one more step
+NEW_TIME = 0.2  # what a new time counts
+WARM = 2  # times of a program that are not believed: it is loaded in the first
+TRIAL_SHARE = 0.004  # of the time, for guesses that do not seem to pay
+BEST_SHARE = 0.95  # of guesses that hold, at best: where that would not pay, nothing is tried
+GAIN = 1.02  # less is not worth a change
+
+
+class Costs(NamedTuple):
+    """A roofline: what a forward of the model, and one of what guesses, has to read and to compute.
+
+    Attributes:
+        weight_bytes, draft_bytes: of the matrices; 0 of a draft that is no model.
+        token_flops, draft_flops: of a token.
+        launch_s, draft_launch_s: whatever is computed.
+        bytes_per_s, flops_per_s: of the device.
+    """
+
+    weight_bytes: float
+    token_flops: float
+    launch_s: float
+    draft_bytes: float
+    draft_flops: float
+    draft_launch_s: float
+    bytes_per_s: float
+    flops_per_s: float
+
+
+class Held(NamedTuple):
+    """Guesses that held, and that were attempted; those of long ago count less."""
+
+    held: float = 0.0
+    attempted: float = 0.0
+
+
+class Control(NamedTuple):
+    """What is known so far.
+
+    Attributes:
+        overall: of all sequences.
+        sequences: of each that runs.
+        times: seconds of a step by (rows, guesses), and how often it was measured.
+        since_trial: steps since anything was guessed.
+    """
+
+    overall: Held = Held()
+    sequences: Mapping[int, Held] = {}
+    times: Mapping[tuple[int, int], tuple[float, int]] = {}
+    since_trial: int = 0
+
+
+class Load(NamedTuple):
+    """What the next step is to do.
+
+    Attributes:
+        sequences: that decode and may have guesses.
+        others: how many decode beside them.
+        rows: of the program that runs them all, by the number of guesses.
+        left: tokens that each may still come to have, on average.
+        unread: tokens that the draft has to read first, of all of them.
+    """
+
+    sequences: Sequence[int]
+    others: int
+    rows: Mapping[int, int]
+    left: float
+    unread: int
+
+
+def learned(control: Control, found: Mapping[int, tuple[int, int]]) -> Control:
+    """After a dispatch: of each sequence, guesses that held and were attempted. A step in which
+    nothing was found to guess counts as one that did not hold."""
+    sequences, overall = dict(control.sequences), control.overall
+    for sequence, (held, attempted) in found.items():
+        new = Held(held, max(attempted, 1))
+        sequences[sequence] = _added(sequences.get(sequence, Held()), new, SEQUENCE_MEMORY)
+        overall = _added(overall, new, OVERALL_MEMORY)
+    return control._replace(sequences=sequences, overall=overall)
+
+
+def timed(control: Control, rows: int, guesses: int, seconds: float) -> Control:
+    """A step with so many guesses took so long."""
+    before, count = control.times.get((rows, guesses), (seconds, 0))
+    # One that waited for something else is no measure: twice as long is as much as is believed.
+    now = seconds if count < WARM else before + NEW_TIME * (min(seconds, 2 * before) - before)
+    return control._replace(times={**control.times, (rows, guesses): (now, count + 1)})
+
+
+def forget(control: Control, sequence: int) -> Control:
+    """A sequence has ended."""
+    if sequence not in control.sequences:
+        return control
+    rest = {i: held for i, held in control.sequences.items() if i != sequence}
+    return control._replace(sequences=rest)
+
+
+def choose(
+    control: Control, costs: Costs, load: Load, choices: Sequence[int]
+) -> tuple[int, Control]:
+    """How many tokens to guess in the next step, of `choices` or 0."""
+    if not load.sequences:
+        return 0, control
+    plain = step_seconds(control, costs, load.rows, 0)
+    reading = load.unread * costs.draft_flops / costs.flops_per_s
+    reading += costs.draft_bytes / costs.bytes_per_s if load.unread else 0
+    best, soonest = 0, load.left * plain / GAIN
+    for k in choices:
+        seconds = step_seconds(control, costs, load.rows, k)
+        end = reading + load.left / _tokens(control, load, k) * seconds
+        if end < soonest:
+            best, soonest = k, end
+    if best:
+        return best, control._replace(since_trial=0)
+    k = min(choices)
+    seconds = step_seconds(control, costs, load.rows, k)
+    worth = expected(BEST_SHARE, k) * plain > seconds * GAIN
+    extra = seconds - plain + reading
+    if worth and control.since_trial * plain * TRIAL_SHARE >= extra:
+        return k, control._replace(since_trial=0)
+    return 0, control._replace(since_trial=control.since_trial + 1)
+
+
+def step_seconds(control: Control, costs: Costs, rows: Mapping[int, int], guesses: int) -> float:
+    """Of a step of `rows[guesses]` rows: as measured, or by the model, which is held against what
+    was measured of a step without guesses.
+
+    Args:
+        rows: of the program, by its guesses.
+    """
+    seconds, count = control.times.get((rows[guesses], guesses), (0.0, 0))
+    if count > WARM:
+        return seconds
+    model = modelled(costs, rows[guesses], guesses)
+    plain, count = control.times.get((rows[0], 0), (0.0, 0))
+    return model if count <= WARM else plain * model / modelled(costs, rows[0], 0)
+
+
+def modelled(costs: Costs, rows: int, guesses: int) -> float:
+    """Seconds of a step, by the roofline."""
+
+    def forward(tokens: int, weights: float, flops: float, launch: float) -> float:
+        work = max(weights / costs.bytes_per_s, tokens * flops / costs.flops_per_s)
+        return launch + work
+
+    target = forward(rows * (guesses + 1), costs.weight_bytes, costs.token_flops, costs.launch_s)
+    draft = forward(rows, costs.draft_bytes, costs.draft_flops, costs.draft_launch_s)
+    return target + guesses * draft
+
+
+def expected(share: float, guesses: int) -> float:
+    """Tokens of a step where each guess holds with probability `share`, if those before it do;
+    Leviathan et al. 2023, eq. 1."""
+    return sum(share**i for i in range(guesses + 1))
+
+
+def share(control: Control, sequence: int) -> float:
+    """Of a sequence's guesses, how many are expected to hold."""
+    overall = _smoothed(control.overall, PRIOR)
+    return _smoothed(control.sequences.get(sequence, Held()), overall)
+
+
+def _tokens(control: Control, load: Load, guesses: int) -> float:
+    """That a step brings to each row, on average."""
+    found = sum(expected(share(control, i), guesses) for i in load.sequences)
+    return (found + load.others) / (len(load.sequences) + load.others)
+
+
+def _smoothed(found: Held, prior: float) -> float:
+    return (found.held + PRIOR_WORTH * prior) / (found.attempted + PRIOR_WORTH)
+
+
+def _added(before: Held, new: Held, memory: float) -> Held:
+    return Held(before.held * memory + new.held, before.attempted * memory + new.attempted)
