@@ -32,9 +32,9 @@ DEMO = ROOT / "checkpoints" / DEMO_MODELS["demo"]
 STEPS = 6
 
 
-def shape(layers: int, **changes: Any) -> dict[str, Any]:
+def shape(width: int, **changes: Any) -> dict[str, Any]:
     sizes = {
-        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": layers,
+        "hidden_size": width, "intermediate_size": 16, "num_hidden_layers": 1,
         "num_attention_heads": 1, "num_key_value_heads": 1,
     }  # fmt: skip
     return model_config(sizes, end_of_text=0) | {"head_dim": 16} | changes
@@ -57,9 +57,9 @@ def _short() -> Iterator[None]:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`target` and `draft`, directories; `draft.json`, `text.py`; `out`, of a run not stopped."""
     folder = tmp_path_factory.mktemp("distill")
-    write(folder / "target", shape(2), 0)
-    write(folder / "draft", shape(1), 1)
-    (folder / "draft.json").write_text(json.dumps(shape(1)))
+    write(folder / "target", shape(32), 0)
+    write(folder / "draft", shape(16), 1)
+    (folder / "draft.json").write_text(json.dumps(shape(16)))
     (folder / "text.py").write_text(Path(__file__).read_text())
     distill(options(folder, folder / "out"))
     return folder
@@ -124,7 +124,7 @@ def test_a_draft_that_has_weights_goes_on_from_them(
 ) -> None:
     """By the command line. At so small a rate nothing is learnt."""
     held_out = tmp_path / "held_out.txt"
-    held_out.write_text("for i in range(10):\n    print(i, i * i, i * i * i)\n" * 8)
+    held_out.write_text("for i in range(10):\n    print(i, i * i, i * i * i)\n" * 6)
     out = tmp_path / "out"
     code = cli.main([
         "distill", "--target", str(made / "target"), "--draft-config", str(made / "draft"),
@@ -143,10 +143,10 @@ def test_a_draft_that_has_weights_goes_on_from_them(
 def test_what_does_not_fit_is_refused_before_any_work(made: Path, tmp_path: Path) -> None:
     other, text = tmp_path / "other.json", tmp_path / "text.txt"
     ours = options(made, tmp_path / "out")
-    other.write_text(json.dumps(shape(1, vocab_size=4095)))
+    other.write_text(json.dumps(shape(16, vocab_size=4095)))
     with pytest.raises(ValueError, match="vocabulary has 4095 tokens, the target's 4096"):
         distill(replace(ours, draft=str(other)))
-    other.write_text(json.dumps(shape(1, quantization_config={"quant_method": "gptq"})))
+    other.write_text(json.dumps(shape(16, quantization_config={"quant_method": "gptq"})))
     with pytest.raises(UnsupportedModel, match="dense one"):
         distill(replace(ours, draft=str(other)))
     with pytest.raises(CheckpointError, match="does not exist"):
