@@ -11,30 +11,23 @@ the machine's speed.
 from __future__ import annotations
 
 import argparse
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bench import parts, record
 from bench.kv_quality import DEMO, windows
 from bench.parts import Part, emit
 from bench.record import Record
 from checkpoints import load_params
-from jaxinfer import SamplingParams
+from jaxinfer.acceptance import count, prepare
+from jaxinfer.config import Rule
 from jaxinfer.models.families import read_config
 from jaxinfer.models.weights import declare
-from jaxinfer.proposers import draft_model, prompt_lookup
-from jaxinfer.sampling import pack_row, stack_rows
-from jaxinfer.speculate import Drawing, Rule, step
 from jaxinfer.tokenizer import load_tokenizer
-from jaxinfer.windows import begin, model_forward
 
-PROMPT, MORE, PAGE = 128, 128, 32  # tokens
-AT_ONCE = 16  # sequences
+PROMPT, MORE = 128, 128  # tokens
 CASES: tuple[tuple[str, Rule, float], ...] = (
     ("draft", "shared", 0.0),
     ("draft", "shared", 0.7),
@@ -56,58 +49,24 @@ def load_pair(dtype: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return configs, weights
 
 
-def prepare(
-    configs: dict[str, Any], proposer: str, rule: Rule, temperature: float
-) -> tuple[Any, dict[str, Any]]:
-    """(The compiled step, configs of the models that it runs)."""
-    if proposer == "draft":
-        forward = model_forward("draft", configs["draft"])
-        guess = draft_model(forward, with_probabilities=rule == "rejection")
-    else:
-        guess, configs = prompt_lookup(), {"target": configs["target"]}
-    run = partial(
-        step, draft=guess, target=model_forward("target", configs["target"]),
-        drawing=Drawing(truncated=False, random=temperature > 0), rule=rule,
-    )  # fmt: skip
-    return jax.jit(run, donate_argnums=0), configs
-
-
 def measure(
     configs: dict[str, Any], params: dict[str, Any], prompts: list[list[int]],
     proposer: str, rule: Rule, temperature: float, k: int, dtype: Any,
 ) -> list[Record]:  # fmt: skip
     """Acceptance and mean accepted length over all prompts."""
     run, configs = prepare(configs, proposer, rule, temperature)
-    totals = np.zeros(3)  # taken, attempted, steps of a sequence
-    for first in range(0, len(prompts), AT_ONCE):
-        some = prompts[first : first + AT_ONCE]
-        how = [
-            pack_row(
-                SamplingParams(temperature=temperature),
-                seed=first + i,
-                sample=0,
-                stop_ids=(),
-                min_length=0,
-            )
-            for i in range(len(some))
-        ]
-        rows = jax.tree.map(jnp.asarray, stack_rows(how))
-        limits = [len(p) + MORE for p in some]
-        state = begin(params, configs, some, rows, limits, k=k, page_size=PAGE, dtype=dtype)
-        while np.any(np.asarray(state.active)):
-            state, accepted = run(state, params)
-            added, attempted = np.asarray(accepted.added), np.asarray(accepted.attempted)
-            totals += (added - 1).clip(0).sum(), attempted.sum(), (added > 0).sum()
-    taken, attempted, steps = totals
+    found = count(
+        run, params, configs, prompts, more=MORE, k=k, dtype=dtype, temperature=temperature
+    )
     detail = {
         "proposer": proposer, "rule": rule, "temperature": temperature, "k": k,
         "prompts": len(prompts), "prompt_tokens": PROMPT, "tokens": MORE, "dtype": str(dtype),
-        "taken": int(taken), "attempted": int(attempted), "steps": int(steps),
+        **found._asdict(),
     }  # fmt: skip
     name = f"speculation.demo.{proposer}.{rule}.t{temperature:g}.k{k}"
     return [
-        Record(f"{name}.acceptance", round(taken / max(attempted, 1), 4), "ratio", detail),
-        Record(f"{name}.mean_added", round(1 + taken / steps, 4), "tokens", detail),
+        Record(f"{name}.acceptance", round(found.acceptance, 4), "ratio", detail),
+        Record(f"{name}.mean_added", round(found.mean_added, 4), "tokens", detail),
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 
 @contextmanager
@@ -23,8 +23,21 @@ def layers_bar(name: str) -> Iterator[Callable[[int, int], None] | None]:
 
 
 @contextmanager
-def _counting(title: str, columns: tuple[str, ...]) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar of (done, in all). `columns`: names in `rich.progress`, which is imported on use."""
+def training_bar(name: str) -> Iterator[Callable[[int, int, str], None] | None]:
+    """Yields a callback of (steps done, steps in all, the loss), or None where nobody would see."""
+    columns = ("MofNCompleteColumn", "TimeRemainingColumn")
+    with _counting(f"training {name}", columns) as advance:
+        yield advance
+
+
+class _Advance(Protocol):
+    def __call__(self, done: int, total: int, said: str = "", /) -> None: ...
+
+
+@contextmanager
+def _counting(title: str, columns: tuple[str, ...]) -> Iterator[_Advance | None]:
+    """A bar of (done, in all, what is said beside it). `columns`: names in `rich.progress`, which
+    is imported on use."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -32,11 +45,12 @@ def _counting(title: str, columns: tuple[str, ...]) -> Iterator[Callable[[int, i
     from rich.console import Console
 
     shown = (title, rich.BarColumn(), *(getattr(rich, name)() for name in columns))
+    shown = (*shown, "{task.description}")
     with rich.Progress(*shown, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
 
-        def advance(done: int, total: int) -> None:
-            progress.update(task, completed=done, total=total)
+        def advance(done: int, total: int, said: str = "", /) -> None:
+            progress.update(task, completed=done, total=total, description=said)
 
         yield advance
 

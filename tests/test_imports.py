@@ -43,7 +43,10 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "models": ({"jaxinfer.models"}, {"layers", "batch"}),
     "packing": ({"jaxinfer.packing"}, set()),
     "hooks": ({"jaxinfer.hooks", "jaxinfer.hooked"}, {"models"}),
-    "drafting": ({"jaxinfer.drafting", "jaxinfer.windows"}, {"models", "speculate", "pages"}),
+    "drafting": (
+        {"jaxinfer.acceptance", "jaxinfer.drafting", "jaxinfer.windows"},
+        {"models", "speculate", "pages"},
+    ),
     "runner": ({"jaxinfer.runner"}, {"hooks", "packing", "drafting"}),
     "plans": ({"jaxinfer.plans", "jaxinfer.warmup"}, {"runner", "batcher", "buckets"}),
     "controller": ({"jaxinfer.controller"}, set()),
@@ -89,7 +92,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "verify": ({"jaxinfer.verify"}, {"api"}),
     "evaluation": ({"jaxinfer.eval_arguments", "jaxinfer.evaluation"}, {"api"}),
     "server": ({"jaxinfer.server"}, {"api"}),
-    "cli": ({"jaxinfer.cli"}, {"server", "verify", "quantise"}),
+    "cli": ({"jaxinfer.cli"}, {"server", "verify", "quantise", "training"}),
     "bench": ({"bench"}, {"cli", "training"}),
     "tests": ({"tests"}, {"bench", "demo", "evaluation"}),
 }

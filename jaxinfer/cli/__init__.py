@@ -1,4 +1,4 @@
-"""The command line: `jaxinfer generate`, `chat`, `info`, `quantize`, `estimate` and others.
+"""The command line: `jaxinfer generate`, `chat`, `quantize`, `distill`, `estimate` and others.
 
 Data goes to stdout, everything else to stderr. JAX and transformers are imported by the commands
 that need them, so that `jaxinfer --help` is quick.
@@ -379,6 +379,50 @@ def estimate(
         estimating.show(model, found, options)
     if plot and found[0].estimate:
         plotting.plot_roofline(model, config, found[0].estimate.setting, plot)
+
+
+@app.command(epilog=EPILOG)
+def distill(
+    target: Annotated[str, typer.Option(help="Directory, Hub id, or demo: what to learn from.")],
+    draft_config: Annotated[
+        str, typer.Option(help="A config.json: from random weights; a model: from its weights.")
+    ],
+    data: Annotated[Path, typer.Option(help="Text to learn on.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Directory to write; the same command again goes on where it stopped."),
+    ],
+    held_out: Annotated[
+        Path | None, typer.Option(help="Text to measure on; default: the last 5 % of --data.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Updates.")] = 1000,
+    batch_size: Annotated[int, typer.Option(help="Sequences a step.")] = 8,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a sequence.")] = 256,
+    learning_rate: Annotated[float, typer.Option(help="The highest, of AdamW.")] = 1e-3,
+    cross_entropy: Annotated[
+        float, typer.Option(help="Share of the text's own tokens in the loss; the rest is KL.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the text's order, and of random weights.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16"],
+        typer.Option(help="Of the forwards; auto: bfloat16 on a GPU, float32 on a CPU."),
+    ] = "auto",
+    k: Annotated[int, typer.Option("-k", help="Guesses a step, where acceptance is measured.")] = 4,
+) -> None:
+    """Trains a draft model to guess what a target says, and measures how many guesses hold."""
+    from jaxinfer.cli.distill_run import DistillOptions
+    from jaxinfer.cli.distilling import distill as run
+
+    options = DistillOptions(
+        target, draft_config, data, out, held_out, steps, batch_size, sequence_length,
+        learning_rate, cross_entropy, seed, save_every, dtype, k,
+    )  # fmt: skip
+    try:
+        found = run(options)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    print_info(found)
 
 
 @app.command(epilog=EPILOG)

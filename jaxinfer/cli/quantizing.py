@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import tee
 from pathlib import Path
@@ -72,7 +72,7 @@ def quantize(
         raise ValueError(f"--format {options.form}: expected {' or '.join(FORMS)}")
     if options.out.exists():
         raise CheckpointError(f"{options.out} exists already")
-    directory = _dense_model(options.model)
+    directory = dense_model(options.model)
     config, hf = read_config(directory), read_json(directory / "config.json")
     weights = declare(config)
     check_columns(config, method.recipe)
@@ -128,7 +128,7 @@ def quantize(
     return found
 
 
-def _dense_model(name: str) -> Path:
+def dense_model(name: str) -> Path:
     """The directory of a model that is not quantised. Raises UnsupportedModel for another."""
     from checkpoints.formats import read_quantisation
     from checkpoints.model_store import is_saved_model
@@ -185,24 +185,37 @@ def read_text(
     Raises:
         InvalidRequest: there is no file, or it is too short for one piece.
     """
-    from jaxinfer.tokenizer import load_tokenizer
-
     path = getattr(options, field)
     if path is None:
         raise InvalidRequest(f"{options.method} needs a calibration text", field="--data")
-    tokenizer = load_tokenizer(directory)
-    if tokenizer is None:
-        raise InvalidRequest("this model has no tokenizer", field=f"--{field}")
-    try:
-        ids = tokenizer.encode(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequest(f"{path} cannot be read: {error}", field=f"--{field}") from error
-    pieces = [ids[i : i + options.length] for i in range(0, len(ids), options.length)]
-    whole = [piece for piece in pieces if len(piece) == options.length]
+    ids = read_tokens(path, directory, f"--{field}")
+    whole = pieces(ids, options.length, options.samples)
     if not whole:
         raise InvalidRequest(
             f"{path} holds {len(ids)} tokens, not one piece of {options.length}",
             field=f"--{field}",
         )
-    step = max(1, len(whole) // options.samples)
-    return whole[::step][: options.samples]
+    return whole
+
+
+def pieces(ids: Sequence[int], length: int, count: int) -> list[list[int]]:
+    """Up to `count` whole pieces of `length` tokens, evenly from all of `ids`."""
+    whole = [list(ids[i : i + length]) for i in range(0, len(ids) - length + 1, length)]
+    return whole[:: max(1, len(whole) // count)][:count]
+
+
+def read_tokens(path: Path, directory: Path, option: str) -> list[int]:
+    """Token ids of a file of text, by the tokenizer of the model in `directory`.
+
+    Raises:
+        InvalidRequest: the model has no tokenizer, or the file, UTF-8, cannot be read.
+    """
+    from jaxinfer.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is None:
+        raise InvalidRequest("this model has no tokenizer", field=option)
+    try:
+        return tokenizer.encode(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"{path} cannot be read: {error}", field=option) from error

@@ -80,7 +80,7 @@ def check_header(path: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     if header is None or header.get("type") != "run" or type(header.get("run_seed")) is not int:
         raise _bad(f"{path}: this is not a file of results, and is left as it is")
     wanted = json.loads(json.dumps(record("run", **asked)))
-    if different := _differences(header, wanted):
+    if different := differences(header, wanted):
         raise _bad(
             f"{path}: it holds the results of another run, and is left as it is; {different}. "
             "Ask for the same again, or name another file"
@@ -207,7 +207,7 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
     return fields if isinstance(fields, dict) else None
 
 
-def _differences(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
+def differences(found: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> str:
     """Where `found` is not as wanted, in words; what is not wanted is not looked at."""
     words = []
     for name, value in wanted.items():
@@ -215,7 +215,7 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any], prefix: str = ""
         if name in NOT_COMPARED or there == value:
             continue
         if isinstance(value, dict) and isinstance(there, dict):
-            words.append(_differences(there, value, f"{prefix}{name}."))
+            words.append(differences(there, value, f"{prefix}{name}."))
         else:
             words.append(f"{prefix}{name} was {json.dumps(there)}, now {json.dumps(value)}")
     return "; ".join(words)

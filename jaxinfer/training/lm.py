@@ -232,11 +232,15 @@ def train_step(
         each = [jnp.exp(log_probs(p, shape, inputs, attention)) for p in teachers.params]
         probs = sum(each[1:], each[0]) / len(each)
     (_, hard), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    return update(state, grads, rate), Metrics(hard, optax.tree.norm(grads))
+
+
+def update(state: TrainState, grads: Params, rate: jax.Array) -> TrainState:
+    """`state` one step further: its optimiser's direction for `grads`, `rate` times as far."""
     updates, opt_state = state.tx.update(grads, state.opt_state, state.params)
     updates = jax.tree.map(lambda u: rate * u, updates)
     params = optax.apply_updates(state.params, updates)
-    state = state.replace(step=state.step + 1, params=params, opt_state=opt_state)
-    return state, Metrics(hard, optax.tree.norm(grads))
+    return state.replace(step=state.step + 1, params=params, opt_state=opt_state)
 
 
 @functools.partial(
