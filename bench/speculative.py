@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,13 +194,13 @@ def measure_demo(args: argparse.Namespace) -> Iterator[Record]:
         for kind in args.kinds or specs:
             text = specs[kind]
             with start([greedy, noise], speculative=text) as llm:
-                for name, batch in product(texts, args.batch):
-                    prompts, how = texts[name]
-
-                    yield from faster(
-                        f"speculative.demo.{kind}.{name}.b{batch}", plain, llm,
-                        partial(_in_turn, prompts, batch), how, repeats=2 * args.repeats, detail={"speculative": text},
-                    )  # fmt: skip
+                for name, (prompts, how) in texts.items():
+                    for batch in args.batch:
+                        yield from faster(
+                            f"speculative.demo.{kind}.{name}.b{batch}", plain, llm,
+                            partial(_in_turn, prompts, batch), how,
+                            repeats=2 * args.repeats, detail={"speculative": text},
+                        )  # fmt: skip
             fixed = f"{text},adapt=false"
             with start([greedy], speculative=fixed, **checked) as llm:
                 got = seconds(llm, code, replace(greedy, max_tokens=64))[1]
