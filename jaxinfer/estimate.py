@@ -120,17 +120,18 @@ def estimate(config: ModelConfig, setting: Setting, *, price: float | None = Non
 def prefill_time(config: ModelConfig, setting: Setting) -> tuple[float, float, float]:
     """Of one prompt: seconds to its first token, seconds that it takes each stage, and the bubble.
 
-    Its chunks follow each other through the stages: m chunks through pp stages take m + pp - 1
-    turns, in pp - 1 of which a stage has nothing to do.
+    Its chunks follow each other through the stages, which are alike: all of them take one stage's
+    time, and the longest of them that of every other stage.
     """
     s = setting
     steps = prefill_steps(shard(config, s.tp, s.pp), s.stored, s.prompt_tokens)
-    busy = sum(
+    each = [
         step_time(step, s.gpu, s.stored, kv_dtype=s.kv_name, tp=s.tp).total + hop_time(step, s)
         for step in steps
-    )
-    turns = len(steps) + s.pp - 1
-    return busy * turns / len(steps), busy, (s.pp - 1) / turns
+    ]
+    busy = sum(each)
+    whole = busy + (s.pp - 1) * max(each)
+    return whole, busy, 1 - busy / whole
 
 
 def _cost(price: float | None, gpus: int, tokens_per_s: float) -> float | None:

@@ -191,7 +191,8 @@ def test_copies_share_the_batch_and_stages_wait():
     assert two.communication_bytes == 0
     staged, alone = (estimate(SMALL, Setting(H100, batch=1, pp=pp, context=4096)) for pp in (4, 1))
     assert staged.decode_bubble == 0.75
-    assert staged.prefill_bubble == 3 / (2 + 3)  # two chunks of 2048
+    # Two chunks of 2048, the second of which takes a little longer.
+    assert staged.prefill_bubble == pytest.approx(3 / (2 + 3), abs=0.02)
     assert staged.decode_ms > alone.decode_ms
 
 
