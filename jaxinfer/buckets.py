@@ -26,7 +26,7 @@ MOST_CHUNKS, MAKESPAN_CHUNKS = 32, 8
 CPU_CHUNKS = 4  # each costs as much as the longest
 GPU_SHORT = 8192  # tokens: page tables of sequences up to here are looked at as one size
 # Rows that guess: the step is of some tokens for each. With more, computing them takes longer.
-GPU_GUESSING, CPU_GUESSING, MOST_GUESSING = (1, 8, 32), (1, 8), 64
+GPU_GUESSING, CPU_GUESSING, MOST_GUESSING = (1, 8, 32), (8,), 64
 MULTIPLE = 64  # of tokens, in steps that are larger
 
 

@@ -164,7 +164,8 @@ def _in_rows(sampled: Sampled, key: StepKey) -> Sampled:
     if not key.guesses:
         return sampled
     tokens, logprobs = jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[2:]), (sampled.tokens, sampled.logprobs)
+        lambda x: x.reshape(x.shape[0] * x.shape[1], *x.shape[2:]),
+        (sampled.tokens, sampled.logprobs),
     )
     return sampled._replace(tokens=tokens, logprobs=logprobs)
 
