@@ -126,9 +126,11 @@ def prompt_lookup(longest: int = 3, shortest: int = 1) -> Proposer:
         found = jnp.where(earlier, run * L + at, -1)  # the longest, and of equals the latest
         place = jnp.argmax(found, axis=1)
         hit = jnp.take_along_axis(found, place[:, None], axis=1)[:, 0] >= 0
-        ids = place[:, None] + 1 + jnp.arange(k)
+        # What repeats itself is taken to go on so beyond what is there.
+        period = jnp.maximum(length - 1 - place, 1)[:, None]
+        ids = place[:, None] + 1 + jnp.arange(k) % period
         guesses = jnp.take_along_axis(tokens, jnp.minimum(ids, L - 1), axis=1)
-        count = jnp.where(hit & state.active, jnp.minimum(length - 1 - place, k), 0)
+        count = jnp.where(hit & state.active, k, 0)
         return state._replace(draft=tokens), Proposal(guesses, count.astype(jnp.int32))
 
     return propose

@@ -157,7 +157,10 @@ def test_all_of_it_together(engines: dict[str | None, Engine], name: str) -> Non
     assert name == "lookup" or any(step.held for step in engine.metrics.steps)
 
 
-@pytest.mark.parametrize("name", ["draft", "lookup", pytest.param("skip", marks=pytest.mark.slow)])
+SLOW = (pytest.param(name, marks=pytest.mark.slow) for name in ("draft", "skip"))
+
+
+@pytest.mark.parametrize("name", ["lookup", *SLOW])
 def test_penalties_truncation_and_log_probabilities(tiny: TinyModel, name: str) -> None:
     params = SamplingParams(
         temperature=0.8, top_k=40, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.3,
