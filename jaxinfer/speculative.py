@@ -127,8 +127,11 @@ def prepare(
         return Draft(Drafter(how, given[1]), None, 0)
     if how.draft is None:
         raise ValueError("speculative: method 'draft' needs a model: draft=MODEL")
-    source = open_source(resolve_model(how.draft))
-    model = model_config(source)
+    try:
+        source = open_source(resolve_model(how.draft))
+        model = model_config(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"the draft: {error}") from error
     _check_draft(model, config, longest, f"the draft {how.draft!r}")
     return Draft(Drafter(how, model), source, weight_bytes(source, model, jnp.dtype(options.dtype)))
 

@@ -32,6 +32,7 @@ from jaxinfer.cli.options import (
     RepetitionPenalty,
     Revision,
     Seed,
+    SpeculativeOption,
     Stop,
     Temperature,
     TokenIds,
@@ -108,6 +109,7 @@ def generate(
     max_model_len: MaxModelLen = None,
     gpu_memory_utilization: GpuMemory = 0.9,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
+    speculative: SpeculativeOption = None,
     n: Annotated[int, typer.Option(help="Samples a prompt.", rich_help_panel=SAMPLING)] = 1,
     max_tokens: MaxTokens = 128,
     min_tokens: Annotated[
@@ -146,8 +148,9 @@ def generate(
         stop=tuple(stop or ()), ignore_eos=ignore_eos, logprobs=logprobs,
     )  # fmt: skip
     options = ModelOptions(
-        model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype, event_log
-    )
+        model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype, event_log,
+        speculative,
+    )  # fmt: skip
     measured = metrics_path(metrics)
     if out:
         source = prompt_source(prompts, file, token_ids)
@@ -183,6 +186,7 @@ def chat(
     max_model_len: MaxModelLen = None,
     gpu_memory_utilization: GpuMemory = 0.9,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
+    speculative: SpeculativeOption = None,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -198,8 +202,9 @@ def chat(
         repetition_penalty=repetition_penalty, seed=seed, stop=tuple(stop or ()),
     )  # fmt: skip
     options = ModelOptions(
-        model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype
-    )
+        model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype,
+        speculative=speculative,
+    )  # fmt: skip
     with open_llm(options) as llm:
         if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
             raise InvalidRequest(

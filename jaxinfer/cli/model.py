@@ -34,6 +34,7 @@ class ModelOptions:
     gpu_memory_utilization: float
     kv_cache_dtype: KvCacheDtype
     event_log: str | None = None
+    speculative: str | None = None
 
 
 def open_llm(
@@ -52,6 +53,7 @@ def open_llm(
             gpu_memory_utilization=options.gpu_memory_utilization,
             kv_cache_dtype=options.kv_cache_dtype,
             event_log=options.event_log,
+            speculative=options.speculative,
         )
     except ValueError as error:
         if isinstance(error, JaxinferError):

@@ -28,6 +28,15 @@ KvCacheDtypeOption = Annotated[
     KvCacheDtype,
     typer.Option(help="int8 or fp8 halve the KV cache; auto: as --dtype.", rich_help_panel=MODEL),
 ]
+SpeculativeOption = Annotated[
+    str | None,
+    typer.Option(
+        "--speculative",
+        help="Guess tokens, and check several at once: draft=MODEL, lookup, or skip=4-9 (layers). "
+        "The text is the same.",
+        rich_help_panel=MODEL,
+    ),
+]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(help="Longest sequence in tokens; default: the model's.", rich_help_panel=MODEL),

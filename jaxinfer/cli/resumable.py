@@ -60,6 +60,19 @@ def complete_to_file(
     return 1 if failed else 2 if results.refused else 0
 
 
+def _decides(speculative: str | None) -> str | None:
+    """What was said of speculation, where tokens depend on it."""
+    from jaxinfer.speculative import parse
+
+    if speculative is None:
+        return None
+    try:
+        how = parse(speculative)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    return speculative if how.rule != "shared" or how.forced is not None else None
+
+
 def _asked(
     options: ModelOptions, dtype: str, model: str, params: SamplingParams, extent: Extent
 ) -> dict[str, Any]:
@@ -72,6 +85,7 @@ def _asked(
         "model_digest": model,
         "dtype": dtype,
         "kv_cache_dtype": resolve_kv_dtype(options.kv_cache_dtype, dtype).name,
+        "speculative": _decides(options.speculative),
         "params": asdict(params),
         "prompts": extent.count,
         "prompts_digest": extent.digest,
