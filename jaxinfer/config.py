@@ -151,7 +151,8 @@ class Speculative:
             of a run without speculation. `rejection`: more guesses hold, and tokens have the
             model's distribution; but which they are depends on how many were guessed.
         longest, shortest: of `lookup`: how many of the last tokens are looked for.
-        skip: of `skip`: layers left out.
+        skip: of `skip`: layers left out; none: `count` are chosen, those that are missed least in
+            `text`, a file (`skipping.choose_layers`).
         forced: for measurements: guesses hold with this probability, whatever they are, and the
             text is nobody's.
 
@@ -167,6 +168,8 @@ class Speculative:
     longest: int = 3
     shortest: int = 1
     skip: tuple[int, ...] = ()
+    count: int | None = None
+    text: str | None = None
     forced: float | None = None
 
     def __post_init__(self) -> None:
@@ -194,10 +197,13 @@ class Speculative:
                 f"speculative: draft={self.draft!r} with method={self.method!r}: a draft model is "
                 "for the method 'draft'"
             )
-        if bool(self.skip) != (self.method == "skip"):
+        chosen = self.count is not None and self.text is not None
+        given = bool(self.skip) + chosen
+        if given != (self.method == "skip") or (self.count is None) != (self.text is None):
             raise ValueError(
-                f"speculative: skip={self.skip} with method={self.method!r}: the method 'skip', "
-                "and no other, needs layers to leave out"
+                f"speculative: skip={self.skip}, count={self.count}, text={self.text!r} with "
+                f"method={self.method!r}: the method 'skip', and no other, needs layers to leave "
+                "out, or a count and a text to choose them by"
             )
 
 

@@ -53,7 +53,7 @@ from jaxinfer.requests import (
     token_logprobs,
 )
 from jaxinfer.response_cache import Key, ResponseCache, response_key
-from jaxinfer.speculative import Draft, costs, load_draft, parse, prepare
+from jaxinfer.speculative import Draft, costs, load_draft, parse, prepare, settled
 from jaxinfer.types import (
     MAX_PRIORITY,
     MAX_SEED,
@@ -188,7 +188,9 @@ class LLM:
         plan(config, options, loaded=False, weights=expected, drafter=drafter)
         tokenizer = model_tokenizer(source)
         params = load_weights(source, config, jnp.dtype(dtype))
-        guessing = None if draft is None else load_draft(draft, options)
+        guessing = None
+        if draft is not None:
+            guessing, draft = load_draft(draft, options), settled(draft, params, config, tokenizer)
         self._start(params, config, tokenizer, options, draft, guessing, owned=True)
 
     @classmethod
@@ -225,6 +227,8 @@ class LLM:
         prepare_backend(chosen)
         self = cls.__new__(cls)
         params = jax.device_put(params)
+        if found is not None:
+            found = settled(found, params, config, tokenizer)
         self._start(params, config, tokenizer, chosen, found, guessing, owned=False)
         return self
 

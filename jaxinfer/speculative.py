@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 
 from jaxinfer.config import EngineOptions, ModelConfig, Speculative
 from jaxinfer.controller import Costs
@@ -16,13 +18,19 @@ from jaxinfer.errors import CheckpointError
 from jaxinfer.loading import load_weights, model_config, open_source, weight_bytes
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import count_params
+from jaxinfer.progress import layers_bar
 from jaxinfer.quant import pack_params
+from jaxinfer.skipping import choose_layers
+
+if TYPE_CHECKING:
+    from jaxinfer.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 METHODS = "'draft=MODEL', 'lookup' or 'skip=LAYERS' (such as skip=4-9), each with ',tokens=4'"
 # Of an H100, and of a desktop's processor: what the controller goes by until it has measured.
 GPU_SPEED, CPU_SPEED = (2.9e12, 6e14), (1.5e10, 1e11)
+WINDOW, MOST_WINDOWS = 256, 8  # tokens of text that layers are chosen by
 GPU_LAYER_S, CPU_LAYER_S = 25e-6, 50e-6  # that the launches of a layer take beside its work
 
 
@@ -42,7 +50,8 @@ def parse(given: str | Mapping[str, Any] | Speculative) -> Speculative:
 
     Args:
         given: `Speculative`, its fields, or text: `draft=MODEL`, `lookup`, `skip=4-9` (layers;
-            several ranges with `+`), followed by other fields: `lookup,tokens=8,longest=4`.
+            several ranges with `+`) or `skip,count=6,text=FILE`, followed by other fields:
+            `lookup,tokens=8,longest=4`.
 
     Raises:
         ValueError: no such method or field, or a value out of range.
@@ -76,7 +85,7 @@ def _value(name: str, text: str) -> Any:
     """A field's value, as it is written in text."""
     try:
         match name:
-            case "tokens" | "longest" | "shortest":
+            case "tokens" | "longest" | "shortest" | "count":
                 return int(text)
             case "forced":
                 return float(text)
@@ -151,11 +160,43 @@ def _check_draft(draft: ModelConfig, config: ModelConfig, longest: int, name: st
 
 def _check_skipped(how: Speculative, config: ModelConfig) -> None:
     unknown = [i for i in how.skip if not 0 <= i < config.num_layers]
-    if unknown or len(set(how.skip)) >= config.num_layers:
+    most = config.num_layers - 1
+    if how.text is not None and not Path(how.text).is_file():
+        raise ValueError(f"speculative: text={how.text!r}: there is no such file")
+    if unknown or len(set(how.skip)) > most or not 0 <= (how.count or 0) <= most:
         raise ValueError(
-            f"speculative: skip={how.skip}: this model has layers 0 to {config.num_layers - 1}, of "
-            "which at least one must stay"
+            f"speculative: skip={how.skip}, count={how.count}: this model has layers 0 to {most}, "
+            "of which at least one must stay"
         )
+
+
+def settled(
+    draft: Draft, params: Params, config: ModelConfig, tokenizer: Tokenizer | None
+) -> Draft:
+    """With the layers chosen that are left out, if the user left that open.
+
+    Raises:
+        ValueError: there is no tokenizer to read the text with, or the text is too short.
+    """
+    how = draft.drafter.how
+    if how.text is None or how.count is None:
+        return draft
+    if tokenizer is None:
+        raise ValueError(f"speculative: text={how.text!r} needs a tokenizer, and there is none")
+    tokens = np.asarray(tokenizer.encode(Path(how.text).read_text(encoding="utf-8")), np.int32)
+    rows = min(len(tokens) // WINDOW, MOST_WINDOWS)
+    if rows < 1:
+        raise ValueError(
+            f"speculative: text={how.text!r} has {len(tokens)} tokens, expected {WINDOW} at least"
+        )
+    with layers_bar("choosing layers") as progress:
+        skip = choose_layers(
+            params, config, tokens[: rows * WINDOW].reshape(rows, WINDOW), how.count,
+            progress=progress,
+        )  # fmt: skip
+    logger.info("speculative: layers %s are left out when guessing", skip)
+    chosen = replace(how, skip=skip, count=None, text=None)
+    return draft._replace(drafter=replace(draft.drafter, how=chosen))
 
 
 def load_draft(draft: Draft, options: EngineOptions) -> Params | None:

@@ -55,7 +55,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"plans", "controller"},
     ),
     "functional": ({"jaxinfer.functional"}, {"plans"}),
-    "quantise": ({"jaxinfer.quantise", "jaxinfer.quality"}, {"models"}),
+    "quantise": ({"jaxinfer.quantise", "jaxinfer.quality", "jaxinfer.skipping"}, {"models"}),
     "sharding": ({"jaxinfer.sharding"}, {"models"}),
     "sizing": (
         {
@@ -81,7 +81,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "requests": ({"jaxinfer.requests"}, {"engine", "host"}),
     "loading": (
         {"jaxinfer.loading", "jaxinfer.speculative"},
-        {"checkpoints", "sizing", "host", "engine"},
+        {"checkpoints", "sizing", "host", "engine", "quantise"},
     ),
     "llm": ({"jaxinfer.llm", "jaxinfer.saving"}, {"requests", "loading", "functional"}),
     "async": ({"jaxinfer.async_llm"}, {"llm"}),

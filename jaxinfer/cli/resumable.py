@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
+
 import jaxinfer
 from jaxinfer.cli.metrics import metrics_written
 from jaxinfer.cli.model import ModelOptions, choose_dtype, model_digest, open_llm
