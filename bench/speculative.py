@@ -161,7 +161,8 @@ def demo_prompts(count: int, tokens: int) -> list[list[int]]:
     return [found[i % len(found)][: tokens - i // len(found)] for i in range(count)]
 
 
-def _in_turn(prompts: Prompts, batch: int, turn: int) -> Prompts:
+def in_turn(prompts: Prompts, batch: int, turn: int) -> Prompts:
+    """The prompts of a turn, of a list that begins again."""
     return [prompts[(turn * batch + i) % len(prompts)] for i in range(batch)]
 
 
@@ -198,7 +199,7 @@ def measure_demo(args: argparse.Namespace) -> Iterator[Record]:
                     for batch in args.batch:
                         yield from faster(
                             f"speculative.demo.{kind}.{name}.b{batch}", plain, llm,
-                            partial(_in_turn, prompts, batch), how,
+                            partial(in_turn, prompts, batch), how,
                             repeats=2 * args.repeats, detail={"speculative": text},
                         )  # fmt: skip
             fixed = f"{text},adapt=false"

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxinfer import LLM, SamplingParams, eventlog
+from jaxinfer import LLM, JaxinferError, SamplingParams, eventlog
 from jaxinfer.batcher import Guess, Progress, Run
 from jaxinfer.config import BatcherConfig, Speculative
 from jaxinfer.controller import Costs
@@ -284,6 +284,21 @@ def test_goes_on_from_a_snapshot(
         tokens[update.id] += update.tokens
     assert list(tokens.values()) == want
     assert any(step.guesses for step in second.metrics.steps)
+    first.reset()
+
+
+def test_a_snapshot_with_the_text_is_for_engines_that_keep_it(
+    engines: dict[str | None, Engine],
+) -> None:
+    first, second = engines["skip"], engines["lookup"]
+    for one in (first, second):
+        one.reset()
+    first.submit([SequenceSpec(np.array(TEXT, np.int32), GREEDY, 50, seed=0)])
+    first.step()
+    while first.in_flight:
+        first.read()
+    with pytest.raises(JaxinferError, match="the text beside them"):
+        second.restore(first.snapshot(pages=True))
     first.reset()
 
 
