@@ -302,7 +302,8 @@ class Engine:
 
         Raises:
             JaxinferError, CapacityError: something runs already; the state does not fit this
-                engine (see `state.check_fits`), or speculates otherwise; or it has pages, and there is an event log.
+                engine (see `state.check_fits`), or it speculates otherwise; or the state has pages,
+                and there is an event log.
         """
         if self._live:
             raise JaxinferError(f"restore an engine that is idle: {len(self._live)} sequences run")
@@ -315,9 +316,8 @@ class Engine:
         running = state.running
         if running is not None and (running.pages.tokens is None) != (self._cache.tokens is None):
             raise JaxinferError(
-                "the saved pages have the text beside them and this engine's have not, or the other "
-                "way round: restore into an engine that speculates in the same way, or a state "
-                "without pages"
+                "only one of the saved pages and this engine's has the text beside them: restore a "
+                "state without pages, or into an engine that speculates in the same way"
             )
         self._settle()
         self._ids = itertools.count(max(state.next_id, next(self._ids)))

@@ -297,7 +297,7 @@ def test_a_snapshot_with_the_text_is_for_engines_that_keep_it(
     first.step()
     while first.in_flight:
         first.read()
-    with pytest.raises(JaxinferError, match="the text beside them"):
+    with pytest.raises(JaxinferError, match="has the text beside them"):
         second.restore(first.snapshot(pages=True))
     first.reset()
 
