@@ -20,7 +20,7 @@ from jaxinfer import proposers, sampling
 from jaxinfer.batch import Drafting, Plan, SeqState
 from jaxinfer.cache import PagedCache, init_cache
 from jaxinfer.config import BatcherConfig, ModelConfig, Speculative
-from jaxinfer.models.decoder import AttentionOptions, Params, forward
+from jaxinfer.models.decoder import DEFAULT_ATTENTION, AttentionOptions, Params, forward
 from jaxinfer.speculate import Accepted, Drawing, Proposer, State, step
 from jaxinfer.windows import Pages, model_forward, text_at, unread
 
@@ -104,7 +104,7 @@ def speculate_rows(
     after, accepted = step(
         state,
         {"target": params, "draft": draft},
-        draft=_proposer(drafter, config, attention),
+        draft=proposer(drafter, config, attention),
         target=model_forward("target", config, attention),
         drawing=drawing, rule=drafter.how.rule, top=top, forced=drafter.how.forced,
     )  # fmt: skip
@@ -159,7 +159,14 @@ def _penalties_of(seq: SeqState, rows: Array) -> sampling.PenaltyState | None:
     return sampling.PenaltyState(seq.penalties.prompt[rows], seq.penalties.counts[rows])
 
 
-def _proposer(drafter: Drafter, config: ModelConfig, attention: AttentionOptions) -> Proposer:
+def proposer(
+    drafter: Drafter, config: ModelConfig, attention: AttentionOptions = DEFAULT_ATTENTION
+) -> Proposer:
+    """What guesses, with weights by the names `target` and `draft`.
+
+    Args:
+        config: of the target.
+    """
     how, with_probabilities = drafter.how, drafter.how.rule == "rejection"
     if how.method == "lookup":
         return proposers.prompt_lookup(how.longest, how.shortest)
