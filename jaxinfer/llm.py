@@ -217,16 +217,18 @@ class LLM:
         chosen = EngineOptions(speculative=how, **options)
         dtype = jnp.dtype(chosen.dtype)
         check_params(params, config, dtype)
+        if how is None and draft is not None:
+            raise ValueError('a draft was given: expected speculative="draft" with it')
         found = None if how is None else prepare(how, config, chosen, given=draft)
-        guessing = None
-        if found is not None and draft is not None:
+        if draft is not None:
             check_params(*draft, dtype)
+        prepare_backend(chosen)
+        self = cls.__new__(cls)
+        params, guessing = jax.device_put(params), None
+        if draft is not None:
             guessing = pack_params(jax.device_put(draft[0]), dtype, consume=False)
         elif found is not None:
             guessing = load_draft(found, chosen)
-        prepare_backend(chosen)
-        self = cls.__new__(cls)
-        params = jax.device_put(params)
         if found is not None:
             found = settled(found, params, config, tokenizer)
         self._start(params, config, tokenizer, chosen, found, guessing, owned=False)

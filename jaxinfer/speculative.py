@@ -127,6 +127,11 @@ def prepare(
             f"speculative: tokens={how.tokens}: sequences of up to {longest} tokens have room for "
             f"{longest - 2} guesses at most"
         )
+    if given is not None and (how.method != "draft" or how.draft is not None):
+        raise ValueError(
+            f"speculative: method={how.method!r}, draft={how.draft!r}: a draft that is in memory is "
+            "for the method 'draft' without a name"
+        )
     if how.method == "skip":
         _check_skipped(how, config)
     if how.method != "draft":
