@@ -129,8 +129,8 @@ def prepare(
         )
     if given is not None and (how.method != "draft" or how.draft is not None):
         raise ValueError(
-            f"speculative: method={how.method!r}, draft={how.draft!r}: a draft that is in memory is "
-            "for the method 'draft' without a name"
+            f"speculative: method={how.method!r}, draft={how.draft!r}: a draft that is in memory "
+            "is for the method 'draft' without a name"
         )
     if how.method == "skip":
         _check_skipped(how, config)
