@@ -187,8 +187,9 @@ class LLM:
         # Whether it fits, before reading.
         plan(config, options, loaded=False, weights=expected, drafter=drafter)
         tokenizer = model_tokenizer(source)
-        params = load_weights(source, config, jnp.dtype(dtype))
+        # The smaller one first: if it cannot be read, nothing else is.
         guessing = None if draft is None else load_draft(draft, options)
+        params = load_weights(source, config, jnp.dtype(dtype))
         self._start(params, config, tokenizer, options, draft, guessing, owned=True)
 
     @classmethod
