@@ -187,10 +187,11 @@ class LLM:
         # Whether it fits, before reading.
         plan(config, options, loaded=False, weights=expected, drafter=drafter)
         tokenizer = model_tokenizer(source)
+        # The smaller one first: if it cannot be read, nothing else is.
+        guessing = None if draft is None else load_draft(draft, options)
         params = load_weights(source, config, jnp.dtype(dtype))
-        guessing = None
         if draft is not None:
-            guessing, draft = load_draft(draft, options), settled(draft, params, config, tokenizer)
+            draft = settled(draft, params, config, tokenizer)
         self._start(params, config, tokenizer, options, draft, guessing, owned=True)
 
     @classmethod
