@@ -176,7 +176,7 @@ def measure_demo(args: argparse.Namespace) -> Iterator[Record]:
         "max_num_batched_tokens": 256, "max_model_len": 1024,
     }  # fmt: skip
     specs = {"lookup": "lookup,tokens=8", "draft": f"draft=demo-draft,tokens={K}"}
-    specs["skip"] = f"skip=1-2,tokens={K}"
+    specs["skip"] = f"skip=3-6,tokens={K}"
     greedy = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
     noise = SamplingParams(temperature=1.5, seed=1, max_tokens=args.tokens, ignore_eos=True)
     edits = [(p + p + p[: len(p) // 2]) for p in demo_prompts(64, 160)]
