@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxinfer import sampling
-from jaxinfer.proposers import draft_model, prompt_lookup
+from jaxinfer.proposers import draft_model, prompt_lookup, skipped_layers
 from jaxinfer.sampling import PenaltyState, SamplingRows
 from jaxinfer.speculate import Accepted, Drawing, Proposal, Rule, State, step, verify
 from tests.test_sampling import row, stack
 
 V, L, S = 7, 40, 4
-PROPOSERS = ("draft", "lookup", "nothing")
+PROPOSERS = ("draft", "lookup", "skip", "nothing")
 
 
 class Params(NamedTuple):
@@ -58,6 +58,9 @@ def nothing(params: Any, state: State, k: int, drawing: Drawing) -> tuple[State,
 def make_proposer(name: str, rule: Rule) -> Any:
     if name == "draft":
         return draft_model(partial(forward, "draft"), with_probabilities=rule == "rejection")
+    if name == "skip":  # it writes into what the target keeps
+        guess = partial(forward, "draft")
+        return skipped_layers(guess, with_probabilities=rule == "rejection")
     return prompt_lookup() if name == "lookup" else nothing
 
 
@@ -246,7 +249,7 @@ HOWS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("rule", ["shared", "rejection"])
-@pytest.mark.parametrize("name", PROPOSERS[:2])
+@pytest.mark.parametrize("name", ["draft", "lookup", pytest.param("skip", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("how", "n"),
     [
