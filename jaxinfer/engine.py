@@ -88,7 +88,7 @@ class Engine:
         self._log, self._clock = event_log, clock
         self.config, self.limits = config, limits
         self._params, self._dtype, self._mesh = params, dtype, mesh
-        platform = jax.tree.leaves(params)[0].devices().pop().platform
+        platform = next(iter(jax.tree.leaves(params)[0].devices())).platform
         self._invariant = invariant
         self._buckets = make_buckets(limits, gpu=platform == "gpu")
         self._table_width = pages_for(limits.max_model_len, limits.page_size)

@@ -68,7 +68,7 @@ def check_degree(config: ModelConfig, size: int, name: str) -> None:
     raise ValueError(
         f"tensor_parallel_size={size}: {name} has {config.num_heads} heads, {config.num_kv_heads} "
         f"KV heads, {config.intermediate_size} columns in the MLP and {config.vocab_size} tokens, "
-        f"which must all be shared out evenly: {', '.join(map(str, works))} work(s)"
+        f"which must be shared out evenly; what works: {', '.join(map(str, works))}"
     )
 
 
