@@ -21,6 +21,7 @@ from jaxinfer.config import EngineOptions, ModelConfig, Speculative
 from jaxinfer.engine import DISPATCHES_AHEAD, Engine
 from jaxinfer.errors import (
     CapacityError,
+    CheckpointError,
     FunctionFault,
     InvalidRequest,
     JaxinferError,
@@ -199,6 +200,8 @@ class LLM:
             guessing = load_draft(draft, options, mesh)
             draft = settled(draft, params, config, tokenizer)
         given = _shapes(params) if mesh is None else abstract_params(config, jnp.dtype(dtype))
+        if jax.tree.structure(given) != jax.tree.structure(params):
+            given = None  # quantised, and split: not laid out anew in memory
         self._start(params, config, tokenizer, options, draft, guessing, given, mesh, owned=True)
 
     @classmethod
@@ -235,7 +238,7 @@ class LLM:
         guessing = None
         if found is not None and draft is not None:
             check_params(*draft, dtype)
-            guessing = pack_params(_put(*draft, mesh), dtype, consume=False)
+            guessing = pack_params(_put(*draft, mesh), dtype, consume=False, mesh=mesh)
         elif found is not None:
             guessing = load_draft(found, chosen, mesh)
         self = cls.__new__(cls)
@@ -253,14 +256,13 @@ class LLM:
         options: EngineOptions,
         draft: Draft | None,
         guessing: Params | None,
-        given: Params,
+        given: Params | None,
         mesh: Mesh | None,
         *,
         owned: bool,
     ) -> None:
-        self._given, self._mesh = given, mesh  # `given`: as updates must be
-        if mesh is None:
-            params = pack_params(params, jnp.dtype(options.dtype), consume=owned)
+        self._given, self._mesh = given, mesh  # `given`: as updates must be; None: there are none
+        params = pack_params(params, jnp.dtype(options.dtype), consume=owned, mesh=mesh)
         drafter = None if draft is None else draft.drafter
         weights, others = device_bytes(params), 0 if guessing is None else device_bytes(guessing)
         memory = plan(
@@ -654,6 +656,11 @@ class LLM:
         if in_flight not in ("drain", "abort"):
             raise ValueError(f"in_flight={in_flight!r}: expected 'drain' or 'abort'")
         version = next_version(self.params_version, version)
+        if self._given is None:
+            raise CheckpointError(
+                f"quantised weights with tensor_parallel_size={self._options.tensor_parallel_size} "
+                "are not updated: expected dense ones; make another LLM of the directory"
+            )
         check_params(params, self.config, jnp.dtype(self._options.dtype), like=self._given)
         if in_flight == "abort":
             owners = saving.distinct(request for request, _ in self._owners.values())
@@ -663,11 +670,11 @@ class LLM:
         while self._owners:
             self.pump()
         try:
-            if self._mesh is None:
-                params = pack_params(params, jnp.dtype(self._options.dtype), consume=False)
-            else:
+            if self._mesh is not None:  # dense, and whole
                 params = arrange(params, self.config, self._mesh.size)
-            self.engine.update_params(params)
+            self.engine.update_params(
+                pack_params(params, jnp.dtype(self._options.dtype), consume=False)
+            )
         except BaseException as error:
             self.close()
             raise JaxinferError(f"the update broke off, the LLM is closed: {error}") from error

@@ -229,7 +229,7 @@ def load_draft(draft: Draft, options: EngineOptions, mesh: Mesh | None = None) -
         weights = load_weights(draft.source, draft.drafter.model, dtype, mesh)
     except CheckpointError as error:
         raise CheckpointError(f"the draft: {error}") from error
-    return pack_params(weights, dtype, consume=True) if mesh is None else weights
+    return pack_params(weights, dtype, consume=True, mesh=mesh)
 
 
 def costs(

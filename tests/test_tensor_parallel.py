@@ -273,6 +273,81 @@ def quantised(_: Path) -> dict[str, Any]:
     return found
 
 
+def packed(_: Path) -> dict[str, float]:
+    """Matrices that each device packs for itself: how far products are from the dense ones."""
+    from jaxinfer.quant import Parts, QuantisedMatrix, Scheme, dequantise, matmul, partition
+    from jaxinfer.quant.packing import pack_shards
+
+    mesh = tensor_mesh(2)
+    assert mesh is not None
+    rng = np.random.default_rng(0)
+    N, K = 256, 512
+
+    def matrix(group: int) -> Any:
+        codes = rng.integers(0, 256, (N, K // 2), dtype=np.uint8)
+        scales = rng.uniform(0.01, 0.02, (N, K // group)).astype(np.float32)
+        scales[:, K // group // 2 :] *= 40  # so that shards of columns choose other row scales
+        return QuantisedMatrix(Scheme(), codes, scales)
+
+    found = {}
+    x = jnp.asarray(rng.normal(size=(8, K)), jnp.bfloat16)
+    rows, columns = PartitionSpec(TENSOR, None), PartitionSpec(None, TENSOR)
+    cases = {
+        "rows": (matrix(64), rows), "columns": (matrix(64), columns),
+        "parts": (Parts((matrix(64), matrix(128))), rows),
+    }  # fmt: skip
+    for name, (m, spec) in cases.items():
+        specs = partition(m, spec, 2)
+        split = jax.device_put(m, jax.tree.map(lambda s: NamedSharding(mesh, s), specs))
+        made = pack_shards(split, mesh)
+        leaves = jax.tree.leaves(made)
+        assert all(leaf.dtype in (jnp.int32, jnp.float32) for leaf in leaves)  # nothing was left
+
+        def local(x: Any, w: Any, spec: Any = spec) -> Any:
+            y = matmul(x, w).astype(jnp.float32)
+            return y if spec == rows else jax.lax.psum(y, TENSOR)
+
+        y = jax.shard_map(
+            local, mesh=mesh, check_vma=False,
+            in_specs=(columns if spec == columns else PartitionSpec(),
+                      jax.tree.map(lambda a: a.sharding.spec, made)),
+            out_specs=columns if spec == rows else PartitionSpec(),
+        )(x, made)  # fmt: skip
+        dense = np.asarray(dequantise(m, jnp.float32))
+        if name == "parts":  # each device has its rows of both
+            dense = dense.reshape(2, 2, N // 2, K).swapaxes(0, 1).reshape(2 * N, K)
+        want = np.asarray(x, np.float32) @ dense.T
+        found[name] = float(abs(np.asarray(y) - want).max() / abs(want).max())
+    return found
+
+
+def from_disk(folder: Path) -> dict[str, Any]:
+    """A directory, dense and quantised by `jaxinfer quantize`, on 1 and 2 devices."""
+    from checkpoints.write import write_hf
+    from jaxinfer.cli import main as cli
+
+    config = replace(CONFIG, intermediate_size=64)
+    dense, made = folder / "dense", folder / "made"
+    write_hf(dense, weights(config), declare(config), HF | {"intermediate_size": 64})
+    sizes = ["--group-size", "16", "--method", "rtn"]
+    assert cli(["quantize", str(dense), "--out", str(made), *sizes]) == 0
+    found: dict[str, Any] = {}
+    for path in (dense, made):
+        for size in (1, 2):
+            with LLM(
+                path, dtype="float32", tensor_parallel_size=size, max_num_seqs=4, page_size=8,
+                max_model_len=64, max_num_batched_tokens=16, max_steps=1, kv_cache_bytes=1 << 16,
+            ) as llm:  # fmt: skip
+                held = device_bytes(llm.params)
+                found[f"{path.name} {size}"] = [tokens_of(llm), held, llm.memory_plan.weights]
+                if path == made and size == 2:
+                    try:
+                        llm.update_params(weights(config))
+                    except Exception as error:
+                        found["update"] = f"{type(error).__name__}: {error}"
+    return found
+
+
 def every_kind(folder: Path) -> dict[str, Any]:
     """Sampled and scored, and what is kept over a restart."""
     found: dict[str, Any] = {}
@@ -345,7 +420,17 @@ def speculated(_: Path) -> dict[str, Any]:
 
 PARTS = {
     f.__name__: f
-    for f in (greedy, sampled_rows, errors, streamed, quantised, every_kind, speculated)
+    for f in (
+        greedy,
+        sampled_rows,
+        errors,
+        streamed,
+        quantised,
+        packed,
+        from_disk,
+        every_kind,
+        speculated,
+    )
 }
 
 
@@ -450,11 +535,28 @@ def test_more_devices_than_there_are(monkeypatch):
 
 @pytest.mark.slow
 def test_quantised_matrices_are_split_as_dense_ones(tmp_path):
-    found = child(tmp_path, "quantised")["quantised"]
+    both = child(tmp_path, "quantised", "packed")
+    assert max(both["packed"].values()) < 0.01, both["packed"]
+    found = both["quantised"]
     refused = {name: said for name, said in found.items() if "same" not in said}
     assert len(found) - len(refused) >= 20
     for name, said in refused.items():
         assert re.search("CheckpointError: .*degrees? 1", said), (name, said)
+
+
+@pytest.mark.slow
+def test_directories_of_dense_and_of_quantised_weights(tmp_path):
+    found = child(tmp_path, "from_disk")["from_disk"]
+    for name in ("dense", "made"):
+        (one, bytes_one, plan_one), (two, bytes_two, plan_two) = (
+            found[f"{name} {n}"] for n in "12"
+        )
+        assert two == one
+        assert (plan_one, plan_two) == (bytes_one, bytes_two)
+        assert bytes_two < 0.52 * bytes_one
+    assert found["made 2"][1] < 0.6 * found["dense 2"][1]
+    assert found["made 1"][0] != found["dense 1"][0]
+    assert "CheckpointError: quantised weights with tensor_parallel_size=2" in found["update"]
 
 
 @pytest.mark.slow
