@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 TARGET, DRAFTS = "llama-3.1-8b", ("llama-3.2-1b", "llama-draft-100m")
 K, HELD = 4, 0.75
 DRAWS = 2000
+WARM = 4  # calls before any is timed
 MEASURES = ("demo", "shapes", "parts")
 
 Prompts = Sequence[list[int]]
@@ -68,10 +69,10 @@ def faster(
     """How many times faster the second is, on prompts that neither has read before.
 
     Args:
-        draws: the prompts of each repeat; those of -1 and -2 compile and teach the controller.
+        draws: the prompts of each repeat; those below 0 compile and teach the controller.
         same: both must say the same.
     """
-    for turn in (-1, -2):
+    for turn in range(-WARM, 0):
         for llm in (plain, guessing):
             seconds(llm, draws(turn), params)
     ratios, times = [], []
@@ -175,26 +176,24 @@ def measure_demo(args: argparse.Namespace) -> Iterator[Record]:
         "max_num_batched_tokens": 256, "max_model_len": 1024,
     }  # fmt: skip
     specs = {"lookup": "lookup,tokens=8", "draft": f"draft=demo-draft,tokens={K}"}
-    specs["skip"] = f"skip=1-2,tokens={K}"
+    specs["skip"] = f"skip=3-6,tokens={K}"
     greedy = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
     noise = SamplingParams(temperature=1.5, seed=1, max_tokens=args.tokens, ignore_eos=True)
     edits = [(p + p + p[: len(p) // 2]) for p in demo_prompts(64, 160)]
     code = demo_prompts(args.prompts, 96)
     texts = {"edits": (edits, greedy), "noise": (code, noise)}
 
-    def start(kinds: Sequence[SamplingParams], **options: Any) -> LLM:
-        llm = LLM("demo", **(rest | options))
-        llm.warm_up(kinds)
-        return llm
+    def start(**options: Any) -> LLM:
+        return LLM("demo", **(rest | options))
 
     checked: dict[str, Any] = {"max_num_seqs": 64, "max_steps": 1}
-    with start([greedy], **checked) as plain:
+    with start(**checked) as plain:
         expected = seconds(plain, code, replace(greedy, max_tokens=64))[1]
     rest["max_num_seqs"] = max(args.batch)
-    with start([greedy, noise]) as plain:
+    with start() as plain:
         for kind in args.kinds or specs:
             text = specs[kind]
-            with start([greedy, noise], speculative=text) as llm:
+            with start(speculative=text) as llm:
                 for name, (prompts, how) in texts.items():
                     for batch in args.batch:
                         yield from faster(
@@ -203,7 +202,7 @@ def measure_demo(args: argparse.Namespace) -> Iterator[Record]:
                             repeats=2 * args.repeats, detail={"speculative": text},
                         )  # fmt: skip
             fixed = f"{text},adapt=false"
-            with start([greedy], speculative=fixed, **checked) as llm:
+            with start(speculative=fixed, **checked) as llm:
                 got = seconds(llm, code, replace(greedy, max_tokens=64))[1]
                 wrong = sum(a != b for a, b in zip(expected, got, strict=True))
                 detail = {"prompts": len(code), "speculative": fixed, **acceptance(llm)}

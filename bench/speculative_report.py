@@ -25,7 +25,7 @@ from bench.speculative import K, demo_prompts, faster, in_turn
 SPECS = {
     "draft": f"draft=demo-draft,tokens={K}",
     "lookup": "lookup,tokens=8",
-    "skip": f"skip=1-2,tokens={K}",
+    "skip": f"skip=3-6,tokens={K}",
 }
 CONTEXT = 128
 PREFIX = "speculation.report"

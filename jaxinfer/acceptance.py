@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxinfer.config import ModelConfig, Rule
+from jaxinfer.config import ModelConfig, Speculative
+from jaxinfer.drafting import Drafter, proposer
 from jaxinfer.models.decoder import Params
-from jaxinfer.proposers import draft_model, prompt_lookup
 from jaxinfer.sampling import pack_row, stack_rows
 from jaxinfer.speculate import Accepted, Drawing, State, step
 from jaxinfer.types import SamplingParams
@@ -54,30 +54,25 @@ class Counts(NamedTuple):
 
 
 def prepare(
-    configs: Mapping[str, ModelConfig],
-    proposer: str = "draft",
-    rule: Rule = "shared",
-    temperature: float = 0.0,
+    configs: Mapping[str, ModelConfig], how: Speculative, temperature: float = 0.0
 ) -> tuple[Step, dict[str, ModelConfig]]:
     """(The compiled step, whose state is donated; configs of the models that it runs).
 
     Args:
         configs: of `target`, and of `draft` where that is the proposer.
-        proposer: `draft` or `lookup`.
-        rule: see `jaxinfer.speculate`.
+        how: what guesses; its `draft` and `tokens` are not looked at.
         temperature: 0, or anything else: what `Drawing` is specialised to.
     """
-    configs = dict(configs)
-    if proposer == "draft":
-        forward = model_forward("draft", configs["draft"])
-        guess = draft_model(forward, with_probabilities=rule == "rejection")
-    else:
-        guess, configs = prompt_lookup(), {"target": configs["target"]}
+    target = configs["target"]
+    used = {"target": target}
+    if how.method == "draft":
+        used["draft"] = configs["draft"]
     run = partial(
-        step, draft=guess, target=model_forward("target", configs["target"]),
-        drawing=Drawing(truncated=False, random=temperature > 0), rule=rule,
+        step, draft=proposer(Drafter(how, used.get("draft")), target),
+        target=model_forward("target", target),
+        drawing=Drawing(truncated=False, random=temperature > 0), rule=how.rule,
     )  # fmt: skip
-    return jax.jit(run, donate_argnums=0), configs
+    return jax.jit(run, donate_argnums=0), used
 
 
 def count(

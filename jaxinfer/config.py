@@ -188,6 +188,14 @@ class Speculative:
                 raise ValueError(
                     f"speculative: {name}={value!r}: expected an integer from 1 to {MOST_GUESSES}"
                 )
+        if not isinstance(self.adapt, bool):
+            raise ValueError(f"speculative: adapt={self.adapt!r}: expected True or False")
+        share = self.forced
+        if share is not None and not (isinstance(share, int | float) and 0 <= share <= 1):
+            raise ValueError(f"speculative: forced={share!r}: expected from 0 to 1")
+        layers = self.skip
+        if not isinstance(layers, tuple) or not all(type(i) is int and i >= 0 for i in layers):
+            raise ValueError(f"speculative: skip={layers!r}: expected numbers of layers, from 0 on")
         if self.shortest > self.longest:
             raise ValueError(
                 f"speculative: shortest={self.shortest}: expected at most longest={self.longest}"

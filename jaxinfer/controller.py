@@ -2,8 +2,9 @@
 
 More guesses bring more tokens a step, and make the step longer. What a step brings follows from how
 many guesses have held; how long it takes is measured, and until then told by a cost model. The
-number that brings a sequence to its end soonest is chosen: none, where guessing does not pay. Then
-a few are tried now and then, so seldom that it costs next to nothing.
+number that brings a sequence to its end soonest is chosen: none, where guessing does not pay. What
+does not seem best, a few guesses or none, is tried now and then, so seldom that it costs next to
+nothing: times and text change.
 
 It decides how fast tokens come, never which: under the rule `shared` they are the same.
 """
@@ -18,8 +19,9 @@ PRIOR_WORTH = 2.0  # guesses
 SEQUENCE_MEMORY, OVERALL_MEMORY = 0.9, 0.99  # what the past counts after one more step
 NEW_TIME = 0.2  # what a new time counts
 WARM = 2  # times of a program that are not believed: it is loaded in the first
-TRIAL_SHARE = 0.004  # of the time, for guesses that do not seem to pay
+TRIAL_SHARE = 0.004  # of the time, for what does not seem best
 BEST_SHARE = 0.95  # of guesses that hold, at best: where that would not pay, nothing is tried
+FIRST = 16  # steps before the first trial of a program: it is to be known soon how long it takes
 GAIN = 1.02  # less is not worth a change
 
 
@@ -57,13 +59,17 @@ class Control(NamedTuple):
         overall: of all sequences.
         sequences: of each that runs.
         times: seconds of a step by (rows, guesses), and how often it was measured.
-        since_trial: steps since anything was guessed.
+        since_trial: steps since what did not seem best was tried.
+        trying: how many more steps are a trial, and its guesses.
+        begun: (rows, guesses) of which there was a trial.
     """
 
     overall: Held = Held()
     sequences: Mapping[int, Held] = {}
     times: Mapping[tuple[int, int], tuple[float, int]] = {}
     since_trial: int = 0
+    trying: tuple[int, int] = (0, 0)
+    begun: frozenset[tuple[int, int]] = frozenset()
 
 
 class Load(NamedTuple):
@@ -98,8 +104,11 @@ def learned(control: Control, found: Mapping[int, tuple[int, int]]) -> Control:
 def timed(control: Control, rows: int, guesses: int, seconds: float) -> Control:
     """A step with so many guesses took so long."""
     before, count = control.times.get((rows, guesses), (seconds, 0))
-    # One that waited for something else is no measure: twice as long is as much as is believed.
-    now = seconds if count < WARM else before + NEW_TIME * (min(seconds, 2 * before) - before)
+    # One that waited for something else, such as a program that was compiled, is no measure: of the
+    # first two that are believed the shorter counts, then twice as long at most.
+    now = before + NEW_TIME * (min(seconds, 2 * before) - before)
+    if count <= WARM:
+        now = seconds if count < WARM else min(before, seconds)
     return control._replace(times={**control.times, (rows, guesses): (now, count + 1)})
 
 
@@ -126,30 +135,63 @@ def choose(
         end = reading + load.left / _tokens(control, load, k) * seconds
         if end < soonest:
             best, soonest = k, end
-    if best:
-        return best, control._replace(since_trial=0)
-    k = min(choices)
-    seconds = step_seconds(control, costs, load.rows, k)
-    worth = expected(BEST_SHARE, k) * plain > seconds * GAIN
-    extra = seconds - plain + reading
-    if worth and control.since_trial * plain * TRIAL_SHARE >= extra:
-        return k, control._replace(since_trial=0)
-    return 0, control._replace(since_trial=control.since_trial + 1)
+    again, tried = control.trying
+    if again:
+        return tried, control._replace(trying=(again - 1, tried))
+    tried = 0 if best else min(choices)
+    steps = _trial(control, costs, load, tried, reading)
+    if steps:
+        begun = control.begun | {(load.rows[tried], tried)}
+        return tried, control._replace(since_trial=0, trying=(steps - 1, tried), begun=begun)
+    return best, control._replace(since_trial=control.since_trial + 1)
+
+
+def _trial(control: Control, costs: Costs, load: Load, tried: int, reading: float) -> int:
+    """Of how many steps a trial is that may begin now; 0: none may.
+
+    Args:
+        tried: guesses, which do not seem best.
+        reading: seconds for what the draft has to read first.
+    """
+    plain = step_seconds(control, costs, load.rows, 0)
+    known = _known(control, load.rows[tried], tried) is not None
+    # The first, before which the draft reads, is not measured.
+    steps = 1 if known else WARM + 2
+    extra = plain  # as if a step without guesses brought nothing
+    if tried:
+        # By the model: what has been slow for a while may be so no more.
+        model = [modelled(costs, load.rows[k], k) for k in (0, tried)]
+        if expected(BEST_SHARE, tried) * model[0] <= model[1] * GAIN:
+            return 0
+        longer = step_seconds(control, costs, load.rows, tried) - plain
+        extra = max(longer, (GAIN - 1) * plain)
+    due = control.since_trial * plain * TRIAL_SHARE >= steps * extra + reading
+    first = not known and (load.rows[tried], tried) not in control.begun
+    first &= control.since_trial >= FIRST and reading <= FIRST * plain
+    return steps if due or first else 0
 
 
 def step_seconds(control: Control, costs: Costs, rows: Mapping[int, int], guesses: int) -> float:
     """Of a step of `rows[guesses]` rows: as measured, or by the model, which is held against what
-    was measured of a step without guesses.
+    was measured: of a step without guesses, or else with as few as were.
 
     Args:
         rows: of the program, by its guesses.
     """
-    seconds, count = control.times.get((rows[guesses], guesses), (0.0, 0))
-    if count > WARM:
-        return seconds
+    known = {k: x for k, n in rows.items() if (x := _known(control, n, k)) is not None}
+    if guesses in known:
+        return known[guesses]
     model = modelled(costs, rows[guesses], guesses)
-    plain, count = control.times.get((rows[0], 0), (0.0, 0))
-    return model if count <= WARM else plain * model / modelled(costs, rows[0], 0)
+    if not known:
+        return model
+    k = min(known)
+    return model * known[k] / modelled(costs, rows[k], k)
+
+
+def _known(control: Control, rows: int, guesses: int) -> float | None:
+    """Seconds of a step, as measured; None: not often enough."""
+    seconds, count = control.times.get((rows, guesses), (0.0, 0))
+    return seconds if count > WARM else None
 
 
 def modelled(costs: Costs, rows: int, guesses: int) -> float:

@@ -10,7 +10,6 @@ Letters: M rows of state, R rows of a step, k guesses, P pages a row, V vocabula
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,9 +22,9 @@ from jaxinfer import proposers, sampling
 from jaxinfer.batch import Drafting, Plan, SeqState
 from jaxinfer.cache import PagedCache
 from jaxinfer.config import BatcherConfig, ModelConfig, Speculative
-from jaxinfer.models.decoder import AttentionOptions, Params, forward
+from jaxinfer.models.decoder import DEFAULT_ATTENTION, AttentionOptions, Params, forward
 from jaxinfer.parallel import new_cache, replicate
-from jaxinfer.speculate import Accepted, Drawing, Forward, Proposer, State, step
+from jaxinfer.speculate import Accepted, Drawing, Proposer, State, step
 from jaxinfer.windows import Pages, model_forward, text_at, unread
 
 
@@ -85,7 +84,6 @@ def speculate_rows(
     """
     whole = drawing.random or top is not None or drafter.how.rule == "rejection"
     drawing = drawing._replace(axis=None if whole else axis)
-    run = partial(model_forward, attention=attention, axis=axis, whole=whole)
     M = seq.active.shape[0]
     rows = jnp.minimum(plan.rows, M - 1)
     active = seq.active[rows] & (plan.rows < M)
@@ -115,8 +113,8 @@ def speculate_rows(
     after, accepted = step(
         state,
         {"target": params, "draft": draft},
-        draft=_proposer(drafter, config, run),
-        target=run("target", config),
+        draft=proposer(drafter, config, attention, axis=axis, whole=whole),
+        target=model_forward("target", config, attention, axis=axis, whole=whole),
         drawing=drawing, rule=drafter.how.rule, top=top, forced=drafter.how.forced,
     )  # fmt: skip
     to = jnp.where(active, plan.rows, M)  # past the end: dropped
@@ -171,8 +169,21 @@ def _penalties_of(seq: SeqState, rows: Array) -> sampling.PenaltyState | None:
     return sampling.PenaltyState(seq.penalties.prompt[rows], seq.penalties.counts[rows])
 
 
-def _proposer(drafter: Drafter, config: ModelConfig, run: Callable[..., Forward]) -> Proposer:
-    """`run`: `windows.model_forward`, with what both models share."""
+def proposer(
+    drafter: Drafter,
+    config: ModelConfig,
+    attention: AttentionOptions = DEFAULT_ATTENTION,
+    *,
+    axis: str | None = None,
+    whole: bool = True,
+) -> Proposer:
+    """What guesses, with weights by the names `target` and `draft`.
+
+    Args:
+        config: of the target.
+        axis, whole: see `windows.model_forward`.
+    """
+    run = partial(model_forward, attention=attention, axis=axis, whole=whole)
     how, with_probabilities = drafter.how, drafter.how.rule == "rejection"
     if how.method == "lookup":
         return proposers.prompt_lookup(how.longest, how.shortest)

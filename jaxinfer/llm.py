@@ -194,10 +194,10 @@ class LLM:
         # Whether it fits, before reading.
         plan(config, options, loaded=False, weights=expected, drafter=drafter, mesh=mesh)
         tokenizer = model_tokenizer(source)
+        # The smaller one first: if it cannot be read, nothing else is.
+        guessing = None if draft is None else load_draft(draft, options, mesh)
         params = load_weights(source, config, jnp.dtype(dtype), mesh)
-        guessing = None
         if draft is not None:
-            guessing = load_draft(draft, options, mesh)
             draft = settled(draft, params, config, tokenizer)
         given = _shapes(params) if mesh is None else abstract_params(config, jnp.dtype(dtype))
         if jax.tree.structure(given) != jax.tree.structure(params):
@@ -229,20 +229,21 @@ class LLM:
         chosen = EngineOptions(speculative=how, **options)
         dtype = jnp.dtype(chosen.dtype)
         check_params(params, config, dtype)
+        if how is None and draft is not None:
+            raise ValueError('a draft was given: expected speculative="draft" with it')
         prepare_backend(chosen)
         mesh = make_mesh(config, chosen)
         found = None if how is None else prepare(how, config, chosen, given=draft, mesh=mesh)
-        if mesh is not None:
-            check_dense(params, mesh.size)
-            check_dense(() if draft is None else draft[0], mesh.size)
-        guessing = None
-        if found is not None and draft is not None:
+        if draft is not None:
             check_params(*draft, dtype)
+        if mesh is not None:
+            check_dense([params, draft and draft[0]], mesh.size)
+        self = cls.__new__(cls)
+        given, params, guessing = _shapes(params), _put(params, config, mesh), None
+        if draft is not None:
             guessing = pack_params(_put(*draft, mesh), dtype, consume=False, mesh=mesh)
         elif found is not None:
             guessing = load_draft(found, chosen, mesh)
-        self = cls.__new__(cls)
-        given, params = _shapes(params), _put(params, config, mesh)
         if found is not None:
             found = settled(found, params, config, tokenizer)
         self._start(params, config, tokenizer, chosen, found, guessing, given, mesh, owned=False)

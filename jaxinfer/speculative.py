@@ -72,6 +72,8 @@ def parse(given: str | Mapping[str, Any] | Speculative) -> Speculative:
     method, *rest = (part.partition("=") for part in given.split(","))
     values: dict[str, Any] = {"method": method[0].strip()}
     for name, _, value in [method, *rest] if method[1] else rest:
+        if name.strip() in values:
+            raise ValueError(f"speculative={given!r}: {name.strip()!r} is given twice")
         values[name.strip()] = _value(name.strip(), value.strip())
     return _made(values)
 
@@ -83,7 +85,7 @@ def _made(values: dict[str, Any]) -> Speculative:
     unknown = sorted(values.keys() - set(known))
     if unknown:
         raise ValueError(f"speculative: {unknown}: expected some of {known}")
-    if "skip" in values:
+    if isinstance(values.get("skip"), list | range):
         values["skip"] = tuple(values["skip"])
     return Speculative(**values)
 
@@ -106,8 +108,8 @@ def _value(name: str, text: str) -> Any:
 
 
 def _range(text: str) -> range:
-    first, _, last = text.partition("-")
-    return range(int(first), int(last or first) + 1)
+    first, several, last = text.partition("-")
+    return range(int(first), int(last if several else first) + 1)
 
 
 def prepare(
@@ -135,6 +137,11 @@ def prepare(
         raise ValueError(
             f"speculative: tokens={how.tokens}: sequences of up to {longest} tokens have room for "
             f"{longest - 2} guesses at most"
+        )
+    if given is not None and (how.method != "draft" or how.draft is not None):
+        raise ValueError(
+            f"speculative: method={how.method!r}, draft={how.draft!r}: a draft that is in memory "
+            "is for the method 'draft' without a name"
         )
     if how.method == "skip":
         _check_skipped(how, config)

@@ -3,11 +3,14 @@
 The device knows what the scheduler must not: how long each sequence really gets. It executes
 actions in order, several of them before the host reads the first one's results, and it remembers
 whose token every slot of every page holds, so that a page granted too early is seen when read.
+Where tokens are guessed it writes all guesses that it may, and how many of them hold only it knows.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -18,7 +21,9 @@ from jaxinfer.batcher import (
     NO_SEQUENCE,
     Cancel,
     Finished,
+    Guess,
     Preempt,
+    Progress,
     Refuse,
     Return,
     Run,
@@ -68,18 +73,27 @@ def finished(*ids, keys=None):
     return Finished(np.array(ids, np.int64), found)
 
 
+def progress(*sequences):
+    """Of (id, least, most)."""
+    return Progress(*(np.array(column, np.int64) for column in zip(*sequences, strict=True)))
+
+
 def ids_of(action):
     """Sequences of which an action brings results."""
     return action.ids.tolist() + [chunk.id for chunk in action.chunks]
 
 
-class Device:
-    """Executes actions. `ends[id]`: the tokens that sequence has when it really ends. `shared`:
-    of `content`."""
+WRONG = -1  # a guess that does not hold, in place of a token
 
-    def __init__(self, config, ends, shared):
+
+class Device:
+    """Executes actions. `ends[id]`: the tokens that sequence has when it really ends; `limits[id]`:
+    the most that it may have. `shared`: of `content`. `luck`: how many guesses hold, by turns."""
+
+    def __init__(self, config, ends, limits, shared, luck):
         M = config.max_num_seqs
-        self.config, self.ends, self.shared = config, ends, shared
+        self.config, self.ends, self.limits, self.shared = config, ends, limits, shared
+        self.luck = itertools.cycle(luck)
         self.owner, self.length, self.active = [None] * M, [0] * M, [False] * M
         self.pages = [np.empty(0, int)] * M
         self.slots = {}
@@ -97,15 +111,17 @@ class Device:
             self._begin(chunk)
         made = {}
         for turn in range(action.steps):
+            held = {row: self._guessed(row, action) for row in decoding if self.active[row]}
             reads = [(c.row, p) for c in action.chunks for p in range(c.start, c.stop)]
-            reads += [(row, self.length[row]) for row in decoding if self.active[row]]
+            reads += [(r, self.length[r] + i) for r, n in held.items() for i in range(n + 1)]
             assert turn == 0 or not action.chunks
             for row, position in reads:
                 self._write(row, position)
             for row, position in reads:
                 self._read(row, position)
-            for row in decoding:
-                self._said(row, action, made)
+            for row, right in held.items():
+                for _ in range(right + 1):
+                    self._said(row, action, made)
         for chunk in action.chunks:
             self.length[chunk.row] = chunk.stop
             if chunk.last and chunk.stop < chunk.limit:
@@ -128,6 +144,14 @@ class Device:
                 assert len(self.pages[row]) == column
                 self.pages[row] = np.concatenate([self.pages[row], new])
 
+    def _guessed(self, row, action):
+        """Fills all the places that guesses may have; says how many of them hold."""
+        total = self.length[row] + 1
+        room = min(action.guesses, self.limits[self.owner[row]] - total - 1)
+        for i in range(room):
+            self._write(row, total + i, WRONG)
+        return min(next(self.luck), room) if room else 0
+
     def _said(self, row, action, made):
         if not self.active[row]:
             return
@@ -138,9 +162,10 @@ class Device:
         made[owner] = made.get(owner, 0) + 1
         self.active[row] = total < self.ends[owner]
 
-    def _write(self, row, position):
+    def _write(self, row, position, token=None):
         pages, size = self.pages[row], self.config.page_size
-        token = content(self.shared, self.owner[row], position)
+        if token is None:
+            token = content(self.shared, self.owner[row], position)
         self.slots[pages[position // size], position % size] = token
 
     def _read(self, row, position):
@@ -154,15 +179,18 @@ class Device:
 class Host:
     """The engine's loop without jax, and the invariants after every step."""
 
-    def __init__(self, config):
+    def __init__(self, config, luck):
         self.config, self.state = config, create_state(config)
         self.ends, self.totals = {}, {}  # of the sequences not yet ended
         self.shared, self.ranks, self.saved = {}, {}, 0
-        self.device = Device(config, self.ends, self.shared)
-        self.events, self.in_flight, self.history = [], deque(), []
+        # Guesses from the beginning: a history changes that now and then.
+        self.events = [Guess(config.max_guesses)] if config.max_guesses else []
+        self.in_flight, self.history = deque(), []
         self.known, self.refused, self.ended, self.cancelled = 0, set(), set(), set()
         self.read, self.decoded = {}, set()  # id -> prompt tokens prefilled; ids ever decoded
         self.prompts, self.limits = {}, {}  # what a sequence has to read, and may become
+        self.device = Device(config, self.ends, self.limits, self.shared, luck)
+        self.needed = {}  # id -> the most pages that it has needed in its row
         self.to_release, self.unseen, self.preempted = set(), set(), set()
         self.again, self.any_row = set(), 0
 
@@ -204,6 +232,9 @@ class Host:
             self.cancelled.add(sequence)
             self.events.append(Cancel(sequence))
 
+    def guess(self, tokens):
+        self.events.append(Guess(tokens % (self.config.max_guesses + 1)))
+
     def schedule(self):
         """One step of the scheduler; whether it found work."""
         before, events = self.state, tuple(self.events)
@@ -216,6 +247,8 @@ class Host:
         assert not any(a.flags.writeable for a in arrays((self.state, actions)))
         self.history.append((events, plain(actions)))
         self.check_state(before, actions)
+        if self.state.guesses:
+            self.check_nobody_goes_for_guesses(before, events, actions)
         for action in actions:
             if isinstance(action, Refuse):
                 assert action.id in self.totals or action.id in self.cancelled
@@ -226,6 +259,7 @@ class Host:
             else:
                 self.check_action(action)
                 self.in_flight.append((action, self.device.run(action)))
+        self.check_bounds()
         self.return_preempted()
         return bool(actions)
 
@@ -253,7 +287,7 @@ class Host:
 
     def observe(self):
         if self.in_flight:
-            _, made = self.in_flight.popleft()
+            action, made = self.in_flight.popleft()
             done = []
             for sequence in list(self.totals):
                 self.totals[sequence] += made.get(sequence, 0)
@@ -267,7 +301,36 @@ class Host:
             if done:
                 keys = [self.keys(i, self.ends[i] - 1) for i in done]
                 self.events.append(finished(*done, keys=keys))
+            if action.guesses:
+                self.tell_progress(action.ids.tolist())
             self.return_preempted()
+
+    def tell_progress(self, ids):
+        """As the engine does, of those that go on."""
+        going, least, most = [i for i in ids if i in self.totals], [], []
+        for i in going:
+            runs = [a for a, _ in self.in_flight if i in a.ids]
+            known, limit = self.totals[i], self.limits[i]
+            least.append(min(limit, known + sum(a.steps for a in runs)))
+            most.append(min(limit, known + sum(a.steps * (a.guesses + 1) for a in runs)))
+        if going:
+            self.events.append(progress(*zip(going, least, most, strict=True)))
+
+    def check_nobody_goes_for_guesses(self, before, events, actions):
+        _, plainly = step(before, (*events, Guess(0)), self.config)
+        gone, without = ([a for a in x if isinstance(a, Preempt)] for x in (actions, plainly))
+        assert gone == without
+
+    def check_bounds(self):
+        """All that was dispatched has run: the scheduler's bounds of it hold."""
+        rows, device = self.state.rows, self.device
+        for row in np.flatnonzero((rows.id != NO_SEQUENCE) & (rows.prefilled == rows.prompt)):
+            room = rows.limit[row] - rows.prompt[row]
+            if room:
+                made = device.length[row] + 1 - rows.prompt[row]
+                assert rows.least[row] <= rows.scheduled[row] <= room
+                assert made <= rows.scheduled[row]
+                assert made >= rows.least[row] or not device.active[row]
 
     def check_state(self, before, actions):
         state, config = self.state, self.config
@@ -281,7 +344,10 @@ class Host:
         for row, pages in enumerate(granted):
             tokens = rows.prompt[row] + max(0, rows.scheduled[row] - 1)
             needed = -(-tokens // config.page_size) if rows.id[row] >= 0 else 0
-            assert len(pages) == needed
+            # Those granted for guesses that did not hold are there for the tokens that follow.
+            assert len(pages) == max(needed, self.needed.get(rows.id[row], 0))
+        held = zip(rows.id.tolist(), rows.held.tolist(), strict=True)
+        self.needed = {i: count for i, count in held if i != NO_SEQUENCE}
         running = [int(s) for s in rows.id if s != NO_SEQUENCE]
         waiting = state.waiting.ids.tolist()
         if config.policy == "makespan":
@@ -327,6 +393,8 @@ class Host:
         assert len(action.chunks) <= config.max_chunks
         if action.chunks or len(self.state.waiting.ids):
             assert action.steps == 1
+        assert action.guesses in (0, self.state.guesses)
+        assert not (action.chunks and action.guesses)
         self.decoded |= set(ids)
         for chunk in action.chunks:
             self.check_chunk(chunk)
@@ -353,9 +421,11 @@ class Host:
         self.read[chunk.id] = chunk.stop
 
     def drain(self):
+        """To the end, two dispatches ahead, as the engine."""
         for _ in range(10_000):
-            worked = self.schedule()
-            if not worked and not self.in_flight and not self.events:
+            while len(self.in_flight) < 2 and self.schedule():
+                pass
+            if not self.in_flight and not self.events:
                 break
             self.observe()
         assert idle(self.state)
@@ -382,6 +452,7 @@ configs = st.builds(
     max_steps=st.integers(1, 6),
     max_waiting=st.sampled_from([1, 3, PLENTY]),
     policy=st.sampled_from(["continuous", "static", "makespan"]),
+    max_guesses=st.sampled_from([0, 1, 2, 5]),
 )
 # (prompt tokens, output tokens at most, which part of them there really is, which prompts begin
 # like this one, for how many tokens, rank)
@@ -401,6 +472,7 @@ operations = st.lists(
     st.one_of(
         st.tuples(st.just("submit"), sequences),
         st.tuples(st.just("cancel"), st.integers(0, 9)),
+        st.tuples(st.just("guess"), st.integers(0, 5)),
         st.tuples(st.just("schedule")),
         st.tuples(st.just("schedule")),
         st.tuples(st.just("observe")),
@@ -409,8 +481,11 @@ operations = st.lists(
 )
 
 
-def live(config, operations):
-    host = Host(config)
+luck = st.lists(st.integers(0, 5), min_size=1, max_size=5)
+
+
+def live(config, operations, luck):
+    host = Host(config, luck)
     for name, *arguments in operations:
         getattr(host, name)(*arguments)
     host.drain()
@@ -418,16 +493,67 @@ def live(config, operations):
 
 
 @settings(max_examples=max(settings().max_examples, 500))
-@given(config=configs, operations=operations)
-def test_any_history(config, operations):
-    live(config, operations)
+@given(config=configs, operations=operations, luck=luck)
+def test_any_history(config, operations, luck):
+    live(config, operations, luck)
+
+
+# Long outputs, few tokens a dispatch: many of them, each begun before it is known what guesses
+# brought before; and others that come, so that pages run out.
+guessing = st.builds(
+    BatcherConfig,
+    num_pages=st.integers(6, 24),
+    page_size=st.integers(1, 4),
+    max_num_seqs=st.integers(1, 3),
+    max_model_len=st.just(48),
+    max_num_batched_tokens=st.integers(5, 12),
+    max_steps=st.integers(1, 2),
+    max_waiting=st.just(PLENTY),
+    policy=st.sampled_from(["continuous", "makespan"]),
+    max_guesses=st.integers(1, 4),
+)
+talkative = st.lists(
+    st.tuples(
+        st.integers(1, 4),
+        st.integers(8, 40),
+        st.sampled_from([0.5, 1.0]),
+        st.integers(0, 1),
+        st.sampled_from([0, 5]),
+        st.sampled_from([0, 0, 3]),
+    ),
+    min_size=1,
+    max_size=3,
+)
+turns = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), talkative),
+        st.tuples(st.just("cancel"), st.integers(0, 9)),
+        st.tuples(st.just("guess"), st.integers(1, 4)),
+        *[st.tuples(st.just("schedule"))] * 3,
+        *[st.tuples(st.just("observe"))] * 3,
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=max(settings().max_examples, 150))
+@given(config=guessing, first=talkative, operations=turns, luck=luck)
+def test_any_history_of_guesses(config, first, operations, luck):
+    live(config, [("submit", first), *operations], luck)
+
+
+@pytest.mark.slow
+@settings(max_examples=1000)
+@given(config=guessing, first=talkative, operations=turns, luck=luck)
+def test_many_histories_of_guesses(config, first, operations, luck):
+    live(config, [("submit", first), *operations], luck)
 
 
 @pytest.mark.slow
 @settings(max_examples=10_000)
-@given(config=configs, operations=operations)
-def test_many_histories(config, operations):
-    live(config, operations)
+@given(config=configs, operations=operations, luck=luck)
+def test_many_histories(config, operations, luck):
+    live(config, operations, luck)
 
 
 CONFIG = BatcherConfig(
@@ -687,3 +813,82 @@ def test_rows_are_given_out_in_order():
     _, found = actions_of(CONFIG, (submit((5, 1, 2), (6, 1, 2), (7, 1, 2)),), (), ())
     rows = [(c.id, c.row) for actions in found for a in actions for c in a.chunks]
     assert rows == [(5, 0), (6, 1), (7, 2)]
+
+
+GUESSES = BatcherConfig(
+    num_pages=17,
+    page_size=4,
+    max_num_seqs=2,
+    max_model_len=32,
+    max_num_batched_tokens=8,
+    max_steps=2,
+    max_guesses=3,
+)
+
+
+def test_guesses_are_room_for_tokens_until_it_is_known_what_became_of_them():
+    state, found = actions_of(GUESSES, (submit((0, 4, 32)), Guess(3)), (), ())
+    [read], [first], [second] = found
+    assert (len(read.chunks), read.guesses) == (1, 0)
+    # 4 + 1 tokens; 2 steps, each of which may bring 4. The last token needs no place yet.
+    assert (first.steps, first.guesses, first.tokens) == (2, 3, 13)
+    assert (first.columns.tolist(), np.count_nonzero(first.pages, axis=1).tolist()) == (
+        [1, 0],
+        [2, 0],
+    )
+    assert (second.tokens, state.rows.held.tolist()) == (21, [5, 0])
+    # The first brought a token a step, the second is on its way: 7 + 2 to 7 + 8 tokens.
+    state, [third] = step(state, (progress((0, 9, 15)),), GUESSES)
+    assert (third.guesses, third.tokens, state.rows.held.tolist()) == (3, 23, [6, 0])
+    assert (state.rows.least[0], state.rows.scheduled[0]) == (11 - 4, 23 - 4)
+
+
+def test_progress_of_who_has_left_says_nothing():
+    state, _ = actions_of(GUESSES, (submit((0, 4, 32), (1, 4, 32)), Guess(3)), (), (Cancel(0),))
+    before = state.rows
+    state, _ = step(state, (progress((0, 9, 15)), Guess(0)), GUESSES)
+    assert state.rows.scheduled[0] == before.scheduled[0]
+    assert state.rows.scheduled[1] == before.scheduled[1] + 2
+
+
+def test_steps_with_guesses_end_when_all_could():
+    _, found = actions_of(GUESSES, (submit((0, 4, 8)), Guess(3)), (), ())
+    [_], [run], [again] = found
+    assert (run.steps, run.guesses, run.tokens) == (1, 3, 8)  # 3 tokens are left
+    assert (again.steps, again.tokens) == (1, 8)  # if the guesses did not hold
+
+
+def test_nothing_is_guessed_while_somebody_is_read_or_may_be_admitted():
+    state, _ = actions_of(GUESSES, (submit((0, 4, 32)), Guess(3)), ())
+    state, [beside] = step(state, (submit((1, 12, 32)),), GUESSES)
+    assert (beside.guesses, len(beside.chunks)) == (0, 1)
+    state, [rest] = step(state, (), GUESSES)
+    assert (rest.guesses, [c.last for c in rest.chunks]) == (0, [True])
+    state, [both] = step(state, (), GUESSES)
+    assert (both.guesses, both.ids.tolist()) == (3, [0, 1])
+
+
+def test_guesses_go_on_while_somebody_waits_for_a_row():
+    waiting = submit((0, 1, 32), (1, 1, 32), (2, 1, 32))
+    _, found = actions_of(GUESSES, (waiting, Guess(3)), ())
+    [_], [run] = found
+    assert (run.steps, run.guesses, run.ids.tolist()) == (1, 3, [0, 1])
+
+
+def test_without_pages_for_guesses_nothing_is_guessed():
+    config = replace(GUESSES, num_pages=6, max_num_batched_tokens=16, max_steps=1)
+    both = submit((0, 5, 16), (1, 5, 16))
+    _, found = actions_of(config, (both, Guess(3)), *[()] * 5)
+    # Five pages: two for 8 tokens and the newest of each; of one more both would need one to guess.
+    runs = [run for actions in found for run in actions if isinstance(run, Run)]
+    assert [run.guesses for run in runs] == [0, 0, 0, 0, 0, 3]
+    assert [run.tokens for run in runs] == [5, 7, 8, 9, 10, 14]
+    gone = [[a for a in actions if isinstance(a, Preempt)] for actions in found]
+    assert gone == [[], [], [], [], [Preempt(1)], []]  # as without guesses: a page each is wanted
+
+
+@pytest.mark.parametrize("tokens", [-1, 4])
+def test_more_guesses_than_there_are(tokens):
+    state, _ = actions_of(GUESSES, (submit((0, 4, 32)),))
+    with pytest.raises(ValueError, match=rf"Guess\(tokens={tokens}\): expected 0 to 3"):
+        step(state, (Guess(tokens),), GUESSES)

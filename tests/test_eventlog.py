@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxinfer import LLM, InvalidRequest, SamplingParams
+from jaxinfer.batcher import Guess, Progress, Run
 from jaxinfer.cli import main
-from jaxinfer.eventlog import describe, replay
-from tests.conftest import TinyModel
+from jaxinfer.eventlog import Step, describe, replay
+from tests.conftest import TinyModel, small_llm
 
 PARAMS = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 
@@ -45,6 +47,32 @@ def test_replay(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert word in told
     assert main(["replay", str(log)]) == 0
     assert capsys.readouterr().out == told + "\n"
+
+
+def test_replay_of_guesses(tiny: TinyModel, tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    options = {"speculative": "lookup,tokens=2,adapt=false", "event_log": str(path)}
+    with small_llm(tiny, **options) as llm:
+        llm.generate([[7, 8, 9] * 4, [5] * 20], PARAMS)
+    steps = list(replay(path))
+    events, actions = ([x for s in steps for x in getattr(s, kind)] for kind in Step._fields[1:3])
+    assert [e.tokens for e in events if isinstance(e, Guess)][:1] == [2]
+    runs = [a for a in actions if isinstance(a, Run)]
+    assert {run.guesses for run in runs} == {0, 2}
+    told_of = [e for e in events if isinstance(e, Progress)]
+    assert 0 < len(told_of) <= sum(run.guesses > 0 for run in runs)
+    for e in told_of:
+        assert (e.ids.dtype, e.least.dtype, e.most.dtype) == (np.int64,) * 3
+        assert (e.least <= e.most).all()
+    told = "\n".join(map(describe, steps))
+    for word in ("2 guesses a step", "0 1 got on", "4 steps with 2 guesses of 0 1"):
+        assert word in told
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    for line in lines[1:]:
+        line["events"] = [e for e in line["events"] if e["kind"] != "Progress"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(InvalidRequest, match="the scheduler now does"):
+        list(replay(path))
 
 
 def test_a_line_cut_off_by_a_kill_is_left_out(log: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from jaxinfer.engine import Engine
 from jaxinfer.metrics import Metrics, Percentiles, RequestRecord, StepRecord, summary
 from jaxinfer.plans import SequenceSpec, padded_tokens
 from jaxinfer.runner import StepKey
-from tests.conftest import TinyModel
+from tests.conftest import TinyModel, small_llm
 
 GREEDY = SamplingParams(temperature=0.0)
 LIMITS = BatcherConfig(
@@ -32,9 +32,9 @@ LIMITS = BatcherConfig(
     max_steps=4,
 )
 STEP = StepRecord(
-    number=0, dispatched_s=10.0, observed_s=11.0, steps=1, rows=0, read=8, sampled=2,
-    padded_tokens=16, wasted=8, waiting=0, running=2, pages_held=2, pages_total=8, kv_tokens=8,
-    kv_slots=16, preempted=0, idle_s=5.0,
+    number=0, dispatched_s=10.0, observed_s=11.0, steps=1, guesses=0, attempted=0, held=0, rows=0,
+    read=8, sampled=2, padded_tokens=16, wasted=8, waiting=0, running=2, pages_held=2,
+    pages_total=8, kv_tokens=8, kv_slots=16, preempted=0, idle_s=5.0,
 )  # fmt: skip
 REQUEST = RequestRecord(
     id=0, arrived_s=9.0, admitted_s=10.0, first_token_s=11.0, finished_s=14.0, prompt_tokens=8,
@@ -177,6 +177,53 @@ def test_what_a_sequence_finds_of_its_own_is_not_cached() -> None:
     ]  # fmt: skip
 
 
+def test_guesses_that_hold() -> None:
+    """Two steps with two guesses of two rows, of which one ends in the first."""
+    metrics = Metrics(itertools.count().__next__, LIMITS.page_size)
+    state, empty = create_state(LIMITS), np.empty(0, np.int64)
+    ids, following = np.arange(2), np.empty((6, 0), np.int32)
+    run = Run(2, 2, ids, ids, 20, empty, empty, (), empty)
+    metrics.dispatch(run, state, 48)
+    tokens = np.array([[5, 5], [6, -1], [7, -1], [8, -1], [9, -1], [-1, -1]], np.int32)
+    metrics.observe(tokens, following, np.array([[2, 1], [2, 0]], np.int32))
+    (step,) = metrics.steps
+    assert (step.steps, step.guesses, step.rows) == (2, 2, 2)
+    assert (step.attempted, step.held, step.sampled, step.wasted) == (5, 3, 6, 42)
+    assert metrics.summary().acceptance == 3 / 5
+    # A dispatch that guesses nothing changes nothing about it, one in which nothing holds does.
+    metrics.dispatch(run._replace(guesses=0), state, 16)
+    metrics.observe(tokens[:2], following[:2])
+    assert (metrics.steps[-1].attempted, metrics.steps[-1].held) == (0, 0)
+    assert metrics.summary().acceptance == 3 / 5
+    metrics.dispatch(run, state, 48)
+    none = np.where(np.arange(6)[:, None] % 3 == 0, tokens, -1)
+    metrics.observe(none, following, np.array([[1, 1], [1, 0]], np.int32))
+    assert (metrics.steps[-1].attempted, metrics.steps[-1].held) == (3, 0)
+    assert metrics.summary().acceptance == 3 / 8
+
+
+def test_guesses_of_an_llm(tiny: TinyModel) -> None:
+    """Tokens that repeat themselves are easy to guess; one who does not want it has no guesses."""
+    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
+    prompts = [[7, 8, 9] * 4, [7, 8, 9] * 4]
+    with small_llm(tiny, speculative="lookup,tokens=2,adapt=false") as llm:
+        llm.generate(prompts, [params, replace(params, speculate=False)])
+        steps, found = list(llm.metrics.steps), llm.metrics.summary()
+    guessing = [s for s in steps if s.guesses]
+    assert sum(s.sampled for s in steps) == 48
+    for s in guessing:
+        assert s.guesses == 2
+        assert 0 <= s.held <= s.attempted <= s.guesses * s.steps  # of one of the rows
+        assert s.sampled <= s.rows * s.steps + s.held
+        assert 0 <= s.wasted < s.padded_tokens
+    attempted, held = (sum(getattr(s, x) for s in guessing) for x in ("attempted", "held"))
+    assert 0 < held <= attempted
+    assert found.acceptance == held / attempted
+    plain = [s for s in steps if not s.guesses]
+    assert plain
+    assert not any(s.attempted or s.held for s in plain)
+
+
 def test_cancelled(engine: Engine) -> None:
     waits, runs, done = engine.submit([sequence([5], 30), sequence([6], 30), sequence([7], 30)])[
         ::-1
@@ -264,6 +311,10 @@ def test_summary() -> None:
     assert found.kv_waste_share == 20 / 48
     assert found.device_idle_share == 1 / 4  # not what was before the first
     assert found.mean_rows == 6 / 5
+    assert found.acceptance is None
+    steps[1] = steps[1]._replace(guesses=4, attempted=9, held=3)
+    steps[2] = steps[2]._replace(guesses=2, attempted=3, held=3)
+    assert summary(steps, requests).acceptance == 6 / 12
 
 
 def test_summary_of_nothing() -> None:

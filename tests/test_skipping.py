@@ -64,3 +64,8 @@ def test_a_text_that_is_too_short(tiny: TinyModel, tmp_path: Path) -> None:
     path.write_text("too little")
     with pytest.raises(ValueError, match="expected 256 at least"):
         small_llm(tiny, speculative=f"skip,count=1,text={path}")
+
+
+def test_a_text_that_is_not_there(tiny: TinyModel, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no such file"):
+        small_llm(tiny, speculative=f"skip,count=1,text={tmp_path / 'nowhere'}")

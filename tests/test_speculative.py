@@ -35,7 +35,7 @@ LIMITS = BatcherConfig(
     max_num_seqs=4,
     max_model_len=64,
     max_num_batched_tokens=16,
-    max_steps=2,
+    max_steps=1,
     max_guesses=4,
 )
 FREE = Costs(1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 1.0)  # guesses cost nothing
@@ -59,8 +59,12 @@ def unlike(tiny: TinyModel, by: float = 0.4) -> dict[str, Any]:
     return jax.tree.unflatten(tree, moved)
 
 
-def make(tiny: TinyModel, name: str | None, limits: BatcherConfig = LIMITS) -> Engine:
-    start = partial(Engine, tiny.params, tiny.config, limits, dtype=jnp.float32)
+def make(tiny: TinyModel, name: str | None) -> Engine:
+    # Several steps a dispatch are other programs: one of the engines has them.
+    limits = replace(LIMITS, max_steps=2 if name == "lookup" else 1)
+    # Times decide how much is guessed: here every step takes as long.
+    clock = itertools.count().__next__
+    start = partial(Engine, tiny.params, tiny.config, limits, dtype=jnp.float32, clock=clock)
     if name is None:
         return start()
     how = HOWS[name]
@@ -200,10 +204,45 @@ def test_a_draft_that_is_the_model_is_always_right(tiny: TinyModel) -> None:
     assert sum(run.steps for run in runs if run.guesses) >= 8
 
 
+@pytest.mark.slow
+def test_by_rejection_greedy_tokens_are_the_same(
+    tiny: TinyModel, engines: dict[str | None, Engine]
+) -> None:
+    how = replace(HOWS["draft"], rule="rejection")
+    engine = Engine(
+        tiny.params, tiny.config, LIMITS, dtype=jnp.float32, costs=FREE,
+        drafter=Drafter(how, tiny.config), draft=unlike(tiny),
+    )  # fmt: skip
+    specs = [SequenceSpec(np.array(TEXT[i:], np.int32), GREEDY, 55, seed=0) for i in (0, 9)]
+    found, runs = said(engine, specs)
+    assert found == said(engines[None], specs)[0]
+    assert guesses(runs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forced", [0.0, 1.0])
+def test_guesses_can_be_made_to_hold(
+    tiny: TinyModel, engines: dict[str | None, Engine], forced: float
+) -> None:
+    how = replace(HOWS["lookup"], forced=forced, shortest=1)
+    engine = Engine(
+        tiny.params, tiny.config, LIMITS, dtype=jnp.float32, drafter=Drafter(how), costs=FREE
+    )
+    spec = SequenceSpec(np.array([5, 6] * 8, np.int32), GREEDY, 50, seed=0)
+    (tokens,), _ = said(engine, [spec])
+    held = sum(step.held for step in engine.metrics.steps)
+    assert len(tokens) == 34
+    if forced:
+        assert held == sum(step.attempted for step in engine.metrics.steps)
+    else:
+        assert held == 0
+        assert [tokens] == said(engines[None], [spec])[0]
+
+
 def test_a_draft_catches_up(tiny: TinyModel) -> None:
     """With what was said while nothing was guessed, of a sequence that it had read before."""
     how = replace(HOWS["draft"], tokens=2)
-    limits = replace(LIMITS, num_pages=40, max_guesses=2, max_steps=1)
+    limits = replace(LIMITS, num_pages=40, max_guesses=2)
     same = Engine(
         tiny.params, tiny.config, limits, dtype=jnp.float32, costs=FREE,
         drafter=Drafter(how, tiny.config), draft=tiny.params,
@@ -290,7 +329,7 @@ def test_goes_on_from_a_snapshot(
 def test_a_snapshot_with_the_text_is_for_engines_that_keep_it(
     engines: dict[str | None, Engine],
 ) -> None:
-    first, second = engines["skip"], engines["lookup"]
+    first, second = engines["skip"], engines["draft"]
     for one in (first, second):
         one.reset()
     first.submit([SequenceSpec(np.array(TEXT, np.int32), GREEDY, 50, seed=0)])

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from bench.kv_quality import DEMO
-from bench.speculation import load_pair, prepare
+from bench.speculation import load_pair
 from jaxinfer import LLM, SamplingParams
+from jaxinfer.acceptance import prepare
+from jaxinfer.config import Method, Speculative
 from jaxinfer.windows import begin
 from tests.test_sampling import row, stack
 
@@ -34,15 +36,18 @@ def pair() -> Any:
     return load_pair(jnp.float32)
 
 
-@pytest.mark.parametrize(("name", "temperature"), [("draft", 0.8), ("lookup", 0.0)])
-def test_tokens_are_those_of_the_engine(llm: LLM, pair: Any, name: str, temperature: float) -> None:
+@pytest.mark.parametrize(("name", "temperature"), [("draft", 0.8), ("lookup", 0.0), ("skip", 0.0)])
+def test_tokens_are_those_of_the_engine(
+    llm: LLM, pair: Any, name: Method, temperature: float
+) -> None:
     sampling = SamplingParams(temperature=temperature, seed=7, max_tokens=MORE, ignore_eos=True)
     outputs = llm.generate(list(TEXT), sampling)
     prompts = [list(out.prompt_token_ids) for out in outputs]
     limits = [len(p) + MORE for p in prompts]
     rows = stack([row(temperature=temperature, seed=7)] * len(prompts))
     configs, params = pair
-    run, configs = prepare(configs, name, "shared", temperature)
+    skip = (2, 5) if name == "skip" else ()
+    run, configs = prepare(configs, Speculative(name, skip=skip), temperature)
     state = begin(params, configs, prompts, rows, limits, k=3, page_size=16, dtype=jnp.float32)
     made: list[list[int]] = [[] for _ in prompts]
     taken = attempted = 0

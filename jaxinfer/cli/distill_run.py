@@ -149,8 +149,10 @@ def _measuring(run: Run, target: Any) -> Callable[[Any], float]:
     import jax
 
     from jaxinfer.acceptance import count, prepare
+    from jaxinfer.config import Speculative
 
-    step, configs = prepare({"target": run.target_config, "draft": run.draft.config})
+    pair = {"target": run.target_config, "draft": run.draft.config}
+    step, configs = prepare(pair, Speculative("draft"))
     dtype = run.how.dtype
     longest = max(map(len, run.text.prompts))
     more = min(MORE, run.context - longest)

@@ -13,7 +13,7 @@ def test_acceptance_of_one_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
     configs, params = speculation.load_pair(jnp.float32)
     prompt = [5, 6, 7, 8] * 4
     acceptance, added = speculation.measure(
-        configs, params, [prompt], "lookup", "shared", 0.0, 2, jnp.float32
+        configs, params, [prompt], "lookup", "shared", 0.0, 2, jnp.float32, ()
     )
     detail = acceptance.detail
     assert acceptance.value == pytest.approx(
