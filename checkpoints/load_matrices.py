@@ -7,7 +7,7 @@ dequantised and rounded anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,14 @@ from checkpoints.formats import Field, Format, Quantisation
 from checkpoints.safetensors_reader import Checkpoint, Tensor, read_rows, read_scalar
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.weights import Piece, Weight
-from jaxinfer.quant import Parts, QuantisedMatrix, join_rows, partition, take_rows
+from jaxinfer.quant import (
+    Parts,
+    QuantisedMatrix,
+    join_rows,
+    join_shards,
+    partition,
+    take_rows,
+)  # fmt: skip
 
 EMBEDDING = "model.embed_tokens"
 Formats = Mapping[str, Format]  # of the modules that are not dense
@@ -100,7 +107,20 @@ def load_matrix(
         CheckpointError: contents that are no such matrix, or a split that its groups do not allow.
     """
     rows = [_read(checkpoint, piece, formats, dtype) for piece in weight.pieces]
-    return put(join_rows(rows), weight, sharding)
+    return put(joined(rows, sharding), weight, sharding)
+
+
+def joined(pieces: Sequence[Any], sharding: jax.sharding.Sharding) -> Any:
+    """The matrix of a weight's pieces, which are declared for as many shards as it is split in."""
+    # What is not fused is one piece, however it is split.
+    return join_rows(pieces) if len(pieces) == 1 else join_shards(pieces, shards_of(sharding))
+
+
+def shards_of(sharding: jax.sharding.Sharding) -> int:
+    """Into how many different parts a weight is split."""
+    if not isinstance(sharding, NamedSharding):
+        return 1
+    return math.prod(sharding.mesh.shape[axis] for axis in sharding.spec if isinstance(axis, str))
 
 
 def put(matrix: Any, weight: Weight, sharding: jax.sharding.Sharding) -> Any:
@@ -124,9 +144,8 @@ def shardings_of(matrix: Any, weight: Weight, sharding: jax.sharding.Sharding) -
     if not isinstance(sharding, NamedSharding):
         return jax.tree.map(lambda _: sharding, matrix)
     mesh = sharding.mesh
-    shards = math.prod(mesh.shape[axis] for axis in sharding.spec if isinstance(axis, str))
     try:
-        specs = partition(matrix, PartitionSpec(*sharding.spec), shards)
+        specs = partition(matrix, PartitionSpec(*sharding.spec), shards_of(sharding))
     except ValueError as error:
         raise CheckpointError(f"{weight.pieces[0].name}: {error}") from None
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)

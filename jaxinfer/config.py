@@ -251,7 +251,7 @@ class EngineOptions:
         }.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {accepted}")
-        at_least_one = ("max_num_seqs", "max_waiting", "page_size")
+        at_least_one = ("max_num_seqs", "max_waiting", "page_size", "tensor_parallel_size")
         optional = ("max_num_batched_tokens", "max_steps", "max_model_len", "kv_cache_bytes")
         for name in (*at_least_one, *optional):
             value = getattr(self, name)
@@ -285,7 +285,3 @@ class EngineOptions:
             )
         if self.page_size & (self.page_size - 1) or not 8 <= self.page_size <= 256:
             raise ValueError(f"page_size={self.page_size}: expected 8, 16, 32, 64, 128 or 256")
-        if self.tensor_parallel_size != 1:
-            raise ValueError(
-                f"tensor_parallel_size={self.tensor_parallel_size!r}: only 1 is supported so far"
-            )

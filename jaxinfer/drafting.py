@@ -11,16 +11,19 @@ Letters: M rows of state, R rows of a step, k guesses, P pages a row, V vocabula
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import Mesh
 
 from jaxinfer import proposers, sampling
 from jaxinfer.batch import Drafting, Plan, SeqState
-from jaxinfer.cache import PagedCache, init_cache
+from jaxinfer.cache import PagedCache
 from jaxinfer.config import BatcherConfig, ModelConfig, Speculative
 from jaxinfer.models.decoder import DEFAULT_ATTENTION, AttentionOptions, Params, forward
+from jaxinfer.parallel import new_cache, replicate
 from jaxinfer.speculate import Accepted, Drawing, Proposer, State, step
 from jaxinfer.windows import Pages, model_forward, text_at, unread
 
@@ -43,12 +46,14 @@ class Drafter:
         return self.how.method != "skip"
 
 
-def init_drafting(drafter: Drafter, limits: BatcherConfig, dtype: Any) -> Drafting | None:
+def init_drafting(
+    drafter: Drafter, limits: BatcherConfig, dtype: Any, mesh: Mesh | None = None
+) -> Drafting | None:
     """What a draft model keeps, with nothing read; None where there is none."""
     if drafter.model is None:
         return None
-    cache = init_cache(drafter.model, limits.num_pages, limits.page_size, dtype)
-    return Drafting(cache, jnp.zeros(limits.max_num_seqs, jnp.int32))
+    cache = new_cache(drafter.model, limits.num_pages, limits.page_size, dtype, mesh=mesh)
+    return Drafting(cache, replicate(jnp.zeros(limits.max_num_seqs, jnp.int32), mesh))
 
 
 def speculate_rows(
@@ -65,6 +70,7 @@ def speculate_rows(
     attention: AttentionOptions,
     drawing: Drawing,
     top: int | None,
+    axis: str | None = None,
 ) -> tuple[PagedCache, SeqState, Accepted]:
     """From one token to k + 1 for every row of `plan.rows` that runs; [R] of each in what is
     accepted. Rows of which the draft has too much to read get one.
@@ -73,8 +79,11 @@ def speculate_rows(
         params, draft: weights of the target, and of the draft model if there is one.
         config: of the target.
         pages: columns of the page table to look at; they must cover all that may be written.
-        drawing, top: see `speculate.step`.
+        drawing, top: see `speculate.step`. Its `axis` is chosen here.
+        axis: mesh axis of tensor parallelism when run under `shard_map`.
     """
+    whole = drawing.random or top is not None or drafter.how.rule == "rejection"
+    drawing = drawing._replace(axis=None if whole else axis)
     M = seq.active.shape[0]
     rows = jnp.minimum(plan.rows, M - 1)
     active = seq.active[rows] & (plan.rows < M)
@@ -104,8 +113,8 @@ def speculate_rows(
     after, accepted = step(
         state,
         {"target": params, "draft": draft},
-        draft=proposer(drafter, config, attention),
-        target=model_forward("target", config, attention),
+        draft=proposer(drafter, config, attention, axis=axis, whole=whole),
+        target=model_forward("target", config, attention, axis=axis, whole=whole),
         drawing=drawing, rule=drafter.how.rule, top=top, forced=drafter.how.forced,
     )  # fmt: skip
     to = jnp.where(active, plan.rows, M)  # past the end: dropped
@@ -130,6 +139,7 @@ def speculate_rows(
 def catch_up(
     draft: Params, cache: PagedCache, seq: SeqState, plan: Plan, *,
     drafter: Drafter, tokens: int, pages: int, attention: AttentionOptions,
+    axis: str | None = None,
 ) -> SeqState:  # fmt: skip
     """The draft reads what it has not seen of `plan.rows`, the first of them first, `tokens` at
     most; but for the newest token of each."""
@@ -148,7 +158,7 @@ def catch_up(
         kept, count, first, tokens,
         lambda owner, _, where: text_at(text, table[0, owner], where[:, None])[:, 0],
     )  # fmt: skip
-    _, read = forward(draft, drafter.model, batch, seq.draft.cache, attention=attention)
+    _, read = forward(draft, drafter.model, batch, seq.draft.cache, attention=attention, axis=axis)
     to = jnp.where(count > 0, plan.rows, M)
     return seq._replace(draft=Drafting(read, seq.draft.read.at[to].add(count, mode="drop")))
 
@@ -160,19 +170,26 @@ def _penalties_of(seq: SeqState, rows: Array) -> sampling.PenaltyState | None:
 
 
 def proposer(
-    drafter: Drafter, config: ModelConfig, attention: AttentionOptions = DEFAULT_ATTENTION
+    drafter: Drafter,
+    config: ModelConfig,
+    attention: AttentionOptions = DEFAULT_ATTENTION,
+    *,
+    axis: str | None = None,
+    whole: bool = True,
 ) -> Proposer:
     """What guesses, with weights by the names `target` and `draft`.
 
     Args:
         config: of the target.
+        axis, whole: see `windows.model_forward`.
     """
+    run = partial(model_forward, attention=attention, axis=axis, whole=whole)
     how, with_probabilities = drafter.how, drafter.how.rule == "rejection"
     if how.method == "lookup":
         return proposers.prompt_lookup(how.longest, how.shortest)
     if how.method == "skip":
-        run = model_forward("target", config, attention, skip=how.skip)
-        return proposers.skipped_layers(run, with_probabilities=with_probabilities)
+        guess = run("target", config, skip=how.skip)
+        return proposers.skipped_layers(guess, with_probabilities=with_probabilities)
     assert drafter.model is not None, "a draft without a model"
-    run = model_forward("draft", drafter.model, attention)
-    return proposers.draft_model(run, with_probabilities=with_probabilities)
+    guess = run("draft", drafter.model)
+    return proposers.draft_model(guess, with_probabilities=with_probabilities)

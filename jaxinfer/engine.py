@@ -7,16 +7,18 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TextIO
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxinfer import batcher, eventlog, sampling, warmup
 from jaxinfer.batch import Plan, SeqState, init_penalties, init_state
 from jaxinfer.buckets import make_buckets
-from jaxinfer.cache import PagedCache, init_cache
+from jaxinfer.cache import PagedCache
 from jaxinfer.config import BatcherConfig, ModelConfig
 from jaxinfer.controller import Costs
 from jaxinfer.drafting import Drafter, init_drafting
@@ -29,6 +31,7 @@ from jaxinfer.models.decoder import Params
 from jaxinfer.observe import InFlight, Update, faults, sequences_of, start_of, taken
 from jaxinfer.packing import pack
 from jaxinfer.pages import page_keys, pages_for
+from jaxinfer.parallel import new_cache, replicate
 from jaxinfer.plans import (
     Kind,
     SequenceSpec,
@@ -63,6 +66,8 @@ class Engine:
         drafter: what guesses tokens, `limits.max_guesses` at most; None: nothing does.
         draft: weights of the drafter's model, if it has one.
         costs: see `controller`; with a drafter.
+        mesh: devices of tensor parallelism, over which `params` and `draft` are split
+            (`parallel.lay_out`); None: one device.
     """
 
     def __init__(
@@ -78,16 +83,17 @@ class Engine:
         drafter: Drafter | None = None,
         draft: Params | None = None,
         costs: Costs | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
         self._log, self._clock = event_log, clock
         self.config, self.limits = config, limits
-        self._params, self._dtype = params, dtype
-        platform = jax.tree.leaves(params)[0].devices().pop().platform
+        self._params, self._dtype, self._mesh = params, dtype, mesh
+        platform = next(iter(jax.tree.leaves(params)[0].devices())).platform
         self._invariant = invariant
         self._buckets = make_buckets(limits, gpu=platform == "gpu")
         self._table_width = pages_for(limits.max_model_len, limits.page_size)
         self.compiler = StepCompiler(
-            config, invariant=invariant, platform=platform, drafter=drafter
+            config, invariant=invariant, platform=platform, drafter=drafter, mesh=mesh
         )
         self._drafter, self._draft = drafter, draft
         self._guesser = None
@@ -105,8 +111,8 @@ class Engine:
 
     def _new_cache(self) -> PagedCache:
         limits, drafter = self.limits, self._drafter
-        return init_cache(
-            self.config, limits.num_pages, limits.page_size, self._dtype,
+        return new_cache(
+            self.config, limits.num_pages, limits.page_size, self._dtype, mesh=self._mesh,
             with_tokens=drafter is not None and drafter.reads_text,
         )  # fmt: skip
 
@@ -114,7 +120,8 @@ class Engine:
         """Rows of which a draft model has read nothing."""
         if self._drafter is None:
             return seq
-        return seq._replace(draft=init_drafting(self._drafter, self.limits, self._dtype))
+        drafting = init_drafting(self._drafter, self.limits, self._dtype, self._mesh)
+        return seq._replace(draft=drafting)
 
     def _clear(self) -> None:
         if self._log is not None:
@@ -129,7 +136,8 @@ class Engine:
         self._preempted: set[int] = set()
         self._cached: dict[int, int] = {}  # from a sequence's first chunk to its last
         self._in_flight: deque[InFlight] = deque()
-        self._seq = self._with_draft(init_state(self.limits.max_num_seqs, self._table_width))
+        empty = init_state(self.limits.max_num_seqs, self._table_width)
+        self._seq = self._with_draft(replicate(empty, self._mesh))
         if self._guesser is not None:
             self._guesser.reset()
         if any(p.penalised for p in self._warmed):  # programs differ in it
@@ -333,7 +341,8 @@ class Engine:
         try:
             self._cached = {live.id: live.cached for live in state.live if live.cached is not None}
             self._batcher, self._events = state.running.scheduler, list(state.running.events)
-            self._seq = jax.tree.map(jnp.array, state.running.seq)._replace(draft=self._seq.draft)
+            copy = partial(jnp.array, device=self.compiler.everywhere)
+            self._seq = jax.tree.map(copy, state.running.seq)._replace(draft=self._seq.draft)
             if self._guesser is not None:
                 self._guesser.restored({i: len(self._tokens(i)) for i in self._live})
             self._cache = put_pages(state.running, self._cache)
@@ -347,7 +356,10 @@ class Engine:
             self.step()
 
     def _described(self) -> dict[str, Any]:
-        return describe(self._params, self.config, kv_dtype=self._dtype, invariant=self._invariant)
+        return describe(
+            self._params, self.config, kv_dtype=self._dtype, invariant=self._invariant,
+            shards=1 if self._mesh is None else self._mesh.size,
+        )  # fmt: skip
 
     @property
     def waiting(self) -> int:
@@ -433,7 +445,8 @@ class Engine:
     def _count_penalties(self) -> None:
         if self._seq.penalties is None:
             M, V = self.limits.max_num_seqs, self.config.vocab_size
-            self._seq = self._seq._replace(penalties=init_penalties(M, V))
+            none = replicate(init_penalties(M, V), self._mesh)
+            self._seq = self._seq._replace(penalties=none)
 
     # -- the loop ---------------------------------------------------------------------------
 
@@ -535,8 +548,8 @@ class Engine:
 
     def _dispatch(self, key: StepKey, plan: Plan) -> Sampled:
         self._cache, self._seq, sampled = self.compiler.run(
-            key, self._params, self._cache, self._seq, pack(plan), self._hooks.tables(key.hooks),
-            self._draft,
+            key, self._params, self._cache, self._seq, pack(plan, self.compiler.everywhere),
+            self._hooks.tables(key.hooks), self._draft,
         )  # fmt: skip
         for leaf in jax.tree.leaves(sampled):
             leaf.copy_to_host_async()

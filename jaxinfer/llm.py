@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxinfer import functional, saving, warmup
 from jaxinfer.cache import resolve_kv_dtype
@@ -20,6 +21,7 @@ from jaxinfer.config import EngineOptions, ModelConfig, Speculative
 from jaxinfer.engine import DISPATCHES_AHEAD, Engine
 from jaxinfer.errors import (
     CapacityError,
+    CheckpointError,
     FunctionFault,
     InvalidRequest,
     JaxinferError,
@@ -29,8 +31,10 @@ from jaxinfer.functional import Functional
 from jaxinfer.hooks import Hook, Inside, Intervention, LogitsFn, Rows, bind, check
 from jaxinfer.loading import (
     batcher_config,
+    check_dense,
     check_params,
     load_weights,
+    make_mesh,
     model_config,
     model_tokenizer,
     open_source,
@@ -39,7 +43,8 @@ from jaxinfer.loading import (
     weight_bytes,
 )  # fmt: skip
 from jaxinfer.models.sites import widths
-from jaxinfer.models.weights import tree_bytes
+from jaxinfer.models.weights import abstract_params
+from jaxinfer.parallel import arrange, device_bytes, lay_out
 from jaxinfer.quant import pack_params
 from jaxinfer.requests import (
     Request,
@@ -100,12 +105,13 @@ class LLM:
         max_num_seqs: sequences that run at once.
         gpu_memory_utilization: share of the GPU's memory to take. JAX decides it when it starts:
             too late if it has run something before; then the log says so.
-        kv_cache_bytes: size of the KV cache; None: what is left.
+        kv_cache_bytes: size of the KV cache on each device; None: what is left.
         kv_cache_dtype: `auto`: `dtype`. `int8`, or `fp8` (`fp8_e4m3`): half the bytes, with a scale
             for every token and head.
         seed: draws the seeds of requests that bring none.
         invariant: a request's tokens do not depend on what it is batched with (ADR 003).
-        tensor_parallel_size: 1; more is not supported yet.
+        tensor_parallel_size: devices that share every layer, the first of this process; it must
+            divide heads, MLP and vocabulary. Other degrees give other bits (docs/parallel.md).
         page_size: tokens a page of the cache.
         max_num_batched_tokens: most tokens of one step: one for each sequence that decodes, and as
             much of prompts as that leaves; longer ones are read in chunks. None: 2048, or twice
@@ -179,20 +185,24 @@ class LLM:
         source = open_source(resolve_model(str(model), revision))
         config = model_config(source)
         prepare_backend(options)
-        expected = weight_bytes(source, config, jnp.dtype(dtype))
+        mesh = make_mesh(config, options)
+        expected = weight_bytes(source, config, jnp.dtype(dtype), mesh)
         how = options.speculative
-        draft = None if how is None else prepare(how, config, options)
+        draft = None if how is None else prepare(how, config, options, mesh=mesh)
         expected += 0 if draft is None else draft.bytes
         drafter = None if draft is None else draft.drafter
         # Whether it fits, before reading.
-        plan(config, options, loaded=False, weights=expected, drafter=drafter)
+        plan(config, options, loaded=False, weights=expected, drafter=drafter, mesh=mesh)
         tokenizer = model_tokenizer(source)
         # The smaller one first: if it cannot be read, nothing else is.
-        guessing = None if draft is None else load_draft(draft, options)
-        params = load_weights(source, config, jnp.dtype(dtype))
+        guessing = None if draft is None else load_draft(draft, options, mesh)
+        params = load_weights(source, config, jnp.dtype(dtype), mesh)
         if draft is not None:
             draft = settled(draft, params, config, tokenizer)
-        self._start(params, config, tokenizer, options, draft, guessing, owned=True)
+        given = _shapes(params) if mesh is None else abstract_params(config, jnp.dtype(dtype))
+        if jax.tree.structure(given) != jax.tree.structure(params):
+            given = None  # quantised, and split: not laid out anew in memory
+        self._start(params, config, tokenizer, options, draft, guessing, given, mesh, owned=True)
 
     @classmethod
     def from_params(
@@ -208,7 +218,8 @@ class LLM:
         """An LLM over weights that are in memory already (a tree of `models.weights.declare`).
 
         Takes the options of `LLM`. The weights' dtype must be `dtype`. `draft`: a model that
-        guesses, in memory already, for `speculative="draft"`.
+        guesses, in memory already, for `speculative="draft"`. With `tensor_parallel_size` weights
+        are dense, and whole as for one device: each device is given a copy of its part.
 
         Raises:
             CheckpointError: `params` is not the tree of `config` and `dtype`; lists what differs.
@@ -220,19 +231,22 @@ class LLM:
         check_params(params, config, dtype)
         if how is None and draft is not None:
             raise ValueError('a draft was given: expected speculative="draft" with it')
-        found = None if how is None else prepare(how, config, chosen, given=draft)
+        prepare_backend(chosen)
+        mesh = make_mesh(config, chosen)
+        found = None if how is None else prepare(how, config, chosen, given=draft, mesh=mesh)
         if draft is not None:
             check_params(*draft, dtype)
-        prepare_backend(chosen)
+        if mesh is not None:
+            check_dense([params, draft and draft[0]], mesh.size)
         self = cls.__new__(cls)
-        params, guessing = jax.device_put(params), None
+        given, params, guessing = _shapes(params), _put(params, config, mesh), None
         if draft is not None:
-            guessing = pack_params(jax.device_put(draft[0]), dtype, consume=False)
+            guessing = pack_params(_put(*draft, mesh), dtype, consume=False, mesh=mesh)
         elif found is not None:
-            guessing = load_draft(found, chosen)
+            guessing = load_draft(found, chosen, mesh)
         if found is not None:
             found = settled(found, params, config, tokenizer)
-        self._start(params, config, tokenizer, chosen, found, guessing, owned=False)
+        self._start(params, config, tokenizer, chosen, found, guessing, given, mesh, owned=False)
         return self
 
     def _start(
@@ -243,15 +257,20 @@ class LLM:
         options: EngineOptions,
         draft: Draft | None,
         guessing: Params | None,
+        given: Params | None,
+        mesh: Mesh | None,
         *,
         owned: bool,
     ) -> None:
-        self._given = jax.eval_shape(lambda tree: tree, params)  # as updates must be
-        params = pack_params(params, jnp.dtype(options.dtype), consume=owned)
+        self._given, self._mesh = given, mesh  # `given`: as updates must be; None: there are none
+        params = pack_params(params, jnp.dtype(options.dtype), consume=owned, mesh=mesh)
         drafter = None if draft is None else draft.drafter
-        weights, others = tree_bytes(params), 0 if guessing is None else tree_bytes(guessing)
-        memory = plan(config, options, loaded=True, weights=weights + others, drafter=drafter)
-        logger.info("%s", memory)
+        weights, others = device_bytes(params), 0 if guessing is None else device_bytes(guessing)
+        memory = plan(
+            config, options, loaded=True, weights=weights + others, drafter=drafter, mesh=mesh
+        )
+        each = "" if mesh is None else f"each of {mesh.size} devices: "
+        logger.info("%s%s", each, memory)
         self.config, self.memory_plan, self.tokenizer = config, memory, tokenizer
         self._options = options
         self._seeds = random.Random(options.seed)
@@ -267,8 +286,9 @@ class LLM:
             event_log=self._event_log, drafter=drafter, draft=guessing,
             costs=None if drafter is None else costs(
                 config, drafter, weight_bytes=weights, draft_bytes=others,
-                gpu=jax.devices()[0].platform == "gpu",
+                gpu=jax.devices()[0].platform == "gpu", devices=options.tensor_parallel_size,
             ),
+            mesh=mesh,
         )  # fmt: skip
 
     # -- life -------------------------------------------------------------------------------
@@ -309,6 +329,8 @@ class LLM:
     @property
     def params(self) -> Params:
         """The model's weights, on the device. They are not to be donated to anything.
+
+        With `tensor_parallel_size` they are those of `declare(config, tensor_parallel_size)`.
 
         Raises:
             JaxinferError: the LLM has been closed.
@@ -487,6 +509,7 @@ class LLM:
         Raises:
             InvalidRequest, CapacityError.
         """
+        self._check_one_device("functional")
         several = as_prompts(prompts)
         each = one_each(params, len(several))
         requests = [self._prepare(p, each[i], i) for i, p in enumerate(several)]
@@ -620,7 +643,8 @@ class LLM:
 
         Args:
             params: a tree like that of the model, in its dtype; arrays on the device, which are
-                taken as they are, or NumPy arrays.
+                taken as they are, or NumPy arrays. With `tensor_parallel_size` they are whole, and
+                dense, as for one device.
             version: name of the weights, which results carry as `params_version`; None: the number
                 after the one before.
             in_flight: `drain` lets all requests finish first, `abort` fails them.
@@ -633,6 +657,11 @@ class LLM:
         if in_flight not in ("drain", "abort"):
             raise ValueError(f"in_flight={in_flight!r}: expected 'drain' or 'abort'")
         version = next_version(self.params_version, version)
+        if self._given is None:
+            raise CheckpointError(
+                f"quantised weights with tensor_parallel_size={self._options.tensor_parallel_size} "
+                "are not updated: expected dense ones; make another LLM of the directory"
+            )
         check_params(params, self.config, jnp.dtype(self._options.dtype), like=self._given)
         if in_flight == "abort":
             owners = saving.distinct(request for request, _ in self._owners.values())
@@ -642,6 +671,8 @@ class LLM:
         while self._owners:
             self.pump()
         try:
+            if self._mesh is not None:  # dense, and whole
+                params = arrange(params, self.config, self._mesh.size)
             self.engine.update_params(
                 pack_params(params, jnp.dtype(self._options.dtype), consume=False)
             )
@@ -736,6 +767,10 @@ class LLM:
         self, count: int, capture: Any, intervene: Any, logits_fn: Any
     ) -> Callable[[int], Inside | None]:
         """What each of `count` requests wants of the inside, checked when it is asked for."""
+        named = {"capture": capture, "intervene": intervene, "logits_fn": logits_fn}
+        for name, value in named.items():
+            if value is not None and not (name == "capture" and not value):
+                self._check_one_device(name)
         changes = one_or_each(intervene, count, "intervene")
         logits = one_or_each(logits_fn, count, "logits_fn")
         checked: set[Hook] = set()
@@ -750,6 +785,13 @@ class LLM:
             return found
 
         return of
+
+    def _check_one_device(self, field: str) -> None:
+        """Raises InvalidRequest where several devices share the model: each sees a part of it."""
+        if self._mesh is not None:
+            raise InvalidRequest(
+                f"not with tensor_parallel_size={self._mesh.size}: expected 1", field=field
+            )
 
     def _encode(self, prompt: Any) -> Any:
         """Token ids of text; what is not text is taken for token ids, and checked later."""
@@ -863,3 +905,11 @@ class LLM:
         for request, _ in self._owners.values():
             request.failed = error
         self._owners.clear()
+
+
+def _shapes(params: Params) -> Params:
+    return jax.eval_shape(lambda tree: tree, params)
+
+
+def _put(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
+    return jax.device_put(params) if mesh is None else lay_out(params, config, mesh)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from jaxinfer.backend import default_cache_directory, reserve_memory, use_compilation_cache
 from jaxinfer.buckets import MOST_GUESSING, max_chunks
@@ -17,8 +19,12 @@ from jaxinfer.drafting import Drafter
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import abstract_params, declare
+from jaxinfer.parallel import device_share, tensor_mesh
+from jaxinfer.placement import HOST_GPUS, can_split
 from jaxinfer.progress import loading_bar
 from jaxinfer.quant import Parts, QuantisedMatrix
+from jaxinfer.roofline import shard
+from jaxinfer.sharding import shardings
 from jaxinfer.sizing import MemoryPlan, device_memory, plan_memory
 
 if TYPE_CHECKING:
@@ -27,6 +33,7 @@ if TYPE_CHECKING:
 
     Source = Path | Gguf  # where a model lies: a directory, or an opened GGUF file
 
+QUANTISED = (QuantisedMatrix, Parts)
 DEFAULT_BATCHED_TOKENS = 2048
 # A dispatch takes the host up to some 3 ms; it should keep the device busy for longer than that.
 DISPATCH_S, MOST_STEPS, GPU_BYTES_PER_S = 0.008, 8, 3e12
@@ -40,6 +47,31 @@ def prepare_backend(options: EngineOptions) -> None:
         use_compilation_cache(default_cache_directory() if chosen is None else Path(chosen))
 
 
+def make_mesh(config: ModelConfig, options: EngineOptions) -> Mesh | None:
+    """The devices that share the model; None for one.
+
+    Raises:
+        ValueError: there are fewer than asked for, or so many cannot share the model; says which
+            degrees work.
+    """
+    size = options.tensor_parallel_size
+    check_degree(config, size, "this model")
+    return tensor_mesh(size)
+
+
+def check_degree(config: ModelConfig, size: int, name: str) -> None:
+    """Raises ValueError unless `size` devices can share the model, which the message calls `name`;
+    it says which degrees work."""
+    if size == 1 or can_split(config, size):
+        return
+    works = [n for n in range(1, HOST_GPUS + 1) if can_split(config, n)]
+    raise ValueError(
+        f"tensor_parallel_size={size}: {name} has {config.num_heads} heads, {config.num_kv_heads} "
+        f"KV heads, {config.intermediate_size} columns in the MLP and {config.vocab_size} tokens, "
+        f"which must be shared out evenly; what works: {', '.join(map(str, works))}"
+    )
+
+
 def plan(
     config: ModelConfig,
     options: EngineOptions,
@@ -47,15 +79,17 @@ def plan(
     loaded: bool,
     weights: int,
     drafter: Drafter | None = None,
+    mesh: Mesh | None = None,
 ) -> MemoryPlan:
-    """Divides the memory of the default device.
+    """Divides the memory of the default device, or of each of several.
 
     Args:
         config: the model.
-        options: what the user chose.
+        options: what the user chose; `kv_cache_bytes` are those of one device.
         loaded: the weights are in it already.
-        weights: their bytes, those of a draft model included.
+        weights: their bytes on one device, those of a draft model included.
         drafter: what guesses tokens.
+        mesh: see `make_mesh`.
 
     Raises:
         ValueError: `max_model_len` beyond what the model was made for.
@@ -66,10 +100,12 @@ def plan(
             f"max_model_len={options.max_model_len}: this model was made for sequences of up to "
             f"{config.max_position} tokens"
         )
-    limit, in_use = device_memory(jax.devices()[0])
+    devices = [jax.devices()[0]] if mesh is None else mesh.devices.flat
+    limits, used = zip(*map(device_memory, devices), strict=True)
+    limit, in_use = None if None in limits else min(limits), max(used)
     dtype = jnp.dtype(options.dtype)
     return plan_memory(
-        config,
+        _local(config, options),
         dtype=dtype,
         kv_dtype=resolve_kv_dtype(options.kv_cache_dtype, dtype),
         page_size=options.page_size,
@@ -84,6 +120,12 @@ def plan(
     )
 
 
+def _local(config: ModelConfig, options: EngineOptions) -> ModelConfig:
+    """What one device computes and keeps, but for logits: a step may gather them."""
+    size = options.tensor_parallel_size
+    return replace(shard(config, size, 1), vocab_size=config.vocab_size)
+
+
 def _guessing(drafter: Drafter | None, options: EngineOptions) -> dict[str, int]:
     """What `plan_memory` is told of a drafter."""
     if drafter is None:
@@ -91,7 +133,7 @@ def _guessing(drafter: Drafter | None, options: EngineOptions) -> dict[str, int]
     extra = 4 * options.page_size if drafter.reads_text else 0
     if drafter.model is not None:
         kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)
-        extra += page_bytes(drafter.model, options.page_size, kv_dtype)
+        extra += page_bytes(_local(drafter.model, options), options.page_size, kv_dtype)
     rows = min(options.max_num_seqs, MOST_GUESSING)
     return {"page_extra": extra, "guessed_rows": rows * (drafter.how.tokens + 1)}
 
@@ -173,36 +215,48 @@ def model_tokenizer(source: Source) -> Tokenizer | None:
     return None if fields is None else gguf_tokenizer(source.path, fields)
 
 
-def load_weights(source: Source, config: ModelConfig, dtype: Any) -> Params:
-    """Weights from disk, with a progress bar where there is someone to see it.
+def load_weights(
+    source: Source, config: ModelConfig, dtype: Any, mesh: Mesh | None = None
+) -> Params:
+    """Weights from disk, each part to its device, with a progress bar where someone can see it.
 
     Raises:
-        CheckpointError: see `checkpoints.load_params` and `checkpoints.gguf.load_gguf`.
+        CheckpointError: see `checkpoints.load_params` and `checkpoints.gguf.load_gguf`; or a model
+            that Orbax wrote is to be split.
     """
     from checkpoints import load_params
     from checkpoints.gguf import load_gguf
     from checkpoints.model_store import is_saved_model, restore_model
 
     source = open_source(source)
+    weights = declare(config, 1 if mesh is None else mesh.size)
+    places = None if mesh is None else shardings(weights, mesh)
     if not isinstance(source, Path):
         with loading_bar(source.path.name) as progress:
             return load_gguf(
-                source, declare(config), dtype=dtype, head_dim=config.head_dim, progress=progress
-            )
+                source, weights, dtype=dtype, head_dim=config.head_dim, shardings=places,
+                progress=progress,
+            )  # fmt: skip
     if is_saved_model(source):
-        return restore_model(source, declare(config), dtype=dtype)
+        if mesh is not None:
+            raise CheckpointError(
+                f"{source}: a model that jaxinfer saved has its matrices fused for one device: "
+                f"tensor_parallel_size={mesh.size} needs safetensors or GGUF"
+            )
+        return restore_model(source, weights, dtype=dtype)
     # What a checkpoint may hold beside the weights: constants, and the tied matrix once more.
     extra = [r".*rotary_emb\.inv_freq"]
     if config.tie_embeddings:
         extra.append(r"lm_head\.weight")
     with loading_bar(source.name) as progress:
         return load_params(
-            source, declare(config), dtype=dtype, allowed_extra=extra, progress=progress
+            source, weights, dtype=dtype, shardings=places, allowed_extra=extra, progress=progress
         )
 
 
-def weight_bytes(source: Source, config: ModelConfig, dtype: Any) -> int:
-    """What the weights of a model will take, before they are read: exact where all are dense.
+def weight_bytes(source: Source, config: ModelConfig, dtype: Any, mesh: Mesh | None = None) -> int:
+    """What the weights of a model will take of each device, before they are read: exact where all
+    are dense.
 
     Raises:
         CheckpointError, UnsupportedModel: see `checkpoints.load_params`.
@@ -213,10 +267,12 @@ def weight_bytes(source: Source, config: ModelConfig, dtype: Any) -> int:
 
     source = open_source(source)
     if not isinstance(source, Path):
-        return gguf.stored_bytes(source, declare(config), dtype)
-    if is_saved_model(source):
-        return saved_bytes(source)
-    return stored_bytes(source, declare(config), dtype)
+        found = gguf.stored_bytes(source, declare(config), dtype)
+    elif is_saved_model(source):
+        found = saved_bytes(source)
+    else:
+        found = stored_bytes(source, declare(config), dtype)
+    return round(found * device_share(config, mesh))
 
 
 def check_params(
@@ -228,7 +284,7 @@ def check_params(
     """
     if like is None:
         want = _described(abstract_params(config, dtype))
-        whole = lambda leaf: isinstance(leaf, QuantisedMatrix | Parts)  # noqa: E731
+        whole = lambda leaf: isinstance(leaf, QUANTISED)  # noqa: E731
         have = _described(params, whole)
     else:
         want, have = _described(like), _described(params)
@@ -244,6 +300,21 @@ def check_params(
         )
 
 
+def check_dense(params: Any, shards: int) -> None:
+    """Raises CheckpointError if a matrix is quantised, which is not laid out anew in memory."""
+    found = jax.tree.leaves_with_path(params, is_leaf=lambda x: isinstance(x, QUANTISED))
+    names = [
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')} ({_describe(leaf)})"
+        for path, leaf in found
+        if isinstance(leaf, QUANTISED)
+    ]
+    if names:
+        raise CheckpointError(
+            f"tensor_parallel_size={shards} with quantised matrices in memory, such as {names[0]}: "
+            "expected dense ones; quantised models are split when they are read from disk"
+        )
+
+
 def _described(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, str]:
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): _describe(leaf)
@@ -252,7 +323,7 @@ def _described(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[
 
 
 def _describe(leaf: Any) -> str:
-    if isinstance(leaf, QuantisedMatrix | Parts):
+    if isinstance(leaf, QUANTISED):
         return f"quantised{list(leaf.shape)}"
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
         return type(leaf).__name__

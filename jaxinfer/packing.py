@@ -38,8 +38,8 @@ class Packed:
 jax.tree_util.register_dataclass(Packed, data_fields=["words"], meta_fields=["layout"])
 
 
-def pack(tree: Any) -> Packed:
-    """A pytree of NumPy arrays and scalars, on its way to the device.
+def pack(tree: Any, place: jax.sharding.Sharding | None = None) -> Packed:
+    """A pytree of NumPy arrays and scalars, on its way to the device, or to `place`.
 
     Raises:
         ValueError: a leaf that is not bool, int32, uint32 or float32.
@@ -48,7 +48,7 @@ def pack(tree: Any) -> Packed:
     arrays = [np.asarray(leaf) for leaf in leaves]
     layout = Layout(structure, tuple((x.shape, x.dtype) for x in arrays))
     # What NumPy arrays a compiled program is given, it waits for: the transfer is asked for here.
-    return Packed(jax.device_put(np.concatenate([_words(x) for x in arrays])), layout)
+    return Packed(jax.device_put(np.concatenate([_words(x) for x in arrays]), place), layout)
 
 
 def unpack(packed: Packed) -> Any:

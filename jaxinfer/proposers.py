@@ -78,8 +78,9 @@ def _drawn(
 
     def draw(logits: Array, position: Array, penalties: Any) -> Any:
         arguments = (logits, state.rows, position, penalties)
-        token = sampling.sample(*arguments, **drawing._asdict())
-        q = sampling.probabilities(*arguments, **drawing._asdict()) if with_probabilities else 0
+        kinds = {"truncated": drawing.truncated, "random": drawing.random}
+        token = sampling.sample(*arguments, **kinds, axis=drawing.axis)
+        q = sampling.probabilities(*arguments, **kinds) if with_probabilities else 0
         return token, q, sampling.count_tokens(penalties, rows, token)
 
     def another(carry: Any, _: None) -> Any:

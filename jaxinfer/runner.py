@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer import sampling
 from jaxinfer.batch import MIN_ROWS, Plan, SeqState, assemble, prepare
@@ -120,10 +121,13 @@ def run_step(
     config: ModelConfig,
     key: StepKey,
     drafter: Drafter | None = None,
+    axis: str | None = None,
 ) -> tuple[PagedCache, SeqState, Sampled]:
     """One dispatch: what `plan` says, in the shapes that `key` says.
 
-    `tables`: of its hooks; `draft`: weights of the drafter's model.
+    `tables`: of its hooks; `draft`: weights of the drafter's model; `axis`: mesh axis of tensor
+    parallelism when run under `shard_map`, where weights and caches are this shard's part and all
+    else is whole.
 
     Of several decode steps all `key.steps` are computed, those without a row to run too: a loop
     that ends early would make the host wait for the device at every look, and then the device for
@@ -135,13 +139,13 @@ def run_step(
         assert draft is not None
         seq = catch_up(
             draft, cache, seq, plan, drafter=drafter, tokens=key.tokens, pages=key.pages,
-            attention=AttentionOptions(key.backend, key.invariant),
+            attention=AttentionOptions(key.backend, key.invariant), axis=axis,
         )  # fmt: skip
         return cache, seq, Sampled(jnp.zeros((0, 0), jnp.int32), None, None, {}, None)
-    one = partial(_step, tables=tables, config=config, key=key)
+    one = partial(_step, tables=tables, config=config, key=key, axis=axis)
     if key.guesses:
         assert drafter is not None
-        one = partial(_guessing, draft=draft, drafter=drafter, config=config, key=key)
+        one = partial(_guessing, draft=draft, drafter=drafter, config=config, key=key, axis=axis)
     if key.steps == 1:
         cache, seq, sampled = one(params, cache, seq, plan)
         scores = sampled.scores
@@ -180,13 +184,14 @@ def _guessing(
     drafter: Drafter,
     config: ModelConfig,
     key: StepKey,
+    axis: str | None,
 ) -> tuple[PagedCache, SeqState, Sampled]:
     """From one token to `key.guesses` + 1 of every row that decodes."""
     cache, seq, accepted = speculate_rows(
         params, draft, cache, seq, plan,
         config=config, drafter=drafter, k=key.guesses, pages=key.pages,
         attention=AttentionOptions(key.backend, key.invariant),
-        drawing=Drawing(key.truncated, key.random), top=key.top,
+        drawing=Drawing(key.truncated, key.random), top=key.top, axis=axis,
     )  # fmt: skip
     new = jnp.arange(key.guesses + 1) < accepted.added[:, None]
     tokens = jnp.where(new, accepted.tokens, -1).T
@@ -203,6 +208,7 @@ def _step(
     tables: tuple[Any, ...],
     config: ModelConfig,
     key: StepKey,
+    axis: str | None,
 ) -> tuple[PagedCache, SeqState, Sampled]:
     """A token of every row that decodes, and of every prompt that is complete with this step."""
     M = seq.active.shape[0]
@@ -218,17 +224,20 @@ def _step(
         attention=options,
         capture=(*key.capture, *wanted_sites(key.hooks)),
         change=NO_CHANGE if hooked is None else changes(hooked),
+        axis=axis,
     )  # fmt: skip
     hidden = out.hidden
     if key.score is not None:
         assert plan.chunks is not None, "only prompts are scored"
-        scores = _score(params, config, hidden, plan.chunks.targets, top=key.score)
+        scores = _score(params, config, hidden, plan.chunks.targets, top=key.score, axis=axis)
         hidden = hidden[sampled_at]
 
     row, length, wanted, done = _outcome(seq, plan)
     rows = jnp.minimum(row, M - 1)
     view = jax.tree.map(lambda x: x[rows], (seq.rows, seq.penalties))
-    raw, found = logits(params, config, hidden)[: len(row)], None
+    # The likeliest token is found shard by shard, without the others' logits.
+    whole = key.random or key.top is not None
+    raw, found = logits(params, config, hidden, axis=axis if whole else None)[: len(row)], None
     changed = raw
     if hooked is not None:
         at = sampled_at[: len(row)]
@@ -236,8 +245,9 @@ def _step(
         changed, unfit = change_logits(hooked, raw, Rows(view[0], length, batch.tokens[at], seen))
         found = faults(hooked, unfit & wanted, done, length)
     token = sampling.sample(
-        changed, view[0], length, view[1], truncated=key.truncated, random=key.random
-    )
+        changed, view[0], length, view[1], truncated=key.truncated, random=key.random,
+        axis=None if whole else axis,
+    )  # fmt: skip
     going = wanted & ~sampling.ends(token, length, seq.limits[rows], view[0].stop_ids)
     to = jnp.where(done, row, M)  # past the end: dropped
     seq = seq._replace(
@@ -275,14 +285,16 @@ def _outcome(seq: SeqState, plan: Plan) -> tuple[Array, Array, Array, Array]:
 
 
 def _score(
-    params: Params, config: ModelConfig, hidden: Array, targets: Array, *, top: int
-) -> sampling.Logprobs:
+    params: Params, config: ModelConfig, hidden: Array, targets: Array, *, top: int,
+    axis: str | None,
+) -> sampling.Logprobs:  # fmt: skip
     """Log-probabilities of `targets` [C] given hidden [C, E], a block of logits at a time."""
     C, E = hidden.shape
     block = math.gcd(C, SCORE_BLOCK)
 
     def score(part: tuple[Array, Array]) -> sampling.Logprobs:
-        return sampling.token_logprobs(logits(params, config, part[0]), part[1], top=top)
+        found = logits(params, config, part[0], axis=axis)
+        return sampling.token_logprobs(found, part[1], top=top)
 
     out = lax.map(score, (hidden.reshape(-1, block, E), targets.reshape(-1, block)))
     return jax.tree.map(lambda x: x.reshape(C, *x.shape[2:]), out)
@@ -297,9 +309,12 @@ class StepCompiler:
             see ADR 003).
         platform: `gpu` or `cpu`; the options are XLA's for GPUs.
         drafter: what guesses, in steps that do.
+        mesh: devices of tensor parallelism, along one axis; each runs the step on its part of
+            what is split. None: one device.
 
     Attributes:
         options: of the compiler.
+        everywhere: where lies what is whole on every device; None: on the default device.
     """
 
     def __init__(
@@ -309,8 +324,10 @@ class StepCompiler:
         invariant: bool,
         platform: str,
         drafter: Drafter | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
-        self._config, self._drafter = config, drafter
+        self._config, self._drafter, self._mesh = config, drafter, mesh
+        self.everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         self.options: dict[str, Any] = INVARIANT_OPTIONS if invariant and platform == "gpu" else {}
         self._compiled: dict[tuple[StepKey, bool], Any] = {}
         self.compile_seconds = 0.0
@@ -338,7 +355,8 @@ class StepCompiler:
         Args:
             keys: of the steps; what is compiled already is left alone.
             plans: makes a plan in a key's shapes.
-            args: params, cache and state, or their shapes. Keys with hooks are not for this.
+            args: params, cache and state, or their shapes (with shardings if there is a mesh).
+                Keys with hooks are not for this.
             draft: weights of the drafter's model, or their shapes.
         """
         begin, penalised = time.perf_counter(), args[-1].penalties is not None
@@ -346,7 +364,8 @@ class StepCompiler:
         with ThreadPoolExecutor() as pool:
             # Tracing holds the interpreter, compiling does not.
             lowered = (
-                (key, self._lower(key, *args, pack(plans(key)), (), draft)) for key in missing
+                (key, self._lower(key, *args, pack(plans(key), self.everywhere), (), draft))
+                for key in missing
             )
             found = [(key, pool.submit(self._finish, key, low)) for key, low in lowered]
             for key, compiled in found:
@@ -365,8 +384,8 @@ class StepCompiler:
     ) -> tuple[PagedCache, SeqState, Sampled]:
         """Runs a step, compiling it first if need be. `cache` and `seq` are donated.
 
-        `plan` is a `Plan`, packed; `tables` are those of the key's hooks; `draft`: weights of the
-        drafter's model, for keys that need them.
+        `plan` is a `Plan`, packed, `everywhere`; `tables` are those of the key's hooks; `draft`:
+        weights of the drafter's model, for keys that need them.
         """
         # Penalties change the state's structure, and with it the program.
         lookup = (key, seq.penalties is not None)
@@ -383,15 +402,24 @@ class StepCompiler:
             del self._compiled[key]
 
     def _lower(self, key: StepKey, *args: Any) -> Any:
+        mesh = self._mesh
+
         def step(
             params: Params, cache: PagedCache, seq: SeqState, plan: Packed, tables: Any, draft: Any
         ) -> Any:
             return run_step(
                 params, cache, seq, unpack(plan), tables, draft,
                 config=self._config, key=key, drafter=self._drafter,
+                axis=None if mesh is None else mesh.axis_names[0],
             )  # fmt: skip
 
-        return jax.jit(step, donate_argnums=(1, 2)).lower(*args)
+        run = step
+        if mesh is not None:
+            specs = jax.tree.map(lambda x: x.sharding.spec, args)
+            out = (specs[1], specs[2], PartitionSpec())
+            # Gathered values are the same on every device, which their types do not say.
+            run = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+        return jax.jit(run, donate_argnums=(1, 2)).lower(*args)
 
     def _finish(self, key: StepKey, lowered: Any) -> Any:
         begin = time.perf_counter()

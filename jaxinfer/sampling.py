@@ -8,6 +8,7 @@ function of (seed, sample, position). Letters: S rows, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -119,6 +120,7 @@ def sample(
     *,
     truncated: bool,
     random: bool,
+    axis: str | None = None,
 ) -> Array:
     """Draws one token a row.
 
@@ -133,14 +135,17 @@ def sample(
         penalties: None where no row is penalised.
         truncated: static; whether any row truncates. Rows that do not are the same either way.
         random: static; whether any row has a temperature. Greedy rows are the same either way.
+        axis: mesh axis over which the columns are split, where `random` is False: `logits` are
+            this shard's, the penalties whole, and every shard gets the tokens of whole rows.
 
     Returns:
         int32 [S].
     """
-    x = _allowed(logits, rows, positions, penalties)
-    greedy = jnp.argmax(x, axis=-1).astype(jnp.int32)
+    x = _allowed(logits, rows, positions, penalties, axis)
+    greedy = _likeliest(x, axis)
     if not random:
         return greedy
+    assert axis is None, "noise and thresholds are of whole rows"
     x = _tempered(x, rows, truncated)
     drawn = jnp.argmax(x + gumbel(rows, positions, x.shape[-1]), axis=-1).astype(jnp.int32)
     return jnp.where(rows.temperature == 0, greedy, drawn)
@@ -166,14 +171,36 @@ def probabilities(
 
 
 def _allowed(
-    logits: Array, rows: SamplingRows, positions: Array, penalties: PenaltyState | None
+    logits: Array,
+    rows: SamplingRows,
+    positions: Array,
+    penalties: PenaltyState | None,
+    axis: str | None = None,
 ) -> Array:
     """Float32 logits with stops held back and penalties, without NaN."""
+    first = None if axis is None else lax.axis_index(axis) * logits.shape[1]
     # Before the conversion, which then takes place where a value is read: a scatter reads none.
-    x = _hold_back_stops(logits, rows, positions).astype(jnp.float32)
+    x = _hold_back_stops(logits, rows, positions, first).astype(jnp.float32)
+    if penalties is not None and first is not None:
+        mine = partial(lax.dynamic_slice_in_dim, start_index=first, slice_size=x.shape[1], axis=1)
+        penalties = PenaltyState(mine(penalties.prompt), mine(penalties.counts))
     if penalties is not None:
         x = _penalise(x, rows, penalties)
     return jnp.nan_to_num(x, nan=-jnp.inf, posinf=LARGEST_LOGIT, neginf=-jnp.inf)
+
+
+def _likeliest(x: Array, axis: str | None) -> Array:
+    """The column of each row's largest value, int32 [S]; of equals the lowest. See `sample`."""
+    best = jnp.argmax(x, axis=-1).astype(jnp.int32)
+    if axis is None:
+        return best
+    value = jnp.take_along_axis(x, best[:, None], axis=-1)[:, 0]
+    best = best + lax.axis_index(axis) * x.shape[1]
+    # One message; shards in the order of their columns, so that the first of equals is the lowest.
+    found = lax.all_gather(jnp.stack([lax.bitcast_convert_type(value, jnp.int32), best]), axis)
+    values = lax.bitcast_convert_type(found[:, 0], jnp.float32)
+    shard = jnp.argmax(values, axis=0)
+    return jnp.take_along_axis(found[:, 1], shard[None], axis=0)[0]
 
 
 def _tempered(x: Array, rows: SamplingRows, truncated: bool) -> Array:
@@ -198,10 +225,16 @@ def _penalise(x: Array, rows: SamplingRows, penalties: PenaltyState) -> Array:
     return x - jnp.where(written, presence, 0.0)
 
 
-def _hold_back_stops(x: Array, rows: SamplingRows, positions: Array) -> Array:
+def _hold_back_stops(
+    x: Array, rows: SamplingRows, positions: Array, first: Array | None = None
+) -> Array:
+    """`first`: the first of the vocabulary's columns that x [S, V] has; None: it has them all."""
     S, V = x.shape
-    early = (positions < rows.min_length)[:, None] & (rows.stop_ids >= 0)
-    ids = jnp.where(early, rows.stop_ids, V + jnp.arange(MAX_STOP_IDS))  # out of bounds: dropped
+    stops = rows.stop_ids
+    if first is not None:
+        stops = jnp.where((stops >= first) & (stops < first + V), stops - first, -1)
+    early = (positions < rows.min_length)[:, None] & (stops >= 0)
+    ids = jnp.where(early, stops, V + jnp.arange(MAX_STOP_IDS))  # out of bounds: dropped
     # An id may be there twice; but it is the same value that is written, and XLA need not sort.
     return x.at[jnp.arange(S)[:, None], ids].set(-jnp.inf, mode="drop", unique_indices=True)
 

@@ -33,10 +33,15 @@ COIN, RESIDUAL = 1, 2  # purposes of noise: whether a guess is taken; what is dr
 
 
 class Drawing(NamedTuple):
-    """Static: what `sampling.sample` is specialised to."""
+    """Static: what `sampling.sample` is specialised to.
+
+    `axis`: logits are this shard's part of the vocabulary; not with `random`, nor where
+    probabilities are asked for: those are of whole rows.
+    """
 
     truncated: bool
     random: bool
+    axis: str | None = None
 
 
 class Proposal(NamedTuple):
@@ -193,15 +198,17 @@ def verify(
     positions = (lengths[:, None] + jnp.arange(width)).reshape(-1)
     told = _as_if_taken(penalties, proposal.tokens)
     arguments = (logits.reshape(-1, V), flat, positions, told)
+    kinds = {"truncated": drawing.truncated, "random": drawing.random}
     meant = jnp.arange(k) < proposal.drafted[:, None]
     # Of the noise of one token: uniform in (0, 1).
     u = jnp.exp(-jnp.exp(-sampling.gumbel(flat, positions, 1, COIN))).reshape(S, width)[:, :k]
     if rule == "shared" or forced is not None:
-        tokens = sampling.sample(*arguments, **drawing._asdict()).reshape(S, width)
+        tokens = sampling.sample(*arguments, **kinds, axis=drawing.axis).reshape(S, width)
         agrees = proposal.tokens == tokens[:, :k] if forced is None else u < forced
         taken = _run_length(meant & agrees)
     else:
-        p = sampling.probabilities(*arguments, **drawing._asdict()).reshape(S, width, V)
+        assert drawing.axis is None, "probabilities are of whole rows"
+        p = sampling.probabilities(*arguments, **kinds).reshape(S, width, V)
         q = proposal.probabilities
         if q is None:
             q = jax.nn.one_hot(proposal.tokens, V, dtype=jnp.float32)

@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxinfer.config import EngineOptions, ModelConfig, Speculative
 from jaxinfer.controller import Costs
 from jaxinfer.drafting import Drafter
 from jaxinfer.errors import CheckpointError
-from jaxinfer.loading import load_weights, model_config, open_source, weight_bytes
+from jaxinfer.loading import (
+    check_degree,
+    load_weights,
+    model_config,
+    open_source,
+    weight_bytes,
+)  # fmt: skip
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import count_params
 from jaxinfer.progress import layers_bar
@@ -107,16 +114,18 @@ def _range(text: str) -> range:
 
 def prepare(
     how: Speculative, config: ModelConfig, options: EngineOptions,
-    given: tuple[Params, ModelConfig] | None = None,
+    given: tuple[Params, ModelConfig] | None = None, mesh: Mesh | None = None,
 ) -> Draft:  # fmt: skip
     """Finds a draft and checks that it is one for this model; no weights are read.
 
     Args:
         given: a draft model that is in memory already.
+        mesh: devices that share the model, and the draft.
 
     Raises:
-        ValueError: a draft of another vocabulary or too short a context, or none at all; layers
-            that the model does not have; more guesses than a sequence has room for.
+        ValueError: a draft of another vocabulary or too short a context, that the devices cannot
+            share, or none at all; layers that the model does not have, or that are to be chosen
+            where several devices share the model; more guesses than a sequence has room for.
         CheckpointError, UnsupportedModel: of the draft.
     """
     from jaxinfer.hub import resolve_model
@@ -136,10 +145,16 @@ def prepare(
         )
     if how.method == "skip":
         _check_skipped(how, config)
+    if how.text is not None and mesh is not None:
+        raise ValueError(
+            f"speculative: text={how.text!r}: layers are chosen on one device only: name them "
+            f"(skip=4-9), or leave out tensor_parallel_size={mesh.size}"
+        )
     if how.method != "draft":
         return Draft(Drafter(how), None, 0)
     if given is not None:
         _check_draft(given[1], config, longest, "the draft given")
+        check_degree(given[1], options.tensor_parallel_size, "the draft given")
         return Draft(Drafter(how, given[1]), None, 0)
     if how.draft is None:
         raise ValueError("speculative: method 'draft' needs a model: draft=MODEL")
@@ -149,7 +164,9 @@ def prepare(
     except CheckpointError as error:
         raise CheckpointError(f"the draft: {error}") from error
     _check_draft(model, config, longest, f"the draft {how.draft!r}")
-    return Draft(Drafter(how, model), source, weight_bytes(source, model, jnp.dtype(options.dtype)))
+    check_degree(model, options.tensor_parallel_size, f"the draft {how.draft!r}")
+    size = weight_bytes(source, model, jnp.dtype(options.dtype), mesh)
+    return Draft(Drafter(how, model), source, size)
 
 
 def _check_draft(draft: ModelConfig, config: ModelConfig, longest: int, name: str) -> None:
@@ -206,8 +223,8 @@ def settled(
     return draft._replace(drafter=replace(draft.drafter, how=chosen))
 
 
-def load_draft(draft: Draft, options: EngineOptions) -> Params | None:
-    """The weights of a draft that lies on disk.
+def load_draft(draft: Draft, options: EngineOptions, mesh: Mesh | None = None) -> Params | None:
+    """The weights of a draft that lies on disk, on the devices that share it.
 
     Raises:
         CheckpointError: see `loading.load_weights`.
@@ -216,23 +233,25 @@ def load_draft(draft: Draft, options: EngineOptions) -> Params | None:
         return None
     dtype = jnp.dtype(options.dtype)
     try:
-        weights = load_weights(draft.source, draft.drafter.model, dtype)
+        weights = load_weights(draft.source, draft.drafter.model, dtype, mesh)
     except CheckpointError as error:
         raise CheckpointError(f"the draft: {error}") from error
-    return pack_params(weights, dtype, consume=True)
+    return pack_params(weights, dtype, consume=True, mesh=mesh)
 
 
 def costs(
-    config: ModelConfig, drafter: Drafter, *, weight_bytes: int, draft_bytes: int, gpu: bool
-) -> Costs:
+    config: ModelConfig, drafter: Drafter, *, weight_bytes: int, draft_bytes: int, gpu: bool,
+    devices: int = 1,
+) -> Costs:  # fmt: skip
     """What the controller goes by.
 
     Args:
         config: of the model.
-        weight_bytes, draft_bytes: of both models' weights.
+        weight_bytes, draft_bytes: of both models' weights on each of `devices`.
     """
     layer_s = GPU_LAYER_S if gpu else CPU_LAYER_S
     bytes_per_s, flops_per_s = GPU_SPEED if gpu else CPU_SPEED
+    flops_per_s *= devices  # FLOPs are of all of them
     draft, layers, flops = drafter.model, 0, 0.0
     if draft is not None:
         layers, flops = draft.num_layers, 2.0 * count_params(draft)

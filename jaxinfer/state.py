@@ -87,7 +87,9 @@ class EngineState(NamedTuple):
     running: Running | None
 
 
-def describe(params: Any, config: ModelConfig, *, kv_dtype: Any, invariant: bool) -> dict[str, Any]:
+def describe(
+    params: Any, config: ModelConfig, *, kv_dtype: Any, invariant: bool, shards: int = 1
+) -> dict[str, Any]:
     """What an engine's tokens depend on beside the request: JSON types.
 
     The weights are named by a digest of each array's name, shape, dtype and a checksum of its bits,
@@ -98,7 +100,9 @@ def describe(params: Any, config: ModelConfig, *, kv_dtype: Any, invariant: bool
         for path, leaf in jax.tree.leaves_with_path(params)
     ]
     text = json.dumps([[*rest, int(value)] for *rest, value in sums])
-    return {
+    # Another degree gives other bits. States of one device were written before it was noted.
+    parallel = {} if shards == 1 else {"tensor_parallel_size": shards}
+    return parallel | {
         "config": json.loads(json.dumps(asdict(config))),
         "weights": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
         "kv_dtype": str(jnp.dtype(kv_dtype)),
@@ -171,13 +175,13 @@ def put_pages(running: Running, cache: PagedCache) -> PagedCache:
     """The kept pages on the device, in place of `cache`, which is deleted."""
 
     def put(old: jax.Array, kept: np.ndarray) -> jax.Array:
-        shape, dtype = old.shape, old.dtype
+        shape, dtype, place = old.shape, old.dtype, old.sharding
         old.delete()
         if len(shape) == 1:
-            return jnp.array(kept)
+            return jnp.array(kept, device=place)
         whole = np.zeros(shape, dtype)
         whole[running.page_ids] = kept
-        return jnp.array(whole)
+        return jnp.array(whole, device=place)
 
     return jax.tree.map(put, cache, running.pages)
 

@@ -42,6 +42,8 @@ def model_forward(
     attention: AttentionOptions = DEFAULT_ATTENTION,
     *,
     skip: Sequence[int] = (),
+    axis: str | None = None,
+    whole: bool = True,
 ) -> Forward:
     """`speculate.Forward` of the model whose weights are `params[name]`; it keeps `Pages`.
 
@@ -49,6 +51,8 @@ def model_forward(
 
     Args:
         skip: layers that it does without; what it keeps of them stays as it is.
+        axis: mesh axis of tensor parallelism when run under `shard_map`.
+        whole: False: every shard has the logits of its part of the vocabulary.
     """
     layers = [i for i in range(config.num_layers) if i not in set(skip)]
     chosen = replace(config, layers=tuple(config.layers[i] for i in layers))
@@ -62,10 +66,10 @@ def model_forward(
         options = replace(attention, max_query=W)
         batch = flatten(kept, tokens, count, position)
         some = join_layers([pools[i] for i in layers], kept.cache.tokens)
-        out, some = forward(weights, chosen, batch, some, attention=options)
+        out, some = forward(weights, chosen, batch, some, attention=options, axis=axis)
         for i, pool in zip(layers, split_layers(some), strict=True):
             pools[i] = pool
-        found = logits(weights, chosen, out.hidden)[: S * W]
+        found = logits(weights, chosen, out.hidden, axis=axis if whole else None)[: S * W]
         cache = join_layers(pools, some.tokens)
         return found.reshape(S, W, -1), kept._replace(cache=cache)
 

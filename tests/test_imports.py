@@ -45,7 +45,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "hooks": ({"jaxinfer.hooks", "jaxinfer.hooked"}, {"models"}),
     "drafting": (
         {"jaxinfer.acceptance", "jaxinfer.drafting", "jaxinfer.windows"},
-        {"models", "speculate", "pages"},
+        {"models", "sharding", "speculate", "pages"},
     ),
     "runner": ({"jaxinfer.runner"}, {"hooks", "packing", "drafting"}),
     "plans": ({"jaxinfer.plans", "jaxinfer.warmup"}, {"runner", "batcher", "buckets"}),
@@ -56,7 +56,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     ),
     "functional": ({"jaxinfer.functional"}, {"plans"}),
     "quantise": ({"jaxinfer.quantise", "jaxinfer.quality", "jaxinfer.skipping"}, {"models"}),
-    "sharding": ({"jaxinfer.sharding"}, {"models"}),
+    "sharding": ({"jaxinfer.parallel", "jaxinfer.sharding"}, {"models"}),
     "sizing": (
         {
             "jaxinfer.estimate",

@@ -17,10 +17,10 @@ from checkpoints.gguf.blocks import PLAIN, decode
 from checkpoints.gguf.model import gguf_name, norm_offset, permuted, rows_in_order
 from checkpoints.gguf.reader import BlockType, Gguf, GgufTensor, open_gguf, read_rows
 from checkpoints.load import flat_shardings, listed
-from checkpoints.load_matrices import EMBEDDING, module, put
+from checkpoints.load_matrices import EMBEDDING, joined, module, put
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.weights import Piece, Weight
-from jaxinfer.quant import dequantise, join_rows, take_rows
+from jaxinfer.quant import dequantise, take_rows
 
 ROWS = 8192  # of an embedding that are dequantised at once
 IGNORED = {"rope_freqs.weight"}  # see `model.read_config`
@@ -53,8 +53,8 @@ def load_gguf(
         leaves, flat_shardings(treedef, shardings), sizes, strict=True
     ):
         rows = [_read(gguf, piece, dtype, head_dim) for piece in weight.pieces]
-        params.append(put(join_rows(rows) if len(weight.shape) == 2 else np.concatenate(rows),
-                          weight, sharding))  # fmt: skip
+        matrix = joined(rows, sharding) if len(weight.shape) == 2 else np.concatenate(rows)
+        params.append(put(matrix, weight, sharding))
         done += size
         if progress is not None:
             progress(done, sum(sizes))

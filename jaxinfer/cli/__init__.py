@@ -35,6 +35,7 @@ from jaxinfer.cli.options import (
     SpeculativeOption,
     Stop,
     Temperature,
+    TensorParallel,
     TokenIds,
     TopK,
     TopP,
@@ -110,6 +111,7 @@ def generate(
     gpu_memory_utilization: GpuMemory = 0.9,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
     speculative: SpeculativeOption = None,
+    tensor_parallel_size: TensorParallel = 1,
     n: Annotated[int, typer.Option(help="Samples a prompt.", rich_help_panel=SAMPLING)] = 1,
     max_tokens: MaxTokens = 128,
     min_tokens: Annotated[
@@ -149,7 +151,7 @@ def generate(
     )  # fmt: skip
     options = ModelOptions(
         model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype, event_log,
-        speculative,
+        speculative, tensor_parallel_size,
     )  # fmt: skip
     measured = metrics_path(metrics)
     if out:
@@ -187,6 +189,7 @@ def chat(
     gpu_memory_utilization: GpuMemory = 0.9,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
     speculative: SpeculativeOption = None,
+    tensor_parallel_size: TensorParallel = 1,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -203,7 +206,7 @@ def chat(
     )  # fmt: skip
     options = ModelOptions(
         model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype,
-        speculative=speculative,
+        speculative=speculative, tensor_parallel_size=tensor_parallel_size,
     )  # fmt: skip
     with open_llm(options) as llm:
         if llm.tokenizer is None or not llm.tokenizer.has_chat_template:

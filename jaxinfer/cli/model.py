@@ -35,6 +35,7 @@ class ModelOptions:
     kv_cache_dtype: KvCacheDtype
     event_log: str | None = None
     speculative: str | None = None
+    tensor_parallel_size: int = 1
 
 
 def open_llm(
@@ -54,6 +55,7 @@ def open_llm(
             kv_cache_dtype=options.kv_cache_dtype,
             event_log=options.event_log,
             speculative=options.speculative,
+            tensor_parallel_size=options.tensor_parallel_size,
         )
     except ValueError as error:
         if isinstance(error, JaxinferError):

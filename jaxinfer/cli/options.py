@@ -37,6 +37,15 @@ SpeculativeOption = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+TensorParallel = Annotated[
+    int,
+    typer.Option(
+        "--tensor-parallel-size",
+        min=1,
+        help="Devices that share every layer; docs/parallel.md.",
+        rich_help_panel=MODEL,
+    ),
+]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(help="Longest sequence in tokens; default: the model's.", rich_help_panel=MODEL),

@@ -88,6 +88,7 @@ def _asked(
         "dtype": dtype,
         "kv_cache_dtype": resolve_kv_dtype(options.kv_cache_dtype, dtype).name,
         "speculative": _decides(options.speculative),
+        "tensor_parallel_size": options.tensor_parallel_size,
         "params": asdict(params),
         "prompts": extent.count,
         "prompts_digest": extent.digest,

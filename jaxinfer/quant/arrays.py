@@ -217,6 +217,19 @@ def join_rows(matrices: Sequence[Any]) -> Any:
     return parts[0] if len(parts) == 1 else Parts(tuple(parts))
 
 
+def join_shards(matrices: Sequence[Any], shards: int) -> Any:
+    """As `join_rows`, of matrices that come one shard's after the other's, all shards' alike.
+
+    Of `Parts`, each has rows of every shard: split into as many pieces, they give each shard its
+    own rows of all parts, in their order.
+    """
+    count = len(matrices) // shards
+    each = [join_rows(matrices[i * count : (i + 1) * count]) for i in range(shards)]
+    if not isinstance(each[0], Parts):
+        return join_rows(each)
+    return Parts(tuple(map(join_rows, zip(*(one.parts for one in each), strict=True))))
+
+
 def _alike(a: Any, b: Any) -> bool:
     """Whether two are one matrix when joined: all but the rows is the same."""
     if not isinstance(a, QuantisedMatrix) or not isinstance(b, QuantisedMatrix):

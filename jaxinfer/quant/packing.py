@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
 from jaxinfer.quant.arrays import Matrix, Ordered, Parts, QuantisedMatrix
 from pallas_kernels.device import capability, has_kernels
@@ -21,7 +24,7 @@ def can_pack(matrix: QuantisedMatrix) -> bool:
     return matrix.scheme.activations is None and groups is not None
 
 
-def pack_params(params: Any, dtype: Any, *, consume: bool) -> Any:
+def pack_params(params: Any, dtype: Any, *, consume: bool, mesh: Mesh | None = None) -> Any:
     """The model's weights with those matrices packed that the device has a kernel for.
 
     Args:
@@ -29,25 +32,61 @@ def pack_params(params: Any, dtype: Any, *, consume: bool) -> Any:
         dtype: of activations; only bfloat16 has kernels.
         consume: takes matrices out of `params` as they are packed, so that both forms of only one
             are in memory.
+        mesh: devices over which they are split: each packs its part.
     """
     if dtype != DTYPE or not has_kernels(capability()):
         return params
-    return _pack_all(params, consume)
+    return _pack_all(
+        params, consume, pack_matrix if mesh is None else partial(pack_shards, mesh=mesh)
+    )
 
 
-def _pack_all(tree: Any, consume: bool) -> Any:
+def _pack_all(tree: Any, consume: bool, how: Callable[[Matrix], Any]) -> Any:
     if isinstance(tree, list):
-        return [_pack_all(x, consume) for x in tree]
+        return [_pack_all(x, consume, how) for x in tree]
     if isinstance(tree, dict):
         packed = {}
         for name, value in tree.items():
-            packed[name] = _pack_all(value, consume)
+            packed[name] = _pack_all(value, consume, how)
             if consume and packed[name] is not value and not isinstance(value, dict | list):
                 tree[name] = None
         return packed
     if isinstance(tree, QuantisedMatrix | Parts):
-        return jax.block_until_ready(pack_matrix(tree))
+        return jax.block_until_ready(how(tree))
     return tree
+
+
+def pack_shards(matrix: Any, mesh: Mesh) -> Any:
+    """As `pack_matrix`, of a matrix split over a mesh of one axis: each device packs its own part.
+
+    Of columns, each device has a row scale of its own for every row: the global `row_scale` holds
+    them one after the other. Only as parts, under `shard_map`, are they matrices.
+    """
+
+    def part(x: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+
+    packed = jax.eval_shape(pack_matrix, jax.tree.map(part, matrix))
+    run = jax.shard_map(
+        pack_matrix, mesh=mesh, in_specs=(_specs(matrix),),
+        out_specs=_packed_specs(matrix, packed, mesh.axis_names[0]), check_vma=False,
+    )  # fmt: skip
+    return jax.jit(run)(matrix)
+
+
+def _specs(matrix: Any) -> Any:
+    return jax.tree.map(lambda x: x.sharding.spec, matrix)
+
+
+def _packed_specs(matrix: Any, packed: Any, axis: str) -> Any:
+    if isinstance(packed, Parts):
+        pairs = zip(matrix.parts, packed.parts, strict=True)
+        return Parts(tuple(_packed_specs(*pair, axis) for pair in pairs))
+    if isinstance(packed, Ordered):
+        return Ordered(_packed_specs(matrix, packed.matrix, axis), PartitionSpec())
+    if isinstance(packed, PackedMatrix):
+        return PackedMatrix(matrix.codes.sharding.spec, PartitionSpec(axis), packed.format)
+    return _specs(matrix)
 
 
 def pack_matrix(matrix: Matrix) -> Any:

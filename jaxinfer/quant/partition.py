@@ -52,6 +52,11 @@ def _check_columns(matrix: QuantisedMatrix, shards: int) -> None:
             f"tensor parallelism {shards}: the columns of this matrix are reordered (act-order), "
             "so that every shard would need all of x: degree 1 works"
         )
+    if matrix.scheme.activations == "token":
+        raise ValueError(
+            f"tensor parallelism {shards}: activations are rounded with a scale for each token, "
+            "which every shard would choose by its own columns: degree 1 works"
+        )
     most = math.gcd(K * matrix.scheme.bits // 8, G) if G > 1 else K * matrix.scheme.bits // 8
     if most % shards:
         raise ValueError(
