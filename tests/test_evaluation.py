@@ -337,6 +337,7 @@ def responses(results: dict[str, Any], task: str) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
 def test_the_demo_on_local_tasks(tasks: TaskManager, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "jaxinfer")
     results: Any = simple_evaluate(

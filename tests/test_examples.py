@@ -34,6 +34,7 @@ def test_the_last_layer_says_what_the_model_says() -> None:
     assert layers[0][0] != said
 
 
+@pytest.mark.slow
 def test_a_scale_of_zero_steers_nothing() -> None:
     texts, plain = steering.main(scales=(0.0, 0.6), tokens=12)
     assert texts[0] == plain[: len(texts[0])]
@@ -63,6 +64,7 @@ def test_forks_share_their_prompt() -> None:
     assert shared == read + 5
 
 
+@pytest.mark.slow
 def test_grpo_goes_on_from_new_weights() -> None:
     history = grpo.main(steps=2, group=4, tokens=8)
     assert len(history) == 2
@@ -76,6 +78,7 @@ def run_blocks(blocks: list[str]) -> dict[str, Any]:
     return names
 
 
+@pytest.mark.slow
 def test_the_notebook() -> None:
     cells = json.loads((ROOT / "examples" / "probe.ipynb").read_text())["cells"]
     blocks = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
