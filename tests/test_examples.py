@@ -58,6 +58,7 @@ def test_guidance_of_scale_one_is_the_prompt_alone() -> None:
     assert three != one
 
 
+@pytest.mark.slow
 def test_forks_share_their_prompt() -> None:
     tokens, read, shared = fork.main(count=6)
     assert len({tuple(row) for row in tokens.tolist()}) > 1

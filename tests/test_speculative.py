@@ -128,7 +128,10 @@ requests = st.builds(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HOWS)
+@pytest.mark.parametrize(
+    "name",
+    ["draft", "lookup", *(pytest.param(x, marks=pytest.mark.slow) for x in ("skip", "adapting"))],
+)
 @settings(max_examples=8)
 @given(specs=st.lists(requests, min_size=1, max_size=6))
 def test_tokens_are_those_without_speculation(
