@@ -94,11 +94,11 @@ def faster(
 
 def acceptance(llm: LLM) -> dict[str, Any]:
     """Of what the LLM did last."""
-    some = [s for s in llm.metrics.steps if s.attempted]
-    attempted, held = sum(s.attempted for s in some), sum(s.held for s in some)
+    some, share = [s for s in llm.metrics.steps if s.attempted], llm.metrics.summary().acceptance
+    held = sum(s.held for s in some)
     rows = sum(s.rows * s.steps for s in some)
     return {
-        "acceptance": round(held / attempted, 4) if attempted else None,
+        "acceptance": None if share is None else round(share, 4),
         "tokens_a_step": round(1 + held / rows, 4) if rows else None,
         "dispatches_that_guessed": f"{len(some)} of {len(llm.metrics.steps)}",
     }

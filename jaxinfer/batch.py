@@ -215,6 +215,14 @@ def _noted(penalties: PenaltyState, chunks: Chunks, new: Array) -> PenaltyState:
     return PenaltyState(prompt, counts)
 
 
+def decoding(seq: SeqState, plan: Plan) -> tuple[Array, Array]:
+    """Of `plan.rows` [R]: each as one of the state, any for those that stand for nothing; and
+    which of them run."""
+    M = seq.active.shape[0]
+    rows = jnp.minimum(plan.rows, M - 1)
+    return rows, seq.active[rows] & (plan.rows < M)
+
+
 def assemble(seq: SeqState, plan: Plan, *, tokens: int, pages: int, page_size: int) -> Batch:
     """The batch of one step: a token of each row that decodes, then those of chunks, then padding.
 
@@ -226,8 +234,7 @@ def assemble(seq: SeqState, plan: Plan, *, tokens: int, pages: int, page_size: i
         page_size: tokens a page.
     """
     M, R = seq.active.shape[0], plan.rows.shape[0]
-    rows = jnp.minimum(plan.rows, M - 1)
-    active = seq.active[rows] & (plan.rows < M)
+    rows, active = decoding(seq, plan)
     lengths = jnp.where(active, seq.lengths[rows], 0)
     table = seq.page_table[:, rows, :pages]
     decode = Ragged(

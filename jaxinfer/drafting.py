@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax import Array
 from jax.sharding import Mesh
 
 from jaxinfer import proposers, sampling
-from jaxinfer.batch import Drafting, Plan, SeqState
+from jaxinfer.batch import Drafting, Plan, SeqState, decoding
 from jaxinfer.cache import PagedCache
 from jaxinfer.config import BatcherConfig, ModelConfig, Speculative
 from jaxinfer.models.decoder import DEFAULT_ATTENTION, AttentionOptions, Params, forward
 from jaxinfer.parallel import new_cache, replicate
-from jaxinfer.speculate import Accepted, Drawing, Proposer, State, step
+from jaxinfer.speculate import Accepted, Drawing, Proposer, State, newest, step
 from jaxinfer.windows import Pages, model_forward, text_at, unread
 
 
@@ -85,11 +85,10 @@ def speculate_rows(
     whole = drawing.random or top is not None or drafter.how.rule == "rejection"
     drawing = drawing._replace(axis=None if whole else axis)
     M = seq.active.shape[0]
-    rows = jnp.minimum(plan.rows, M - 1)
-    active = seq.active[rows] & (plan.rows < M)
+    rows, active = decoding(seq, plan)
     table, lengths = seq.page_table[:, rows, :pages], seq.lengths[rows] + 1
-    newest = seq.tokens[rows]
-    fresh, count, guessed = newest[:, None], jnp.ones_like(lengths), plan.guessing
+    last = seq.tokens[rows][:, None]
+    fresh, count, guessed = last, jnp.ones_like(lengths), plan.guessing
     kept: Any = None
     if seq.draft is not None:
         assert cache.tokens is not None, "a draft model reads the text"
@@ -98,17 +97,17 @@ def speculate_rows(
         count = jnp.where(guessed, lengths - first, 1)
         at = jnp.where(guessed, first, lengths - 1)[:, None] + jnp.arange(k + 1)
         fresh = text_at(cache.tokens, table[0], at)
-        fresh = jnp.where(at == lengths[:, None] - 1, newest[:, None], fresh)
+        fresh = jnp.where(at == lengths[:, None] - 1, last, fresh)
         kept = Pages(seq.draft.cache, table)
     elif drafter.reads_text:
         assert cache.tokens is not None, "what is looked for repeats is the text"
         everywhere = jnp.arange(pages * cache.tokens.shape[1])
         kept = text_at(cache.tokens, table[0], jnp.tile(everywhere, (len(rows), 1)))
+    how, penalties = jax.tree.map(lambda x: x[rows], (seq.rows, seq.penalties))
     state = State(
         fresh=jnp.pad(fresh, ((0, 0), (0, k + 1 - fresh.shape[1]))),
         fresh_count=count, lengths=lengths, limits=seq.limits[rows], active=active,
-        guessed=guessed, rows=sampling.SamplingRows(*(x[rows] for x in seq.rows)),
-        penalties=_penalties_of(seq, rows), draft=kept, target=Pages(cache, table),
+        guessed=guessed, rows=how, penalties=penalties, draft=kept, target=Pages(cache, table),
     )  # fmt: skip
     after, accepted = step(
         state,
@@ -118,14 +117,13 @@ def speculate_rows(
         drawing=drawing, rule=drafter.how.rule, top=top, forced=drafter.how.forced,
     )  # fmt: skip
     to = jnp.where(active, plan.rows, M)  # past the end: dropped
-    last = jnp.take_along_axis(after.fresh, after.fresh_count[:, None] - 1, axis=1)[:, 0]
     new = jnp.arange(k + 1) < accepted.added[:, None]
     drafting = seq.draft
     if drafting is not None:
         read = jnp.where(guessed, to, M)
         drafting = Drafting(after.draft.cache, drafting.read.at[read].set(lengths, mode="drop"))
     seq = seq._replace(
-        tokens=seq.tokens.at[to].set(last, mode="drop"),
+        tokens=seq.tokens.at[to].set(newest(after)[:, 0], mode="drop"),
         lengths=seq.lengths.at[to].set(after.lengths - 1, mode="drop"),
         active=seq.active.at[to].set(after.active, mode="drop"),
         penalties=sampling.count_tokens(
@@ -147,8 +145,7 @@ def catch_up(
     assert seq.draft is not None
     assert cache.tokens is not None
     text, M = cache.tokens, seq.active.shape[0]
-    rows = jnp.minimum(plan.rows, M - 1)
-    active = seq.active[rows] & (plan.rows < M)
+    rows, active = decoding(seq, plan)
     table, first = seq.page_table[:, rows, :pages], seq.draft.read[rows]
     left = jnp.where(active, jnp.maximum(seq.lengths[rows] - first, 0), 0)
     before = jnp.cumsum(left) - left
@@ -161,12 +158,6 @@ def catch_up(
     _, read = forward(draft, drafter.model, batch, seq.draft.cache, attention=attention, axis=axis)
     to = jnp.where(count > 0, plan.rows, M)
     return seq._replace(draft=Drafting(read, seq.draft.read.at[to].add(count, mode="drop")))
-
-
-def _penalties_of(seq: SeqState, rows: Array) -> sampling.PenaltyState | None:
-    if seq.penalties is None:
-        return None
-    return sampling.PenaltyState(seq.penalties.prompt[rows], seq.penalties.counts[rows])
 
 
 def proposer(

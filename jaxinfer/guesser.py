@@ -41,8 +41,10 @@ class Guesser:
 
     @property
     def choices(self) -> tuple[int, ...]:
-        """Numbers of guesses that there are programs for, ascending."""
-        return choices(self.drafter)
+        """Numbers of guesses that there are programs for, ascending: as many as asked for, and half
+        of them."""
+        how = self.drafter.how
+        return (how.tokens,) if not how.adapt or how.tokens == 1 else (how.tokens // 2, how.tokens)
 
     def reset(self) -> None:
         """Forgets every sequence; what was learned of the machine stays."""
@@ -64,7 +66,7 @@ class Guesser:
         rows = state.rows
         decoding = (rows.id != NO_SEQUENCE) & (rows.prefilled == rows.prompt)
         ids = rows.id[decoding].tolist()
-        some = [i for i in ids if i in live and live[i].params.speculate]
+        some = [i for i in ids if _speculates(i, live)]
         if not some or len(ids) > self._buckets.guessing[-1]:
             return 0
         if any(i in live and live[i].inside is not None for i in ids):
@@ -93,9 +95,7 @@ class Guesser:
         dispatches that it takes how many tokens. They count as read."""
         pairs = zip(action.rows.tolist(), action.ids.tolist(), strict=True)
         late = [
-            (row, i)
-            for row, i in pairs
-            if self._late(i, action.guesses) and i in live and live[i].params.speculate
+            (row, i) for row, i in pairs if self._late(i, action.guesses) and _speculates(i, live)
         ]
         total = sum(self._unread[i] - 1 for _, i in late)
         self._unread |= {i: 1 for _, i in late}
@@ -107,8 +107,7 @@ class Guesser:
 
     def guessed(self, action: Run, live: Mapping[int, SequenceSpec]) -> np.ndarray:
         """bool [n]: for which of an action's sequences tokens are guessed."""
-        ids = action.ids.tolist()
-        return np.array([i in live and live[i].params.speculate for i in ids], bool)
+        return np.array([_speculates(i, live) for i in action.ids.tolist()], bool)
 
     def dispatched(self, action: Run, guessed: np.ndarray) -> None:
         """An action is on its way."""
@@ -144,10 +143,9 @@ class Guesser:
         self._control = controller.learned(self._control, found)
 
 
-def choices(drafter: Drafter) -> tuple[int, ...]:
-    """Numbers of guesses, ascending: as many as asked for, and half of them."""
-    most = drafter.how.tokens
-    return (most,) if not drafter.how.adapt or most == 1 else (most // 2, most)
+def _speculates(sequence: int, live: Mapping[int, SequenceSpec]) -> bool:
+    """Whether a sequence still runs and may have guesses."""
+    return sequence in live and live[sequence].params.speculate
 
 
 def catch_up_key(

@@ -20,7 +20,7 @@ from jaxinfer.errors import CheckpointError
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import abstract_params, declare
 from jaxinfer.parallel import device_share, tensor_mesh
-from jaxinfer.placement import HOST_GPUS, can_split
+from jaxinfer.placement import can_split, degrees
 from jaxinfer.progress import loading_bar
 from jaxinfer.quant import Parts, QuantisedMatrix
 from jaxinfer.roofline import shard
@@ -64,11 +64,10 @@ def check_degree(config: ModelConfig, size: int, name: str) -> None:
     it says which degrees work."""
     if size == 1 or can_split(config, size):
         return
-    works = [n for n in range(1, HOST_GPUS + 1) if can_split(config, n)]
     raise ValueError(
         f"tensor_parallel_size={size}: {name} has {config.num_heads} heads, {config.num_kv_heads} "
         f"KV heads, {config.intermediate_size} columns in the MLP and {config.vocab_size} tokens, "
-        f"which must be shared out evenly; what works: {', '.join(map(str, works))}"
+        f"which must be shared out evenly; what works: {', '.join(map(str, degrees(config)))}"
     )
 
 

@@ -138,7 +138,7 @@ def check_setting(config: ModelConfig, setting: Setting) -> None:
     if not 0 < s.utilization <= 1:
         raise ValueError(f"utilization={s.utilization}: expected above 0, at most 1")
     if not can_split(config, s.tp):
-        works = [n for n in range(1, HOST_GPUS + 1) if can_split(config, n)]
+        works = degrees(config)
         raise ValueError(
             f"tp={s.tp}: expected at most {HOST_GPUS} GPUs, that divide {config.num_heads} heads,"
             f" {config.intermediate_size} columns of the MLP and {config.vocab_size} tokens, and"
@@ -154,6 +154,11 @@ def can_split(config: ModelConfig, tp: int) -> bool:
     c = config
     even = all(n % tp == 0 for n in (c.num_heads, c.intermediate_size, c.vocab_size))
     return even and tp <= HOST_GPUS and (c.num_kv_heads % tp == 0 or tp % c.num_kv_heads == 0)
+
+
+def degrees(config: ModelConfig) -> list[int]:
+    """All numbers of GPUs for which `can_split` holds, ascending."""
+    return [n for n in range(1, HOST_GPUS + 1) if can_split(config, n)]
 
 
 def memory_of(config: ModelConfig, setting: Setting) -> Memory:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxinfer import sampling
-from jaxinfer.speculate import Drawing, Forward, Proposal, Proposer, State
+from jaxinfer.speculate import Drawing, Forward, Proposal, Proposer, State, newest
 
 
 def draft_model(forward: Forward, *, with_probabilities: bool = False) -> Proposer:
@@ -50,9 +50,8 @@ def skipped_layers(forward: Forward, *, with_probabilities: bool = False) -> Pro
 
     def propose(params: Any, state: State, k: int, drawing: Drawing) -> tuple[State, Proposal]:
         # The target has seen the other fresh ones, and knows them better.
-        newest = jnp.take_along_axis(state.fresh, state.fresh_count[:, None] - 1, axis=1)
         kept, proposal = _drawn(
-            partial(forward, params), state.target, newest, jnp.ones_like(state.fresh_count),
+            partial(forward, params), state.target, newest(state), jnp.ones_like(state.fresh_count),
             state, k, drawing, with_probabilities,
         )  # fmt: skip
         return state._replace(target=kept), proposal

@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer import sampling
-from jaxinfer.batch import MIN_ROWS, Plan, SeqState, assemble, prepare
+from jaxinfer.batch import MIN_ROWS, Plan, SeqState, assemble, decoding, prepare
 from jaxinfer.cache import PagedCache
 from jaxinfer.config import ModelConfig
 from jaxinfer.drafting import Drafter, catch_up, speculate_rows
@@ -268,8 +268,7 @@ def _outcome(seq: SeqState, plan: Plan) -> tuple[Array, Array, Array, Array]:
     whether a token is wanted of it, and whether its state changes. [R + Q] each."""
     M = seq.active.shape[0]
     row = jnp.asarray(plan.rows)
-    at = jnp.minimum(row, M - 1)
-    active = seq.active[at] & (row < M)
+    at, active = decoding(seq, plan)
     length = seq.lengths[at] + 1
     if plan.chunks is None:
         return row, length, active, active

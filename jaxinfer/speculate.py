@@ -103,6 +103,11 @@ class State(NamedTuple):
     target: Any
 
 
+def newest(state: State) -> Array:
+    """The last token of each sequence, int32 [S, 1]."""
+    return jnp.take_along_axis(state.fresh, state.fresh_count[:, None] - 1, axis=1)
+
+
 class Proposer(Protocol):
     """(The state with what it keeps, guesses of the `k` tokens that follow): it reads
     `state.fresh`, of those that are `guessed`. Nothing but `draft` and `target` changes."""
@@ -146,8 +151,7 @@ def step(
     # A guess at the limit would never be used, nor has it a place where it could be kept.
     room = jnp.where(state.guessed, jnp.maximum(state.limits - state.lengths - 1, 0), 0)
     proposal = proposal._replace(drafted=jnp.minimum(proposal.drafted, room))
-    newest = jnp.take_along_axis(state.fresh, state.fresh_count[:, None] - 1, axis=1)
-    tokens = jnp.concatenate([newest, proposal.tokens], axis=1)
+    tokens = jnp.concatenate([newest(state), proposal.tokens], axis=1)
     count = jnp.where(state.active, proposal.drafted + 1, 0)
     logits, seen = target(params, state.target, tokens, count, state.lengths - 1)
     accepted = verify(

@@ -6,13 +6,13 @@ import logging
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxinfer.config import EngineOptions, ModelConfig, Speculative
+from jaxinfer.config import EngineOptions, Method, ModelConfig, Speculative
 from jaxinfer.controller import Costs
 from jaxinfer.drafting import Drafter
 from jaxinfer.errors import CheckpointError
@@ -80,7 +80,7 @@ def parse(given: str | Mapping[str, Any] | Speculative) -> Speculative:
 
 def _made(values: dict[str, Any]) -> Speculative:
     known = [field.name for field in fields(Speculative)]
-    if values.get("method") not in ("draft", "lookup", "skip"):
+    if values.get("method") not in get_args(Method):
         raise ValueError(f"speculative: method {values.get('method')!r}: expected {METHODS}")
     unknown = sorted(values.keys() - set(known))
     if unknown:

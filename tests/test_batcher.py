@@ -454,20 +454,26 @@ configs = st.builds(
     policy=st.sampled_from(["continuous", "static", "makespan"]),
     max_guesses=st.sampled_from([0, 1, 2, 5]),
 )
-# (prompt tokens, output tokens at most, which part of them there really is, which prompts begin
-# like this one, for how many tokens, rank)
-sequences = st.lists(
-    st.tuples(
-        st.integers(1, 12),
-        st.integers(0, 12),
-        st.sampled_from([0.0, 0.5, 0.9]),
-        st.integers(0, 1),
-        st.sampled_from([0, 5, 12]),
-        st.sampled_from([0, 0, 3]),
-    ),
-    min_size=1,
-    max_size=5,
-)
+
+
+def submissions(prompt, output, parts, lengths, most):
+    """Lists of (prompt tokens, output tokens at most, which part of them there really is, which
+    prompts begin like this one, for how many tokens, rank)."""
+    return st.lists(
+        st.tuples(
+            prompt,
+            output,
+            st.sampled_from(parts),
+            st.integers(0, 1),
+            st.sampled_from(lengths),
+            st.sampled_from([0, 0, 3]),
+        ),
+        min_size=1,
+        max_size=most,
+    )
+
+
+sequences = submissions(st.integers(1, 12), st.integers(0, 12), [0.0, 0.5, 0.9], [0, 5, 12], most=5)
 operations = st.lists(
     st.one_of(
         st.tuples(st.just("submit"), sequences),
@@ -512,18 +518,7 @@ guessing = st.builds(
     policy=st.sampled_from(["continuous", "makespan"]),
     max_guesses=st.integers(1, 4),
 )
-talkative = st.lists(
-    st.tuples(
-        st.integers(1, 4),
-        st.integers(8, 40),
-        st.sampled_from([0.5, 1.0]),
-        st.integers(0, 1),
-        st.sampled_from([0, 5]),
-        st.sampled_from([0, 0, 3]),
-    ),
-    min_size=1,
-    max_size=3,
-)
+talkative = submissions(st.integers(1, 4), st.integers(8, 40), [0.5, 1.0], [0, 5], most=3)
 turns = st.lists(
     st.one_of(
         st.tuples(st.just("submit"), talkative),
