@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 TARGET, DRAFTS = "llama-3.1-8b", ("llama-3.2-1b", "llama-draft-100m")
 K, HELD = 4, 0.75
 DRAWS = 2000
-WARM = 4  # calls before any is timed
+WARM = 4  # repeats before any is timed
+CALLS = 8  # of the demo's models that are timed together: one takes some 50 ms
 MEASURES = ("demo", "shapes", "parts")
 
 Prompts = Sequence[list[int]]
@@ -55,31 +56,33 @@ def lower_bound(ratios: Sequence[float], seed: int = 0) -> float:
     return float(np.quantile(np.median(draws, axis=1), 0.05))
 
 
-def seconds(llm: LLM, prompts: Prompts, params: SamplingParams) -> tuple[float, Any]:
-    """Of one `generate` call, and what came of it."""
+def seconds(llm: LLM, calls: Sequence[Prompts], params: SamplingParams) -> tuple[float, Any]:
+    """Of `generate` calls, one after the other, and what came of them."""
     began = time.perf_counter()
-    outputs = llm.generate(list(prompts), params)
+    outputs = [out for prompts in calls for out in llm.generate(list(prompts), params)]
     return time.perf_counter() - began, [out.outputs[0].token_ids for out in outputs]
 
 
 def faster(
     name: str, plain: LLM, guessing: LLM, draws: Callable[[int], Prompts], params: SamplingParams,
-    *, repeats: int, detail: dict[str, Any], same: bool = True,
+    *, repeats: int, detail: dict[str, Any], calls: int = 1, same: bool = True,
 ) -> Iterator[Record]:  # fmt: skip
     """How many times faster the second is, on prompts that neither has read before.
 
     Args:
-        draws: the prompts of each repeat; those below 0 compile and teach the controller.
+        draws: the prompts of each call. Those below 0 teach the controller.
+        calls: of a repeat: short ones are timed together.
         same: both must say the same.
     """
-    for turn in range(-WARM, 0):
-        for llm in (plain, guessing):
-            seconds(llm, draws(turn), params)
+    for llm in (plain, guessing):
+        llm.warm_up([params])
     ratios, times = [], []
-    for turn in range(repeats):
+    for turn in range(-WARM, repeats):
         order = (plain, guessing) if turn % 2 else (guessing, plain)
-        prompts = draws(turn)
+        prompts = [draws(turn * calls + i) for i in range(calls)]
         took = {id(llm): seconds(llm, prompts, params) for llm in order}
+        if turn < 0:
+            continue
         (a, said), (b, others) = took[id(plain)], took[id(guessing)]
         if same and said != others:
             raise RuntimeError(f"{name}: other tokens with speculation than without")
@@ -114,7 +117,7 @@ def measure_shapes(args: argparse.Namespace) -> Iterator[Record]:
 
     config = shapes.model_config(TARGET)
     params = shapes.init_params(TARGET, jnp.bfloat16)
-    rest: dict[str, Any] = {"max_model_len": 4096, "kv_cache_bytes": 2 << 30, "max_num_seqs": 64}
+    rest: dict[str, Any] = {"max_model_len": 4096, "kv_cache_bytes": 8 << 30, "max_num_seqs": 64}
     start = partial(LLM.from_params, params, config, **rest)
     one = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
     plain = start()
@@ -179,7 +182,7 @@ def measure_demo(args: argparse.Namespace) -> Iterator[Record]:
     specs["skip"] = f"skip=3-6,tokens={K}"
     greedy = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
     noise = SamplingParams(temperature=1.5, seed=1, max_tokens=args.tokens, ignore_eos=True)
-    edits = [(p + p + p[: len(p) // 2]) for p in demo_prompts(64, 160)]
+    edits = [(p + p + p[: len(p) // 2]) for p in demo_prompts(160, 160)]
     code = demo_prompts(args.prompts, 96)
     texts = {"edits": (edits, greedy), "noise": (code, noise)}
 
@@ -188,7 +191,7 @@ def measure_demo(args: argparse.Namespace) -> Iterator[Record]:
 
     checked: dict[str, Any] = {"max_num_seqs": 64, "max_steps": 1}
     with start(**checked) as plain:
-        expected = seconds(plain, code, replace(greedy, max_tokens=64))[1]
+        expected = seconds(plain, [code], replace(greedy, max_tokens=64))[1]
     rest["max_num_seqs"] = max(args.batch)
     with start() as plain:
         for kind in args.kinds or specs:
@@ -199,11 +202,12 @@ def measure_demo(args: argparse.Namespace) -> Iterator[Record]:
                         yield from faster(
                             f"speculative.demo.{kind}.{name}.b{batch}", plain, llm,
                             partial(in_turn, prompts, batch), how,
-                            repeats=2 * args.repeats, detail={"speculative": text},
+                            repeats=2 * args.repeats, calls=CALLS,
+                            detail={"speculative": text, "calls": CALLS},
                         )  # fmt: skip
             fixed = f"{text},adapt=false"
             with start(speculative=fixed, **checked) as llm:
-                got = seconds(llm, code, replace(greedy, max_tokens=64))[1]
+                got = seconds(llm, [code], replace(greedy, max_tokens=64))[1]
                 wrong = sum(a != b for a, b in zip(expected, got, strict=True))
                 detail = {"prompts": len(code), "speculative": fixed, **acceptance(llm)}
                 yield Record(f"speculative.demo.{kind}.other_tokens", wrong, "prompts", detail)

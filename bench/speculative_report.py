@@ -20,7 +20,7 @@ from typing import Any
 from bench import parts, record
 from bench.parts import Part, emit
 from bench.record import Record, Run
-from bench.speculative import K, demo_prompts, faster, in_turn
+from bench.speculative import CALLS, K, demo_prompts, faster, in_turn
 
 SPECS = {
     "draft": f"draft=demo-draft,tokens={K}",
@@ -36,8 +36,8 @@ def measure(args: argparse.Namespace) -> Iterator[Record]:
     from jaxinfer import LLM, SamplingParams
 
     rest: dict[str, Any] = {
-        "dtype": args.dtype, "kv_cache_bytes": 1 << 30, "max_num_batched_tokens": 2048,
-        "max_num_seqs": max(args.batch), "max_model_len": 1024,
+        "dtype": args.dtype, "kv_cache_bytes": 1 << 30, "max_num_batched_tokens": 512,
+        "max_num_seqs": max(args.batch), "max_model_len": 512,
     }  # fmt: skip
     code = demo_prompts(256, CONTEXT)
     with LLM("demo", **rest) as plain:
@@ -51,6 +51,7 @@ def measure(args: argparse.Namespace) -> Iterator[Record]:
                         yield from faster(
                             f"{PREFIX}.{kind}.t{t:g}.b{batch}", plain, llm,
                             partial(in_turn, code, batch), how, repeats=args.repeats,
+                            calls=-(-CALLS // batch),
                             detail={
                                 "proposer": kind, "temperature": t, "requests": batch,
                                 "speculative": SPECS[kind], "context": CONTEXT,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from jaxinfer.cache import TRASH_PAGE, PagedCache
+from jaxinfer.cache import TRASH_PAGE, PagedCache, note_tokens
 from jaxinfer.sampling import PenaltyState, SamplingRows
 from jaxinfer.types import MAX_STOP_IDS
 
@@ -221,6 +221,23 @@ def decoding(seq: SeqState, plan: Plan) -> tuple[Array, Array]:
     M = seq.active.shape[0]
     rows = jnp.minimum(plan.rows, M - 1)
     return rows, seq.active[rows] & (plan.rows < M)
+
+
+def note_steps(tokens: Array, seq: SeqState, plan: Plan, sampled: Array) -> Array:
+    """`PagedCache.tokens` after several decode steps, in one write: one in each step takes longer
+    than all else that a small model's step does for speculation.
+
+    Args:
+        tokens: int32 [pages, page_size]; before the steps.
+        seq: before the steps.
+        sampled: int32 [K, R]; by each step, -1 for rows that did not run.
+    """
+    size = tokens.shape[1]
+    rows, _ = decoding(seq, plan)
+    read = jnp.concatenate([seq.tokens[rows][None], sampled[:-1]])
+    at = seq.lengths[rows] + jnp.arange(len(sampled))[:, None]
+    page = jnp.where(sampled >= 0, seq.page_table[0, rows, at // size], TRASH_PAGE)
+    return note_tokens(tokens, page * size + at % size, read)
 
 
 def assemble(seq: SeqState, plan: Plan, *, tokens: int, pages: int, page_size: int) -> Batch:

@@ -378,7 +378,8 @@ def _schedule(
 
 def granted_columns(config: BatcherConfig) -> int:
     """Pages that one dispatch grants to a row at most."""
-    return pages_for(config.max_steps * (config.max_guesses + 1), config.page_size) + 1
+    most = config.most_steps(config.max_guesses) * (config.max_guesses + 1)
+    return pages_for(max(config.max_steps, most), config.page_size) + 1
 
 
 class _Need(NamedTuple):
@@ -410,7 +411,9 @@ def _make_room(
             guesses = 0
         # Whoever waits should find the device free soon.
         alone = not reading.any() and not waiting
-        steps = int(min(config.max_steps, -(-left.max() // (guesses + 1)))) if alone else 1
+        steps = 1
+        if alone:
+            steps = int(min(config.most_steps(guesses), -(-left.max() // (guesses + 1))))
         most = np.minimum(rows.scheduled + steps * (guesses + 1), room)
         scheduled = np.where(left > 0, most, rows.scheduled)
         least = rows.least + np.minimum(left, steps)

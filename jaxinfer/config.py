@@ -136,6 +136,11 @@ class BatcherConfig:
     prefix_caching: bool = True
     max_guesses: int = 0
 
+    def most_steps(self, guesses: int) -> int:
+        """Decode steps of one dispatch, at most. Those that guess take about twice as long, and
+        how soon their sequences end is not known when the next dispatch is queued."""
+        return max(1, self.max_steps // 2) if guesses else self.max_steps
+
 
 @dataclass(frozen=True)
 class Speculative:

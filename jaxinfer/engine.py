@@ -394,14 +394,17 @@ class Engine:
             guesses=() if self._guesser is None else self._guesser.choices,
         )  # fmt: skip
         probe = warmup.probe(self.limits, self.config.vocab_size)
+        behind: dict[StepKey, Plan] = {}
+        if self._draft is not None:
+            sizes = itertools.product(self._buckets.tokens, self._buckets.pages)
+            behind = dict(self._catching_up([], tokens, pages) for tokens, pages in sizes)
         self.compiler.compile_all(
-            keys, lambda key: self._probe(key, probe), self._params, self._cache, self._seq,
-            draft=self._draft,
+            [*keys, *behind], lambda key: behind.get(key) or self._probe(key, probe),
+            self._params, self._cache, self._seq, draft=self._draft,
         )  # fmt: skip
         found = self._probed(keys, probe)
-        if self._guesser is not None and self._draft is not None:
-            for tokens, pages in itertools.product(self._buckets.tokens, self._buckets.pages):
-                self._catch_up([], tokens, pages)
+        for key, plan in behind.items():
+            self._dispatch(key, plan)
         self._warmed = (*self._warmed, *params)
         self._variants = warmup.variants(self._warmed)
         self.reset()
@@ -530,7 +533,7 @@ class Engine:
             if action.guesses:
                 rows, sizes = self._guesser.behind(action, self._live)
                 for tokens in sizes:
-                    self._catch_up(rows, tokens, key.pages)
+                    self._dispatch(*self._catching_up(rows, tokens, key.pages))
                 under_way = under_way and not sizes
             self._guesser.dispatched(action, guessed)
         plan = make_plan(
@@ -538,13 +541,13 @@ class Engine:
         )
         return InFlight(action, key, self._dispatch(key, plan), guessed, under_way)
 
-    def _catch_up(self, rows: Sequence[int], tokens: int, pages: int) -> None:
-        """Has the draft read so many tokens of some rows."""
+    def _catching_up(self, rows: Sequence[int], tokens: int, pages: int) -> tuple[StepKey, Plan]:
+        """A dispatch in which the draft reads so many tokens of some rows."""
         limits = self.limits
         key = catch_up_key(
             tokens, pages, buckets=self._buckets, limits=limits, invariant=self._invariant
         )
-        self._dispatch(key, catch_up_plan(rows, key, limits))
+        return key, catch_up_plan(rows, key, limits)
 
     def _dispatch(self, key: StepKey, plan: Plan) -> Sampled:
         self._cache, self._seq, sampled = self.compiler.run(

@@ -278,7 +278,7 @@ class LLM:
         self._owners: dict[int, tuple[Request, Sample]] = {}
         self.params_version: int | str = 0  # of the weights; see `update_params`
         self.response_cache = ResponseCache(options.response_cache)
-        limits = batcher_config(options, memory, drafter)
+        limits = batcher_config(config, options, memory, drafter)
         kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)
         self._event_log = open(options.event_log, "w") if options.event_log else None  # noqa: SIM115
         self._engine: Engine | None = Engine(

@@ -23,7 +23,7 @@ from jaxinfer.parallel import device_share, tensor_mesh
 from jaxinfer.placement import can_split, degrees
 from jaxinfer.progress import loading_bar
 from jaxinfer.quant import Parts, QuantisedMatrix
-from jaxinfer.roofline import shard
+from jaxinfer.roofline import LAYER_S, shard
 from jaxinfer.sharding import shardings
 from jaxinfer.sizing import MemoryPlan, device_memory, plan_memory
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 QUANTISED = (QuantisedMatrix, Parts)
 DEFAULT_BATCHED_TOKENS = 2048
 # A dispatch takes the host up to some 3 ms; it should keep the device busy for longer than that.
-DISPATCH_S, MOST_STEPS, GPU_BYTES_PER_S = 0.008, 8, 3e12
+DISPATCH_S, MOST_STEPS, GPU_BYTES_PER_S = 0.008, 16, 3e12
 
 
 def prepare_backend(options: EngineOptions) -> None:
@@ -145,14 +145,14 @@ def batched_tokens(options: EngineOptions) -> int:
 
 
 def batcher_config(
-    options: EngineOptions, memory: MemoryPlan, drafter: Drafter | None = None
+    config: ModelConfig, options: EngineOptions, memory: MemoryPlan, drafter: Drafter | None = None
 ) -> BatcherConfig:
     """The scheduler's limits, with what the options leave open."""
     gpu = jax.devices()[0].platform == "gpu"
     steps = options.max_steps
     if steps is None:
-        # How many decode steps the weights alone keep the device busy for this long.
-        least = memory.weights / GPU_BYTES_PER_S
+        # How many decode steps of one row keep the device busy for this long.
+        least = memory.weights / GPU_BYTES_PER_S + config.num_layers * LAYER_S
         steps = max(1, min(MOST_STEPS, int(DISPATCH_S / least))) if gpu else 1
     return BatcherConfig(
         num_pages=memory.num_pages,

@@ -109,7 +109,7 @@ def step_key(
         chunks=limits.max_chunks if tokens else 0,
         pages=fit(buckets.pages, pages_for(action.tokens, limits.page_size)),
         page_size=limits.page_size,
-        steps=1 if action.steps == 1 else limits.max_steps,
+        steps=1 if action.steps == 1 else limits.most_steps(action.guesses),
         invariant=invariant,
         random=kind.random,
         truncated=kind.truncated,

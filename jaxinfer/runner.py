@@ -20,7 +20,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer import sampling
-from jaxinfer.batch import MIN_ROWS, Plan, SeqState, assemble, decoding, prepare
+from jaxinfer.batch import MIN_ROWS, Plan, SeqState, assemble, decoding, note_steps, prepare
 from jaxinfer.cache import PagedCache
 from jaxinfer.config import ModelConfig
 from jaxinfer.drafting import Drafter, catch_up, speculate_rows
@@ -159,7 +159,13 @@ def run_step(
         cache, seq, sampled = one(params, cache, paused, plan)
         return (cache, seq._replace(active=jnp.where(due, seq.active, running))), sampled
 
+    # Steps that guess look at the text; of others it is written once, at their end.
+    text, before = None if key.guesses else cache.tokens, seq
+    if text is not None:
+        cache = cache._replace(tokens=None)
     (cache, seq), sampled = lax.scan(step, (cache, seq), jnp.arange(key.steps))
+    if text is not None:
+        cache = cache._replace(tokens=note_steps(text, before, plan, sampled.tokens))
     return cache, seq, _in_rows(sampled, key)
 
 

@@ -73,7 +73,7 @@ def step_keys(
         (rows, 0, steps, None, k)
         for k in guesses
         for rows in buckets.guessing
-        for steps in {1, limits.max_steps}
+        for steps in {1, limits.most_steps(k)}
     ]
     decode = [(rows, 0, steps, None, 0) for rows in buckets.rows for steps in {1, limits.max_steps}]
     mixed = [

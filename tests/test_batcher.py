@@ -816,7 +816,7 @@ GUESSES = BatcherConfig(
     max_num_seqs=2,
     max_model_len=32,
     max_num_batched_tokens=8,
-    max_steps=2,
+    max_steps=4,
     max_guesses=3,
 )
 
@@ -843,7 +843,7 @@ def test_progress_of_who_has_left_says_nothing():
     before = state.rows
     state, _ = step(state, (progress((0, 9, 15)), Guess(0)), GUESSES)
     assert state.rows.scheduled[0] == before.scheduled[0]
-    assert state.rows.scheduled[1] == before.scheduled[1] + 2
+    assert state.rows.scheduled[1] == before.scheduled[1] + GUESSES.max_steps
 
 
 def test_steps_with_guesses_end_when_all_could():

@@ -147,7 +147,9 @@ def forward(
         hidden = at(FINAL_NORM, finish(last))[batch.logit_rows]
     else:
         hidden = finish(jax.tree.map(lambda x: x[batch.logit_rows], last))
-    tokens = note_tokens(cache.tokens, batch.kv_index, batch.tokens)
+    tokens = cache.tokens
+    if tokens is not None:
+        tokens = note_tokens(tokens, batch.kv_index, batch.tokens)
     return StepOutput(hidden, kept), join_layers(pools, tokens)
 
 
