@@ -28,7 +28,15 @@ from jaxinfer.hooked import LOGITS, HookTables
 from jaxinfer.hooks import Bound
 from jaxinfer.metrics import Metrics
 from jaxinfer.models.decoder import Params
-from jaxinfer.observe import InFlight, Update, faults, sequences_of, start_of, taken
+from jaxinfer.observe import (
+    DISPATCHES_AHEAD,
+    InFlight,
+    Update,
+    faults,
+    sequences_of,
+    start_of,
+    taken,
+)
 from jaxinfer.packing import pack
 from jaxinfer.pages import page_keys, pages_for
 from jaxinfer.parallel import new_cache, replicate
@@ -46,8 +54,6 @@ from jaxinfer.state import EngineState, Live, check_fits, describe, keep_running
 from jaxinfer.types import SamplingParams
 from jaxinfer.warmup import WarmUp
 
-# The device runs one dispatch while the host reads the one before.
-DISPATCHES_AHEAD = 2
 # How many later sequences a step of priority lets pass at most: nobody waits for ever.
 PRIORITY_ARRIVALS = 1000
 
@@ -561,6 +567,7 @@ class Engine:
     # -- results ----------------------------------------------------------------------------
 
     def _observe(self, done: InFlight) -> list[Update]:
+        late = done.sampled.tokens.is_ready()
         tokens, rows = np.asarray(done.sampled.tokens), done.key.rows
         following = tokens[:, rows : rows + len(done.action.chunks)]
         attempted = done.sampled.attempted
@@ -569,7 +576,7 @@ class Engine:
         self.metrics.observe(tokens[:, : len(done.action.ids)], following, attempted)
         columns = tokens.T.tolist()
         if self._guesser is not None:
-            self._guesser.observed(done, now=self._clock())
+            self._guesser.observed(done, now=self._clock(), late=late)
         updates = self._fail(done)
         for place, sequence in enumerate(done.action.ids.tolist()):
             if sequence in self._live and columns[place][0] >= 0:  # neither given up nor ended

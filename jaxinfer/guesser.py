@@ -16,7 +16,7 @@ from jaxinfer.buckets import Buckets, fit
 from jaxinfer.config import BatcherConfig
 from jaxinfer.controller import Control, Costs, Load
 from jaxinfer.drafting import Drafter
-from jaxinfer.observe import InFlight
+from jaxinfer.observe import DISPATCHES_AHEAD, InFlight
 from jaxinfer.plans import SequenceSpec
 from jaxinfer.runner import StepKey
 
@@ -37,6 +37,7 @@ class Guesser:
         self._limits, self._buckets, self._costs = limits, buckets, costs
         self._control = Control()
         self._observed_s: float | None = None
+        self._host_late = 0  # results in a row that were there before anybody looked
         self.reset()
 
     @property
@@ -50,7 +51,7 @@ class Guesser:
         """Forgets every sequence; what was learned of the machine stays."""
         self._unread: dict[int, int] = {}  # tokens that the draft may not have read yet
         self._control = self._control._replace(sequences={})
-        self._observed_s = None
+        self._observed_s, self._host_late = None, 0
 
     def forget(self, sequence: int) -> None:
         """A sequence has ended."""
@@ -121,12 +122,18 @@ class Guesser:
                 read = action.guesses and yes
                 self._unread[i] = action.guesses + 1 if read else self._unread[i] + action.steps
 
-    def observed(self, done: InFlight, *, now: float) -> None:
-        """Results were read, at `now`."""
+    def observed(self, done: InFlight, *, now: float, late: bool) -> None:
+        """Results were read, at `now`; `late`: they were there before the host came to read them.
+
+        When it comes late now and then, because it had something else to do, nobody knows when the
+        device began with what comes next. When it always comes late, the host sets the pace.
+        """
         before, self._observed_s = self._observed_s, now
+        known = self._host_late == 0 or self._host_late > DISPATCHES_AHEAD
+        self._host_late = self._host_late + 1 if late else 0
         action, key, sampled = done.action, done.key, done.sampled
         steps = key.steps  # of which the program computes all
-        if before is not None and done.under_way and not action.chunks:
+        if before is not None and known and done.under_way and not action.chunks:
             each = (now - before) / steps
             self._control = controller.timed(self._control, key.rows, action.guesses, each)
         if sampled.attempted is None:

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from jaxinfer import functional, saving, warmup
 from jaxinfer.cache import resolve_kv_dtype
 from jaxinfer.config import EngineOptions, ModelConfig, Speculative
-from jaxinfer.engine import DISPATCHES_AHEAD, Engine
+from jaxinfer.engine import Engine
 from jaxinfer.errors import (
     CapacityError,
     CheckpointError,
@@ -44,6 +44,7 @@ from jaxinfer.loading import (
 )  # fmt: skip
 from jaxinfer.models.sites import widths
 from jaxinfer.models.weights import abstract_params
+from jaxinfer.observe import DISPATCHES_AHEAD
 from jaxinfer.parallel import arrange, device_bytes, lay_out
 from jaxinfer.quant import pack_params
 from jaxinfer.requests import (

@@ -13,6 +13,9 @@ from jaxinfer.hooked import NO_FAULT, fault_sites
 from jaxinfer.plans import chunk_starts
 from jaxinfer.runner import Sampled, StepKey
 
+# The device runs one dispatch while the host reads the one before.
+DISPATCHES_AHEAD = 2
+
 
 class Update(NamedTuple):
     """What one step brought for a sequence.
