@@ -480,7 +480,10 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether there are results that `read` need not wait for."""
-        return bool(self._in_flight) and self._in_flight[0].sampled.tokens.is_ready()
+        if not self._in_flight:
+            return False
+        tokens = self._in_flight[0].sampled.tokens
+        return tokens.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
 
     def read(self) -> list[Update]:
         """As `step`, but nothing new is begun."""

@@ -28,13 +28,13 @@ class Replica(NamedTuple):
         tokens: that its sequences which have not ended may come to have.
         recent, before: keys of pages, those of latest requests and those before them: a key that is
             not sent again is forgotten in time, as the page is by the cache.
-        count: keys in `recent`.
+        num_recent: keys in `recent`.
     """
 
     tokens: int
     recent: Table
     before: Table
-    count: int
+    num_recent: int
 
 
 class RouterState(NamedTuple):
@@ -103,7 +103,7 @@ def forget(state: RouterState) -> RouterState:
     """No page of before is found any more: the weights have changed, or the caches are empty."""
     none = table()
     return state._replace(
-        replicas=tuple(x._replace(recent=none, before=none, count=0) for x in state.replicas)
+        replicas=tuple(x._replace(recent=none, before=none, num_recent=0) for x in state.replicas)
     )
 
 
@@ -117,11 +117,11 @@ def _known(replica: Replica, keys: Sequence[int]) -> int:
 
 def _told(replica: Replica, keys: Sequence[int], most: int) -> Replica:
     """The replica, which is sent at most `most` keys."""
-    if replica.count + len(keys) > most:
-        replica = replica._replace(recent=table(), before=replica.recent, count=0)
+    if replica.num_recent + len(keys) > most:
+        replica = replica._replace(recent=table(), before=replica.recent, num_recent=0)
     new = {key: 1 for key in keys if replica.recent.find(key) is None}
     recent = updated(replica.recent, new)
-    return replica._replace(recent=recent, count=replica.count + len(new))
+    return replica._replace(recent=recent, num_recent=replica.num_recent + len(new))
 
 
 def _with(state: RouterState, at: int, replica: Replica) -> RouterState:

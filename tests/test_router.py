@@ -63,7 +63,7 @@ def test_it_replays_to_the_same_and_is_bounded(count, steps):
         for replica in state.replicas:
             held = [len(dict(x.items())) for x in (replica.recent, replica.before)]
             assert max(held) <= KEYS
-            assert held[0] == replica.count
+            assert held[0] == replica.num_recent
 
 
 @given(count=st.integers(2, 4), sent=st.lists(requests, min_size=1, max_size=60))
