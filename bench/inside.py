@@ -24,7 +24,8 @@ def waste(llm: LLM) -> tuple[int, int]:
     the cache before the step after. A page that two rows share counts for both, and so do its
     tokens.
     """
-    state = llm.engine._batcher
+    engine: Any = llm.engine
+    state = engine._batcher
     return kv_tokens(state), int(state.rows.held.sum()) * llm.memory_plan.page_size
 
 

@@ -237,6 +237,7 @@ class EngineOptions:
     seed: int = 0
     invariant: bool = True
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
     page_size: int = 32
     max_num_batched_tokens: int | None = None
     max_steps: int | None = None
@@ -256,7 +257,10 @@ class EngineOptions:
         }.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {accepted}")
-        at_least_one = ("max_num_seqs", "max_waiting", "page_size", "tensor_parallel_size")
+        at_least_one = (
+            "max_num_seqs", "max_waiting", "page_size", "tensor_parallel_size",
+            "data_parallel_size",
+        )  # fmt: skip
         optional = ("max_num_batched_tokens", "max_steps", "max_model_len", "kv_cache_bytes")
         for name in (*at_least_one, *optional):
             value = getattr(self, name)
@@ -281,6 +285,11 @@ class EngineOptions:
         if self.event_log is not None and not Path(self.event_log).absolute().parent.is_dir():
             raise ValueError(
                 f"event_log={self.event_log!r}: expected a file in a folder that exists"
+            )
+        if self.event_log is not None and self.data_parallel_size > 1:
+            raise ValueError(
+                f"event_log={self.event_log!r} with data_parallel_size={self.data_parallel_size}: "
+                "a log is of one scheduler, and each replica has its own: leave one of them out"
             )
         share = self.gpu_memory_utilization
         if not isinstance(share, int | float) or not 0 < share <= 1:

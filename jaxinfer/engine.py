@@ -73,7 +73,7 @@ class Engine:
         draft: weights of the drafter's model, if it has one.
         costs: see `controller`; with a drafter.
         mesh: devices of tensor parallelism, over which `params` and `draft` are split
-            (`parallel.lay_out`); None: one device.
+            (`parallel.lay_out`), or the one that they lie on; None: the default device.
     """
 
     def __init__(
@@ -112,7 +112,9 @@ class Engine:
         self._variants: tuple[Kind, ...] = ()  # of what was warmed up
         self._ids = itertools.count()
         self._cache = self._new_cache()
-        self._hooks = HookTables(limits.max_num_seqs, self.compiler.forget)
+        self._hooks = HookTables(
+            limits.max_num_seqs, self.compiler.forget, self.compiler.everywhere
+        )
         self._clear()
 
     def _new_cache(self) -> PagedCache:
@@ -152,12 +154,18 @@ class Engine:
 
     # -- requests ---------------------------------------------------------------------------
 
-    def submit(self, sequences: Iterable[SequenceSpec]) -> list[int]:
-        """Queues sequences; returns their ids. The caller has validated them."""
+    def submit(
+        self, sequences: Iterable[SequenceSpec], ids: Iterable[int] | None = None
+    ) -> list[int]:
+        """Queues sequences; returns their ids. The caller has validated them.
+
+        `ids`: those that they are to have, each larger than any before; None: the next ones.
+        """
         sequences = list(sequences)
         used = {bound.hook for s in self._live.values() for bound in _hooks(s)}
         self._hooks.add((bound.hook for s in sequences for bound in _hooks(s)), used)
-        new = {next(self._ids): sequence for sequence in sequences}
+        numbers = self._ids if ids is None else ids
+        new = {i: sequence for sequence, i in zip(sequences, numbers, strict=False)}
         self._live |= new
         self._kinds |= {i: Kind.of(s.params) for i, s in new.items()}
         self._outputs |= {i: [] for i in new}
@@ -464,6 +472,11 @@ class Engine:
 
         They may be none: a chunk of a prompt, or a sequence given up meanwhile.
         """
+        self.fill()
+        return self.read()
+
+    def fill(self) -> None:
+        """Begins as much as the device is to have before it; waits for nothing."""
         while len(self._in_flight) < DISPATCHES_AHEAD:
             self._say_guesses()
             action = self._schedule()
@@ -472,7 +485,14 @@ class Engine:
             self._in_flight.append(self._run(action))
             key = self._in_flight[-1].key
             self.metrics.dispatch(action, self._batcher, padded_tokens(key))
-        return self.read()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there are results that `read` need not wait for."""
+        if not self._in_flight:
+            return False
+        tokens = self._in_flight[0].sampled.tokens
+        return tokens.is_ready()  # pyright: ignore[reportAttributeAccessIssue]
 
     def read(self) -> list[Update]:
         """As `step`, but nothing new is begun."""

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Sharding
 
 from jaxinfer.batch import Batch, Plan
 from jaxinfer.hooks import Bound, Hook, Rows, Where, changed_sites
@@ -61,9 +62,9 @@ class Hooked(NamedTuple):
     bad: dict[str, Array]
 
 
-def table(hook: Hook, rows: int) -> tuple[Array, ...]:
-    """Room for the `aux` of every row of state: [M, …] each, zeros."""
-    return tuple(jnp.zeros((rows, *shape), kind) for shape, kind in hook.leaves)
+def table(hook: Hook, rows: int, place: Sharding | None = None) -> tuple[Array, ...]:
+    """Room for the `aux` of every row of state: [M, …] each, zeros; on `place`."""
+    return tuple(jnp.zeros((rows, *shape), kind, device=place) for shape, kind in hook.leaves)
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -78,10 +79,13 @@ class HookTables:
     Args:
         rows: of state.
         forget: called with a hook that is let go of.
+        place: where the tables lie; None: on the default device.
     """
 
-    def __init__(self, rows: int, forget: Callable[[Hook], None]) -> None:
-        self._rows, self._forget = rows, forget
+    def __init__(
+        self, rows: int, forget: Callable[[Hook], None], place: Sharding | None = None
+    ) -> None:
+        self._rows, self._forget, self._place = rows, forget, place
         self._numbers = itertools.count(1)
         self._known: dict[Hook, tuple[int, tuple[Array, ...]]] = {}
 
@@ -90,7 +94,7 @@ class HookTables:
         but for `used` ones."""
         for hook in (new := dict.fromkeys(hooks)):
             found = self._known.pop(hook, None)
-            self._known[hook] = found or (next(self._numbers), table(hook, self._rows))
+            self._known[hook] = found or (next(self._numbers), table(hook, self._rows, self._place))
         old = [hook for hook in self._known if hook not in used and hook not in new]
         for hook in old[: max(0, len(self._known) - KEPT_HOOKS)]:
             del self._known[hook]

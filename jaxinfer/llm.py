@@ -34,7 +34,7 @@ from jaxinfer.loading import (
     check_dense,
     check_params,
     load_weights,
-    make_mesh,
+    make_meshes,
     model_config,
     model_tokenizer,
     open_source,
@@ -45,8 +45,9 @@ from jaxinfer.loading import (
 from jaxinfer.models.sites import widths
 from jaxinfer.models.weights import abstract_params
 from jaxinfer.observe import DISPATCHES_AHEAD
-from jaxinfer.parallel import arrange, device_bytes, lay_out
+from jaxinfer.parallel import arrange, copy_to, device_bytes, lay_out, reading_mesh
 from jaxinfer.quant import pack_params
+from jaxinfer.replicas import Replicas
 from jaxinfer.requests import (
     Request,
     Sample,
@@ -81,7 +82,7 @@ from jaxinfer.validation import (
 from jaxinfer.warmup import WarmUp
 
 if TYPE_CHECKING:
-    from jaxinfer.metrics import Metrics
+    from jaxinfer.metrics import Metrics, Together
     from jaxinfer.models.decoder import Params
     from jaxinfer.tokenizer import Tokenizer
 
@@ -113,6 +114,8 @@ class LLM:
         invariant: a request's tokens do not depend on what it is batched with (ADR 003).
         tensor_parallel_size: devices that share every layer, the first of this process; it must
             divide heads, MLP and vocabulary. Other degrees give other bits (docs/parallel.md).
+        data_parallel_size: replicas of the model, of `tensor_parallel_size` devices each, that
+            share the requests; sizes are those of each, but for `max_waiting`. It changes no token.
         page_size: tokens a page of the cache.
         max_num_batched_tokens: most tokens of one step: one for each sequence that decodes, and as
             much of prompts as that leaves; longer ones are read in chunks. None: 2048, or twice
@@ -159,6 +162,7 @@ class LLM:
         seed: int = 0,
         invariant: bool = True,
         tensor_parallel_size: int = 1,
+        data_parallel_size: int = 1,
         page_size: int = 32,
         max_num_batched_tokens: int | None = None,
         max_steps: int | None = None,
@@ -176,8 +180,8 @@ class LLM:
             dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             gpu_memory_utilization=gpu_memory_utilization, kv_cache_bytes=kv_cache_bytes,
             kv_cache_dtype=kv_cache_dtype, seed=seed, invariant=invariant,
-            tensor_parallel_size=tensor_parallel_size, page_size=page_size,
-            max_num_batched_tokens=max_num_batched_tokens, max_steps=max_steps,
+            tensor_parallel_size=tensor_parallel_size, data_parallel_size=data_parallel_size,
+            page_size=page_size, max_num_batched_tokens=max_num_batched_tokens, max_steps=max_steps,
             max_waiting=max_waiting, policy=policy, prefix_caching=prefix_caching,
             response_cache=response_cache, event_log=event_log,
             compilation_cache=compilation_cache,
@@ -186,14 +190,15 @@ class LLM:
         source = open_source(resolve_model(str(model), revision))
         config = model_config(source)
         prepare_backend(options)
-        mesh = make_mesh(config, options)
+        meshes = make_meshes(config, options)
+        mesh = reading_mesh(meshes)
         expected = weight_bytes(source, config, jnp.dtype(dtype), mesh)
         how = options.speculative
         draft = None if how is None else prepare(how, config, options, mesh=mesh)
         expected += 0 if draft is None else draft.bytes
         drafter = None if draft is None else draft.drafter
         # Whether it fits, before reading.
-        plan(config, options, loaded=False, weights=expected, drafter=drafter, mesh=mesh)
+        plan(config, options, loaded=False, weights=expected, drafter=drafter, meshes=meshes)
         tokenizer = model_tokenizer(source)
         # The smaller one first: if it cannot be read, nothing else is.
         guessing = None if draft is None else load_draft(draft, options, mesh)
@@ -203,7 +208,7 @@ class LLM:
         given = _shapes(params) if mesh is None else abstract_params(config, jnp.dtype(dtype))
         if jax.tree.structure(given) != jax.tree.structure(params):
             given = None  # quantised, and split: not laid out anew in memory
-        self._start(params, config, tokenizer, options, draft, guessing, given, mesh, owned=True)
+        self._start(params, config, tokenizer, options, draft, guessing, given, meshes, owned=True)
 
     @classmethod
     def from_params(
@@ -233,7 +238,8 @@ class LLM:
         if how is None and draft is not None:
             raise ValueError('a draft was given: expected speculative="draft" with it')
         prepare_backend(chosen)
-        mesh = make_mesh(config, chosen)
+        meshes = make_meshes(config, chosen)
+        mesh = reading_mesh(meshes)
         found = None if how is None else prepare(how, config, chosen, given=draft, mesh=mesh)
         if draft is not None:
             check_params(*draft, dtype)
@@ -247,7 +253,7 @@ class LLM:
             guessing = load_draft(found, chosen, mesh)
         if found is not None:
             found = settled(found, params, config, tokenizer)
-        self._start(params, config, tokenizer, chosen, found, guessing, given, mesh, owned=False)
+        self._start(params, config, tokenizer, chosen, found, guessing, given, meshes, owned=False)
         return self
 
     def _start(
@@ -259,19 +265,21 @@ class LLM:
         draft: Draft | None,
         guessing: Params | None,
         given: Params | None,
-        mesh: Mesh | None,
+        meshes: Sequence[Mesh | None],
         *,
         owned: bool,
     ) -> None:
-        self._given, self._mesh = given, mesh  # `given`: as updates must be; None: there are none
+        self._given = given  # as updates must be; None: there are none
+        self._mesh = mesh = reading_mesh(meshes)
         params = pack_params(params, jnp.dtype(options.dtype), consume=owned, mesh=mesh)
         drafter = None if draft is None else draft.drafter
         weights, others = device_bytes(params), 0 if guessing is None else device_bytes(guessing)
+        copies = [copy_to((params, guessing), mesh) for mesh in meshes]
         memory = plan(
-            config, options, loaded=True, weights=weights + others, drafter=drafter, mesh=mesh
+            config, options, loaded=True, weights=weights + others, drafter=drafter, meshes=meshes
         )
-        each = "" if mesh is None else f"each of {mesh.size} devices: "
-        logger.info("%s%s", each, memory)
+        devices = sum(mesh.size for mesh in meshes if mesh is not None)
+        logger.info("%s%s", f"each of {devices} devices: " if devices else "", memory)
         self.config, self.memory_plan, self.tokenizer = config, memory, tokenizer
         self._options = options
         self._seeds = random.Random(options.seed)
@@ -282,15 +290,21 @@ class LLM:
         limits = batcher_config(config, options, memory, drafter)
         kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)
         self._event_log = open(options.event_log, "w") if options.event_log else None  # noqa: SIM115
-        self._engine: Engine | None = Engine(
-            params, config, limits, dtype=kv_dtype, invariant=options.invariant,
-            event_log=self._event_log, drafter=drafter, draft=guessing,
-            costs=None if drafter is None else costs(
-                config, drafter, weight_bytes=weights, draft_bytes=others,
-                gpu=jax.devices()[0].platform == "gpu", devices=options.tensor_parallel_size,
-            ),
-            mesh=mesh,
-        )  # fmt: skip
+        engines = [
+            Engine(
+                own, config, limits, dtype=kv_dtype, invariant=options.invariant,
+                event_log=self._event_log, drafter=drafter, draft=guess,
+                costs=None if drafter is None else costs(
+                    config, drafter, weight_bytes=weights, draft_bytes=others,
+                    gpu=jax.devices()[0].platform == "gpu", devices=options.tensor_parallel_size,
+                ),
+                mesh=mesh,
+            )
+            for mesh, (own, guess) in zip(meshes, copies, strict=True)
+        ]  # fmt: skip
+        self._engine: Engine | Replicas | None = (
+            engines[0] if len(engines) == 1 else Replicas(engines)
+        )
 
     # -- life -------------------------------------------------------------------------------
 
@@ -308,8 +322,8 @@ class LLM:
         self.close()
 
     @property
-    def engine(self) -> Engine:
-        """The engine underneath.
+    def engine(self) -> Engine | Replicas:
+        """The engine underneath, or those of all replicas as one.
 
         Raises:
             JaxinferError: the LLM has been closed.
@@ -319,7 +333,7 @@ class LLM:
         return self._engine
 
     @property
-    def metrics(self) -> Metrics:
+    def metrics(self) -> Metrics | Together:
         """What the engine did so far, and how long it took; see `metrics.Metrics.summary`.
 
         Raises:
@@ -331,7 +345,8 @@ class LLM:
     def params(self) -> Params:
         """The model's weights, on the device. They are not to be donated to anything.
 
-        With `tensor_parallel_size` they are those of `declare(config, tensor_parallel_size)`.
+        With `tensor_parallel_size` they are those of `declare(config, tensor_parallel_size)`; with
+        `data_parallel_size` those of the first replica.
 
         Raises:
             JaxinferError: the LLM has been closed.
@@ -693,11 +708,13 @@ class LLM:
 
         Args:
             directory: made, or replaced if a state was saved there before; it appears as a whole.
-            pages: with the KV cache's pages in use. Without, a file of some kilobytes; what runs is
-                then computed anew, with the same tokens.
+            pages: with the KV cache's pages in use, of one replica only. Without, a file of some
+                kilobytes; what runs is then computed anew, with the same tokens, by any number of
+                replicas.
 
         Raises:
             CheckpointError: it cannot be written, or something else has that name.
+            JaxinferError: `pages` with `data_parallel_size`.
         """
         while self.engine.in_flight:
             self.pump(schedule=False)

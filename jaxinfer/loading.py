@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +19,7 @@ from jaxinfer.drafting import Drafter
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import abstract_params, declare
-from jaxinfer.parallel import device_share, tensor_mesh
+from jaxinfer.parallel import device_share, replica_meshes
 from jaxinfer.placement import can_split, degrees
 from jaxinfer.progress import loading_bar
 from jaxinfer.quant import Parts, QuantisedMatrix
@@ -47,8 +47,8 @@ def prepare_backend(options: EngineOptions) -> None:
         use_compilation_cache(default_cache_directory() if chosen is None else Path(chosen))
 
 
-def make_mesh(config: ModelConfig, options: EngineOptions) -> Mesh | None:
-    """The devices that share the model; None for one.
+def make_meshes(config: ModelConfig, options: EngineOptions) -> tuple[Mesh | None, ...]:
+    """The devices of each replica, which share the model; see `parallel.replica_meshes`.
 
     Raises:
         ValueError: there are fewer than asked for, or so many cannot share the model; says which
@@ -56,7 +56,7 @@ def make_mesh(config: ModelConfig, options: EngineOptions) -> Mesh | None:
     """
     size = options.tensor_parallel_size
     check_degree(config, size, "this model")
-    return tensor_mesh(size)
+    return replica_meshes(size, options.data_parallel_size)
 
 
 def check_degree(config: ModelConfig, size: int, name: str) -> None:
@@ -78,7 +78,7 @@ def plan(
     loaded: bool,
     weights: int,
     drafter: Drafter | None = None,
-    mesh: Mesh | None = None,
+    meshes: Sequence[Mesh | None] = (None,),
 ) -> MemoryPlan:
     """Divides the memory of the default device, or of each of several.
 
@@ -88,7 +88,7 @@ def plan(
         loaded: the weights are in it already.
         weights: their bytes on one device, those of a draft model included.
         drafter: what guesses tokens.
-        mesh: see `make_mesh`.
+        meshes: see `make_meshes`.
 
     Raises:
         ValueError: `max_model_len` beyond what the model was made for.
@@ -99,7 +99,8 @@ def plan(
             f"max_model_len={options.max_model_len}: this model was made for sequences of up to "
             f"{config.max_position} tokens"
         )
-    devices = [jax.devices()[0]] if mesh is None else mesh.devices.flat
+    named = [device for mesh in meshes if mesh is not None for device in mesh.devices.flat]
+    devices = named or [jax.devices()[0]]
     limits, used = zip(*map(device_memory, devices), strict=True)
     limit, in_use = None if None in limits else min(limits), max(used)
     dtype = jnp.dtype(options.dtype)

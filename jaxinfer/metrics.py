@@ -163,10 +163,16 @@ class Summary(NamedTuple):
 
 
 def summary(
-    steps: Sequence[StepRecord], requests: Sequence[RequestRecord], gaps: Iterable[float] = ()
+    steps: Sequence[StepRecord],
+    requests: Sequence[RequestRecord],
+    gaps: Iterable[float] = (),
+    *,
+    engines: int = 1,
 ) -> Summary:
-    """Figures of these records, steps in order; `gaps`: the seconds that `itl_s` is made of."""
-    seconds = steps[-1].observed_s - steps[0].dispatched_s if steps else 0.0
+    """Figures of these records, steps in order; `gaps`: the seconds that `itl_s` is made of;
+    `engines`: whose devices they are of."""
+    first = min((s.dispatched_s for s in steps), default=0.0)
+    seconds = max((s.observed_s for s in steps), default=0.0) - first
     admitted = [r for r in requests if r.admitted_s is not None]
     whole = [r for r in requests if not r.cancelled]
     slots = sum(s.kv_slots for s in steps)
@@ -189,7 +195,7 @@ def summary(
         ),
         kv_waste_share=_share(slots - sum(s.kv_tokens for s in steps), slots),
         # What came before the first dispatch is not in `seconds`.
-        device_idle_share=_share(sum(s.idle_s for s in steps[1:]), seconds),
+        device_idle_share=_share(sum(s.idle_s for s in steps[1:]), seconds * engines),
         mean_rows=_share(sum(s.rows * s.steps for s in steps), sum(s.steps for s in steps)),
         acceptance=_share(sum(s.held for s in steps), sum(s.attempted for s in steps)),
     )
@@ -380,3 +386,35 @@ class Metrics:
                 cancelled=cancelled,
             )
         )
+
+
+class Together:
+    """The metrics of several engines, to be read as those of one.
+
+    Args:
+        parts: of each.
+    """
+
+    def __init__(self, parts: Sequence[Metrics]) -> None:
+        self._parts = tuple(parts)
+
+    @property
+    def steps(self) -> Sequence[StepRecord]:
+        """Records, in the order in which they were read; `number` counts those of one engine."""
+        return sorted((s for m in self._parts for s in tuple(m.steps)), key=lambda s: s.observed_s)
+
+    @property
+    def requests(self) -> Sequence[RequestRecord]:
+        """Records, oldest first."""
+        found = (r for m in self._parts for r in tuple(m.requests))
+        return sorted(found, key=lambda r: r.finished_s)
+
+    @property
+    def gaps(self) -> Sequence[float]:
+        """See `Metrics`."""
+        return [gap for m in self._parts for gap in tuple(m.gaps)]
+
+    def summary(self) -> Summary:
+        """As `Metrics.summary`: tokens of all engines in the seconds of all, the rest of each
+        dispatch or sequence; `device_idle_share` on average."""
+        return summary(self.steps, self.requests, self.gaps, engines=len(self._parts))

@@ -166,7 +166,7 @@ def publish(pool: PagePool, pages: np.ndarray, keys: np.ndarray) -> PagePool:
     if not pool.holders[pages].all():
         raise ValueError(f"pages {some}: some are held by nobody")
     new: dict[int, int] = {}
-    for page, key in zip(some, _numbers(keys), strict=True):
+    for page, key in zip(some, numbers(keys), strict=True):
         name = pool.names.find(page)
         if name is not None and name != key:
             raise ValueError(f"pages {some}: some are known by another key")
@@ -181,7 +181,7 @@ def publish(pool: PagePool, pages: np.ndarray, keys: np.ndarray) -> PagePool:
 def find(pool: PagePool, keys: np.ndarray) -> np.ndarray:
     """The pages known by the longest run of `keys` from the first on, int32 [n]; not held yet."""
     found = []
-    for key in _numbers(keys):
+    for key in numbers(keys):
         page = pool.known.find(key)
         if page is None:
             break
@@ -212,6 +212,14 @@ def page_keys(tokens: np.ndarray, page_size: int, salt: bytes = b"") -> np.ndarr
     keys[:, 0] |= np.uint64(1)  # zero stands for no key
     keys.flags.writeable = False
     return keys
+
+
+def numbers(keys: np.ndarray) -> list[int]:
+    """Each of `page_keys` as one number."""
+    raw = keys.tobytes()
+    return [
+        int.from_bytes(raw[at : at + KEY_BYTES], "little") for at in range(0, len(raw), KEY_BYTES)
+    ]
 
 
 def check(pool: PagePool, held: Iterable[np.ndarray]) -> None:
@@ -271,14 +279,6 @@ def _tidied(pool: PagePool) -> PagePool:
     queue = np.array([page for _, page in places], np.int32)
     renumbered = table((page, pool.passed + i) for i, page in enumerate(queue.tolist()))
     return pool._replace(queue=queue, places=renumbered)
-
-
-def _numbers(keys: np.ndarray) -> list[int]:
-    """Each key as one number."""
-    raw = keys.tobytes()
-    return [
-        int.from_bytes(raw[at : at + KEY_BYTES], "little") for at in range(0, len(raw), KEY_BYTES)
-    ]
 
 
 def _joined(array: np.ndarray, more: list[int]) -> np.ndarray:

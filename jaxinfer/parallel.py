@@ -1,13 +1,14 @@
-"""Tensor parallelism while the engine runs: the devices, and how what they hold is laid out.
+"""Several devices while the engine runs: which they are, and how what they hold is laid out.
 
-Weights and KV heads are split, everything else is whole on every device (ADR 011). One device is no
-mesh at all: what is made for `None` is what was made before there were any meshes.
+Under tensor parallelism weights and KV heads are split, everything else is whole on every device
+(ADR 011). One device is no mesh at all: what is made for `None` is what was made before there were
+any meshes. Only a replica of several (ADR 013) names its one device, by a mesh of that size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -37,6 +38,46 @@ def tensor_mesh(size: int) -> Mesh | None:
             f"({devices[0].device_kind}): expected 1 to {len(devices)}"
         )
     return Mesh(np.array(devices[:size]), (TENSOR,))
+
+
+def replica_meshes(size: int, replicas: int) -> tuple[Mesh | None, ...]:
+    """The devices of each replica: of those of this process, replica i has [i * size, (i + 1) *
+    size). One replica alone: see `tensor_mesh`.
+
+    Raises:
+        ValueError: there are fewer devices.
+    """
+    first, devices = tensor_mesh(size), jax.local_devices()
+    if replicas == 1:
+        return (first,)
+    if replicas * size > len(devices):
+        raise ValueError(
+            f"data_parallel_size={replicas}: replicas of tensor_parallel_size={size} need "
+            f"{replicas * size} devices, this process has {len(devices)} "
+            f"({devices[0].device_kind}): expected 1 to {len(devices) // size}"
+        )
+    starts = range(0, replicas * size, size)
+    return tuple(Mesh(np.array(devices[at : at + size]), (TENSOR,)) for at in starts)
+
+
+def reading_mesh(meshes: Sequence[Mesh | None]) -> Mesh | None:
+    """Over which weights are split when they are read, for the first replica; None where each has
+    one device."""
+    first = meshes[0]
+    return None if first is None or first.size == 1 else first
+
+
+def copy_to(tree: Any, mesh: Mesh | None) -> Any:
+    """The arrays of one replica on the devices of another, split alike; None: as they are."""
+    if mesh is None:
+        return tree
+
+    def copy(leaf: jax.Array) -> jax.Array:
+        place = leaf.sharding
+        spec = place.spec if isinstance(place, NamedSharding) else PartitionSpec()
+        return jax.device_put(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(copy, tree)
 
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:

@@ -315,7 +315,8 @@ class StepCompiler:
         platform: `gpu` or `cpu`; the options are XLA's for GPUs.
         drafter: what guesses, in steps that do.
         mesh: devices of tensor parallelism, along one axis; each runs the step on its part of
-            what is split. None: one device.
+            what is split. Of one device: that one, with the program of one. None: the default
+            device.
 
     Attributes:
         options: of the compiler.
@@ -331,7 +332,8 @@ class StepCompiler:
         drafter: Drafter | None = None,
         mesh: Mesh | None = None,
     ) -> None:
-        self._config, self._drafter, self._mesh = config, drafter, mesh
+        self._config, self._drafter = config, drafter
+        self._mesh = None if mesh is None or mesh.size == 1 else mesh
         self.everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         self.options: dict[str, Any] = INVARIANT_OPTIONS if invariant and platform == "gpu" else {}
         self._compiled: dict[tuple[StepKey, bool], Any] = {}

@@ -32,7 +32,10 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         set(),
     ),
     "pages": ({"jaxinfer.pages", "jaxinfer.persistent"}, {"data"}),
-    "batcher": ({"jaxinfer.batcher", "jaxinfer.eventlog", "jaxinfer.metrics"}, {"pages"}),
+    "batcher": (
+        {"jaxinfer.batcher", "jaxinfer.eventlog", "jaxinfer.metrics", "jaxinfer.router"},
+        {"pages"},
+    ),
     "buckets": ({"jaxinfer.buckets"}, {"pages"}),
     "quant": ({"jaxinfer.quant"}, {"kernels", "data"}),
     "cache": ({"jaxinfer.cache"}, {"kernels", "data"}),
@@ -51,7 +54,13 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "plans": ({"jaxinfer.plans", "jaxinfer.warmup"}, {"runner", "batcher", "buckets"}),
     "controller": ({"jaxinfer.controller"}, set()),
     "engine": (
-        {"jaxinfer.engine", "jaxinfer.guesser", "jaxinfer.observe", "jaxinfer.state"},
+        {
+            "jaxinfer.engine",
+            "jaxinfer.guesser",
+            "jaxinfer.observe",
+            "jaxinfer.replicas",
+            "jaxinfer.state",
+        },
         {"plans", "controller"},
     ),
     "functional": ({"jaxinfer.functional"}, {"plans"}),

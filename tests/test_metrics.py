@@ -17,7 +17,7 @@ from jaxinfer.batcher import Prefill, Run, create_state
 from jaxinfer.cli import main
 from jaxinfer.config import BatcherConfig
 from jaxinfer.engine import Engine
-from jaxinfer.metrics import Metrics, Percentiles, RequestRecord, StepRecord, summary
+from jaxinfer.metrics import Metrics, Percentiles, RequestRecord, StepRecord, Together, summary
 from jaxinfer.plans import SequenceSpec, padded_tokens
 from jaxinfer.runner import StepKey
 from tests.conftest import TinyModel, small_llm
@@ -315,6 +315,26 @@ def test_summary() -> None:
     steps[1] = steps[1]._replace(guesses=4, attempted=9, held=3)
     steps[2] = steps[2]._replace(guesses=2, attempted=3, held=3)
     assert summary(steps, requests).acceptance == 6 / 12
+
+
+def test_several_engines_together() -> None:
+    """Each idle for a second of four; what one of them reads last was not begun last."""
+    parts = [Metrics(lambda: 0.0, 8) for _ in range(2)]
+    times = [[(0.0, 2.0, 0.0), (3.0, 4.0, 1.0)], [(0.5, 1.0, 0.0), (2.0, 3.5, 1.0)]]
+    for part, some in zip(parts, times, strict=True):
+        steps = (STEP._replace(dispatched_s=a, observed_s=b, idle_s=c) for a, b, c in some)
+        part.steps.extend(steps)
+        part.requests.append(REQUEST._replace(finished_s=some[-1][1]))
+        part.gaps.append(1.0)
+    both = Together(parts)
+    assert [s.observed_s for s in both.steps] == [1.0, 2.0, 3.5, 4.0]
+    assert [r.finished_s for r in both.requests] == [3.5, 4.0]
+    found = both.summary()
+    assert found.seconds == 4.0
+    assert found.output_tokens_per_s == 8 / 4
+    assert found.device_idle_share == 2 / (2 * 4)
+    assert found.itl_s == Percentiles(1.0, 1.0)
+    assert Together(parts[:1]).summary() == parts[0].summary()
 
 
 def test_summary_of_nothing() -> None:

@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -434,23 +434,25 @@ PARTS = {
 }
 
 
-def main(path: Path, names: Sequence[str]) -> None:
+def main(
+    path: Path, names: Sequence[str], parts: Mapping[str, Callable[[Path], Any]] = PARTS
+) -> None:
     use_compilation_cache(default_cache_directory())
     assert jax.device_count() == 8
     found = {}
     for name in names:
         (path / name).mkdir()
-        found[name] = PARTS[name](path / name)
+        found[name] = parts[name](path / name)
     (path / "found.json").write_text(json.dumps(found))
 
 
 # -- the tests ------------------------------------------------------------------------------------
 
 
-def child(path: Path, *names: str) -> dict[str, Any]:
+def child(path: Path, *names: str, file: str = __file__) -> dict[str, Any]:
     flags = "--xla_force_host_platform_device_count=8"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__, str(path), *names]
+    command = [sys.executable, file, str(path), *names]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads((path / "found.json").read_text())

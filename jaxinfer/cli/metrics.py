@@ -13,7 +13,7 @@ import typer
 
 if TYPE_CHECKING:
     from jaxinfer.llm import LLM
-    from jaxinfer.metrics import Metrics, Percentiles
+    from jaxinfer.metrics import Metrics, Percentiles, Together
 
 PERCENTILES = ("queue_s", "ttft_s", "tpot_s", "itl_s", "e2e_s")  # of the summary
 
@@ -45,7 +45,7 @@ def metrics_written(path: Path | None, llm: LLM) -> Iterator[None]:
             _write(path, llm.metrics)
 
 
-def _write(path: Path, metrics: Metrics) -> None:
+def _write(path: Path, metrics: Metrics | Together) -> None:
     temporary = path.with_name(f"{path.name}.tmp-{os.getpid()}")
     try:
         with temporary.open("w") as file:
@@ -56,7 +56,7 @@ def _write(path: Path, metrics: Metrics) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def lines(metrics: Metrics) -> Iterator[dict[str, Any]]:
+def lines(metrics: Metrics | Together) -> Iterator[dict[str, Any]]:
     """The steps, then the requests, then the summary; times are seconds."""
     for step in metrics.steps:
         yield {"kind": "step", **step._asdict()}

@@ -46,6 +46,15 @@ TensorParallel = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+DataParallel = Annotated[
+    int,
+    typer.Option(
+        "--data-parallel-size",
+        min=1,
+        help="Replicas of the model, that many times the devices; docs/parallel.md.",
+        rich_help_panel=MODEL,
+    ),
+]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(help="Longest sequence in tokens; default: the model's.", rich_help_panel=MODEL),
