@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from checkpoints.formats import Field, read_quantisation
@@ -33,6 +34,7 @@ from checkpoints.load_matrices import (
 from checkpoints.safetensors_reader import Checkpoint, open_checkpoint, read_rows
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.weights import Piece, Weight
+from jaxinfer.offload import HOST
 
 BLOCK_BYTES = 128 * 2**20  # of one block of rows, after the cast
 LISTED = 20  # names that an error message spells out of each kind
@@ -93,25 +95,26 @@ def quantised(weight: Weight, formats: Formats) -> bool:
     return any(module(piece) in formats for piece in weight.pieces)
 
 
-def stored_bytes(directory: str | Path, weights: Any, dtype: DTypeLike) -> int:
-    """Bytes that `load_params` will take on the devices; about, where something is quantised.
+def stored_sizes(directory: str | Path, weights: Any, dtype: DTypeLike) -> Any:
+    """Bytes that `load_params` will take for each weight; about, where something is quantised.
 
     Where `config.json` says that nothing is, no other file is looked at.
 
     Raises:
         CheckpointError, UnsupportedModel: as `load_params`, of what can be known before reading.
     """
-    leaves = jax.tree.leaves(weights)
-    sizes = [math.prod(weight.shape) * jnp.dtype(dtype).itemsize for weight in leaves]
-    quantisation = read_quantisation(directory)
+    width, quantisation = jnp.dtype(dtype).itemsize, read_quantisation(directory)
     if quantisation is None:
-        return sum(sizes)
+        return jax.tree.map(lambda weight: math.prod(weight.shape) * width, weights)
     checkpoint = open_checkpoint(directory)
-    formats = find_formats(checkpoint, leaves, quantisation)
-    return sum(
-        bytes_of(checkpoint, weight) if quantised(weight, formats) else size
-        for weight, size in zip(leaves, sizes, strict=True)
-    )
+    formats = find_formats(checkpoint, jax.tree.leaves(weights), quantisation)
+
+    def size(weight: Weight) -> int:
+        if quantised(weight, formats):
+            return bytes_of(checkpoint, weight)
+        return math.prod(weight.shape) * width
+
+    return jax.tree.map(size, weights)
 
 
 def check(
@@ -173,10 +176,14 @@ def listed(what: str, items: Iterable[str]) -> str:
 def _load_weight(
     checkpoint: Checkpoint, weight: Weight, dtype: np.dtype, sharding: jax.sharding.Sharding
 ) -> jax.Array:
-    """Builds the addressable shards of one weight, block by block, and joins them."""
+    """Builds the addressable shards of one weight, block by block, and joins them.
+
+    Where they are to lie in the host's memory, nothing can be computed: a block is all of them.
+    """
     indices = sharding.addressable_devices_indices_map(weight.shape)
     row_bytes = math.prod(weight.shape[1:]) * dtype.itemsize
-    block = max(1, BLOCK_BYTES // max(1, row_bytes))
+    far = sharding.memory_kind == HOST
+    block = weight.shape[0] if far else max(1, BLOCK_BYTES // max(1, row_bytes))
     by_rows: dict[tuple[int, int], list[tuple[Any, tuple[slice, ...]]]] = {}
     for device, index in indices.items():
         assert index is not None, "a weight has at least one dimension"
@@ -187,7 +194,8 @@ def _load_weight(
         for first in range(start, stop, block):
             rows = _read_weight_rows(checkpoint, weight, first, min(first + block, stop), dtype)
             for device, columns in wanted:
-                part = jax.device_put(np.ascontiguousarray(rows[:, *columns]), device)
+                place = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
+                part = jax.device_put(np.ascontiguousarray(rows[:, *columns]), place)
                 if len(part) < stop - start:
                     part = _placed(shards.get(device), part, first - start, stop - start)
                 # Unbounded, the transfers in flight would hold the whole model on the host.

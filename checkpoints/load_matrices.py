@@ -148,7 +148,8 @@ def shardings_of(matrix: Any, weight: Weight, sharding: jax.sharding.Sharding) -
         specs = partition(matrix, PartitionSpec(*sharding.spec), shards_of(sharding))
     except ValueError as error:
         raise CheckpointError(f"{weight.pieces[0].name}: {error}") from None
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    kind = sharding.memory_kind
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec, memory_kind=kind), specs)
 
 
 def _read(checkpoint: Checkpoint, piece: Piece, formats: Formats, dtype: np.dtype) -> Any:

@@ -40,10 +40,13 @@ from jaxinfer.loading import (
     open_source,
     plan,
     prepare_backend,
-    weight_bytes,
+    read_bytes,
+    split_given,
+    split_stored,
 )  # fmt: skip
 from jaxinfer.models.sites import widths
-from jaxinfer.models.weights import abstract_params
+from jaxinfer.models.weights import abstract_params, declare
+from jaxinfer.offload import host_places, lies
 from jaxinfer.parallel import arrange, device_bytes, lay_out
 from jaxinfer.quant import pack_params
 from jaxinfer.requests import (
@@ -106,6 +109,9 @@ class LLM:
         gpu_memory_utilization: share of the GPU's memory to take. JAX decides it when it starts:
             too late if it has run something before; then the log says so.
         kv_cache_bytes: size of the KV cache on each device; None: what is left.
+        device_weight_bytes: what the model's weights may take of each device. The matrices of
+            layers that do not fit lie in the host's memory, from where every step copies them
+            (docs/offload.md). It changes no token. None: all lie on the device.
         kv_cache_dtype: `auto`: `dtype`. `int8`, or `fp8` (`fp8_e4m3`): half the bytes, with a scale
             for every token and head.
         seed: draws the seeds of requests that bring none.
@@ -154,6 +160,7 @@ class LLM:
         max_num_seqs: int = 256,
         gpu_memory_utilization: float = 0.9,
         kv_cache_bytes: int | None = None,
+        device_weight_bytes: int | None = None,
         kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3"] = "auto",
         seed: int = 0,
         invariant: bool = True,
@@ -174,6 +181,7 @@ class LLM:
         options = EngineOptions(
             dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             gpu_memory_utilization=gpu_memory_utilization, kv_cache_bytes=kv_cache_bytes,
+            device_weight_bytes=device_weight_bytes,
             kv_cache_dtype=kv_cache_dtype, seed=seed, invariant=invariant,
             tensor_parallel_size=tensor_parallel_size, page_size=page_size,
             max_num_batched_tokens=max_num_batched_tokens, max_steps=max_steps,
@@ -186,17 +194,19 @@ class LLM:
         config = model_config(source)
         prepare_backend(options)
         mesh = make_mesh(config, options)
-        expected = weight_bytes(source, config, jnp.dtype(dtype), mesh)
         how = options.speculative
         draft = None if how is None else prepare(how, config, options, mesh=mesh)
-        expected += 0 if draft is None else draft.bytes
+        others = 0 if draft is None else draft.bytes
+        split = split_stored(source, config, options, mesh)
         drafter = None if draft is None else draft.drafter
-        # Whether it fits, before reading.
-        plan(config, options, loaded=False, weights=expected, drafter=drafter, mesh=mesh)
+        plan(  # whether it fits, before reading
+            config, options, loaded=False, weights=split.device + others, drafter=drafter,
+            host_weights=split.host, buffers=split.buffers, mesh=mesh,
+        )  # fmt: skip
         tokenizer = model_tokenizer(source)
         # The smaller one first: if it cannot be read, nothing else is.
         guessing = None if draft is None else load_draft(draft, options, mesh)
-        params = load_weights(source, config, jnp.dtype(dtype), mesh)
+        params = load_weights(source, config, jnp.dtype(dtype), mesh, split.layers)
         if draft is not None:
             draft = settled(draft, params, config, tokenizer)
         given = _shapes(params) if mesh is None else abstract_params(config, jnp.dtype(dtype))
@@ -239,7 +249,9 @@ class LLM:
         if mesh is not None:
             check_dense([params, draft and draft[0]], mesh.size)
         self = cls.__new__(cls)
-        given, params, guessing = _shapes(params), _put(params, config, mesh), None
+        split = split_given(params, config, chosen, mesh)
+        given, guessing = _shapes(params), None
+        params = _put(params, config, mesh, split.layers)
         if draft is not None:
             guessing = pack_params(_put(*draft, mesh), dtype, consume=False, mesh=mesh)
         elif found is not None:
@@ -265,10 +277,13 @@ class LLM:
         self._given, self._mesh = given, mesh  # `given`: as updates must be; None: there are none
         params = pack_params(params, jnp.dtype(options.dtype), consume=owned, mesh=mesh)
         drafter = None if draft is None else draft.drafter
-        weights, others = device_bytes(params), 0 if guessing is None else device_bytes(guessing)
+        split, others = lies(params), 0 if guessing is None else device_bytes(guessing)
+        if split.layers and jax.tree.structure(given) != jax.tree.structure(declare(config)):
+            given = None  # quantised: all would be packed on the device at once
         memory = plan(
-            config, options, loaded=True, weights=weights + others, drafter=drafter, mesh=mesh
-        )
+            config, options, loaded=True, weights=split.device + others, drafter=drafter,
+            host_weights=split.host, buffers=split.buffers, mesh=mesh,
+        )  # fmt: skip
         each = "" if mesh is None else f"each of {mesh.size} devices: "
         logger.info("%s%s", each, memory)
         self.config, self.memory_plan, self.tokenizer = config, memory, tokenizer
@@ -285,7 +300,8 @@ class LLM:
             params, config, limits, dtype=kv_dtype, invariant=options.invariant,
             event_log=self._event_log, drafter=drafter, draft=guessing,
             costs=None if drafter is None else costs(
-                config, drafter, weight_bytes=weights, draft_bytes=others,
+                config, drafter, draft_bytes=others,
+                weight_bytes=round(read_bytes(memory)) - others,
                 gpu=jax.devices()[0].platform == "gpu", devices=options.tensor_parallel_size,
             ),
             mesh=mesh,
@@ -659,8 +675,10 @@ class LLM:
         version = next_version(self.params_version, version)
         if self._given is None:
             raise CheckpointError(
-                f"quantised weights with tensor_parallel_size={self._options.tensor_parallel_size} "
-                "are not updated: expected dense ones; make another LLM of the directory"
+                "quantised weights are not updated where tensor_parallel_size="
+                f"{self._options.tensor_parallel_size} splits them, or device_weight_bytes="
+                f"{self._options.device_weight_bytes} has some on the host: expected dense ones; "
+                "make another LLM of the directory"
             )
         check_params(params, self.config, jnp.dtype(self._options.dtype), like=self._given)
         if in_flight == "abort":
@@ -911,5 +929,11 @@ def _shapes(params: Params) -> Params:
     return jax.eval_shape(lambda tree: tree, params)
 
 
-def _put(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
-    return jax.device_put(params) if mesh is None else lay_out(params, config, mesh)
+def _put(
+    params: Params, config: ModelConfig, mesh: Mesh | None, layers: Sequence[int] = ()
+) -> Params:
+    """Weights in memory to where they are to lie, the matrices of `layers` on the host."""
+    if mesh is not None:
+        return lay_out(params, config, mesh, layers)
+    places = host_places(declare(config), None, layers)
+    return jax.tree.map(lambda place, x: jax.device_put(x, place), places, params)

@@ -36,6 +36,7 @@ class ModelOptions:
     event_log: str | None = None
     speculative: str | None = None
     tensor_parallel_size: int = 1
+    device_weight_bytes: int | None = None
 
 
 def open_llm(
@@ -56,6 +57,7 @@ def open_llm(
             event_log=options.event_log,
             speculative=options.speculative,
             tensor_parallel_size=options.tensor_parallel_size,
+            device_weight_bytes=options.device_weight_bytes,
         )
     except ValueError as error:
         if isinstance(error, JaxinferError):
@@ -69,6 +71,10 @@ def choose_dtype(options: ModelOptions) -> Literal["float32", "bfloat16", "float
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(options.gpu_memory_utilization)
     import jax
 
+    from jaxinfer.backend import allow_pinned
+
+    if options.device_weight_bytes is not None:
+        allow_pinned()
     device = jax.devices()[0]
     if options.dtype == "auto":
         dtype = "bfloat16" if device.platform == "gpu" else "float32"
