@@ -17,7 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from checkpoints.formats import Field, read_quantisation
@@ -176,14 +175,13 @@ def listed(what: str, items: Iterable[str]) -> str:
 def _load_weight(
     checkpoint: Checkpoint, weight: Weight, dtype: np.dtype, sharding: jax.sharding.Sharding
 ) -> jax.Array:
-    """Builds the addressable shards of one weight, block by block, and joins them.
-
-    Where they are to lie in the host's memory, nothing can be computed: a block is all of them.
-    """
+    """Builds the addressable shards of one weight, block by block, and joins them."""
+    if sharding.memory_kind == HOST:  # where nothing is computed, and so nothing joined
+        whole = _read_weight_rows(checkpoint, weight, 0, weight.shape[0], dtype)
+        return jax.block_until_ready(jax.device_put(whole, sharding))
     indices = sharding.addressable_devices_indices_map(weight.shape)
     row_bytes = math.prod(weight.shape[1:]) * dtype.itemsize
-    far = sharding.memory_kind == HOST
-    block = weight.shape[0] if far else max(1, BLOCK_BYTES // max(1, row_bytes))
+    block = max(1, BLOCK_BYTES // max(1, row_bytes))
     by_rows: dict[tuple[int, int], list[tuple[Any, tuple[slice, ...]]]] = {}
     for device, index in indices.items():
         assert index is not None, "a weight has at least one dimension"
@@ -194,8 +192,7 @@ def _load_weight(
         for first in range(start, stop, block):
             rows = _read_weight_rows(checkpoint, weight, first, min(first + block, stop), dtype)
             for device, columns in wanted:
-                place = SingleDeviceSharding(device, memory_kind=sharding.memory_kind)
-                part = jax.device_put(np.ascontiguousarray(rows[:, *columns]), place)
+                part = jax.device_put(np.ascontiguousarray(rows[:, *columns]), device)
                 if len(part) < stop - start:
                     part = _placed(shards.get(device), part, first - start, stop - start)
                 # Unbounded, the transfers in flight would hold the whole model on the host.

@@ -701,7 +701,7 @@ def _placed(leaf: Any, sharding: Any) -> jax.Array:
     """An array of the device as it is, or a copy of one of the host, whose owner may change it."""
     if isinstance(leaf, jax.Array):
         return jax.device_put(leaf, sharding)
-    return jax.block_until_ready(jnp.array(leaf, device=sharding))
+    return jax.block_until_ready(jax.device_put(np.array(leaf), sharding))
 
 
 def _hooks(spec: SequenceSpec) -> list[Bound]:

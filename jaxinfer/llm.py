@@ -7,13 +7,14 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from jaxinfer import functional, saving, warmup
 from jaxinfer.cache import resolve_kv_dtype
@@ -46,7 +47,7 @@ from jaxinfer.loading import (
 )  # fmt: skip
 from jaxinfer.models.sites import widths
 from jaxinfer.models.weights import abstract_params, declare
-from jaxinfer.offload import host_places, lies
+from jaxinfer.offload import host_places, lies, place_of
 from jaxinfer.parallel import arrange, device_bytes, lay_out
 from jaxinfer.quant import pack_params
 from jaxinfer.requests import (
@@ -274,12 +275,12 @@ class LLM:
         *,
         owned: bool,
     ) -> None:
-        self._given, self._mesh = given, mesh  # `given`: as updates must be; None: there are none
         params = pack_params(params, jnp.dtype(options.dtype), consume=owned, mesh=mesh)
         drafter = None if draft is None else draft.drafter
         split, others = lies(params), 0 if guessing is None else device_bytes(guessing)
         if split.layers and jax.tree.structure(given) != jax.tree.structure(declare(config)):
             given = None  # quantised: all would be packed on the device at once
+        self._given, self._mesh = given, mesh  # `given`: as updates must be; None: there are none
         memory = plan(
             config, options, loaded=True, weights=split.device + others, drafter=drafter,
             host_weights=split.host, buffers=split.buffers, mesh=mesh,
@@ -935,5 +936,8 @@ def _put(
     """Weights in memory to where they are to lie, the matrices of `layers` on the host."""
     if mesh is not None:
         return lay_out(params, config, mesh, layers)
-    places = host_places(declare(config), None, layers)
-    return jax.tree.map(lambda place, x: jax.device_put(x, place), places, params)
+
+    def put(place: Sharding, matrix: Any) -> Any:
+        return jax.device_put(matrix, jax.tree.map(partial(place_of, place), matrix))
+
+    return jax.tree.map(put, host_places(declare(config), None, layers), params)

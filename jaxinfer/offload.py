@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import Sharding
 
 from jaxinfer.errors import CapacityError
 
@@ -118,9 +119,18 @@ def on_host(x: Any) -> bool:
     return jax.typeof(x).memory_space == jax.memory.Space.Host
 
 
-def moved(tree: Any, kind: str) -> Any:
-    """Arrays, each in the memory `kind` of its devices."""
-    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)), tree)
+def place_of(place: Sharding, x: Any) -> Sharding:
+    """Where an array of a quantised matrix lies, of which the codes lie in `place`."""
+    return place if _moves(x) else place.with_memory_kind(DEVICE)
+
+
+def moved(matrix: Any, kind: str) -> Any:
+    """A matrix, quantised or not, in the memory `kind` of its devices."""
+
+    def move(x: jax.Array) -> jax.Array:
+        return jax.device_put(x, place_of(x.sharding.with_memory_kind(kind), x))
+
+    return jax.tree.map(move, matrix)
 
 
 def fetch(layers: Sequence[Any], count: int, after: jax.Array) -> list[Any]:
@@ -143,6 +153,6 @@ def fetch(layers: Sequence[Any], count: int, after: jax.Array) -> list[Any]:
     return [jax.tree.map(copied, w) if i in waiting else w for i, w in enumerate(layers)]
 
 
-def _moves(weight: Any) -> bool:
-    """Vectors are small, and a copy takes some time whatever its size."""
-    return len(weight.shape) > 1
+def _moves(x: Any) -> bool:
+    """Vectors stay on the device: they are small, and a copy takes some time whatever its size."""
+    return len(x.shape) > 1
