@@ -303,8 +303,9 @@ def _sizes(source: Source, config: ModelConfig, dtype: Any) -> Any:
     from checkpoints import gguf
     from checkpoints.load import stored_sizes
 
-    stored = stored_sizes if isinstance(source, Path) else gguf.stored_sizes
-    return stored(source, declare(config), dtype)
+    if isinstance(source, Path):
+        return stored_sizes(source, declare(config), dtype)
+    return gguf.stored_sizes(source, declare(config), dtype)
 
 
 def split_stored(
