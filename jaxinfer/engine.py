@@ -56,7 +56,7 @@ class Engine:
     """Runs sequences to their end.
 
     Args:
-        params: the model's weights, on the device.
+        params: the model's weights, on the device, or some on the host: see `offload`.
         config: the model.
         limits: sizes; the cache is made to fit them.
         dtype: of the KV cache.

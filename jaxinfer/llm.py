@@ -345,7 +345,8 @@ class LLM:
 
     @property
     def params(self) -> Params:
-        """The model's weights, on the device. They are not to be donated to anything.
+        """The model's weights, on the device, or some on the host: see `offload`. They are not to
+        be donated to anything.
 
         With `tensor_parallel_size` they are those of `declare(config, tensor_parallel_size)`.
 
@@ -936,6 +937,8 @@ def _put(
     """Weights in memory to where they are to lie, the matrices of `layers` on the host."""
     if mesh is not None:
         return lay_out(params, config, mesh, layers)
+    if not layers:
+        return jax.device_put(params)
 
     def put(place: Sharding, matrix: Any) -> Any:
         return jax.device_put(matrix, jax.tree.map(partial(place_of, place), matrix))

@@ -23,6 +23,7 @@ from checkpoints import load_params
 from checkpoints.model_store import save_model
 from checkpoints.write import write_hf
 from jaxinfer import LLM, CapacityError, CheckpointError, SamplingParams
+from jaxinfer.cli import main as cli
 from jaxinfer.loading import LINK_BYTES_PER_S, batcher_config, read_bytes
 from jaxinfer.models import apply
 from jaxinfer.models.families import parse_config
@@ -268,6 +269,38 @@ def test_what_cannot_be_done_is_refused_before_weights_are_read(
         LLM(tmp_path / "saved", dtype="float32", device_weight_bytes=BUDGET)
 
 
+def test_the_command_line_has_the_option(capsys: pytest.CaptureFixture[str]):
+    assert cli(["generate", "a", "--device-weight-bytes", "9"]) != 0
+    assert "device_weight_bytes=9: this model needs at least" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_each_of_two_devices_streams_its_part(directory: Path):
+    flags = "--xla_force_host_platform_device_count=2"
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, __file__, str(directory)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["disk"] == found["memory"] == found["resident"]
+    assert found["host"] == 3 * LAYER // 2
+
+
+def two_devices(directory: Path) -> dict[str, Any]:
+    """What the child of the test above finds."""
+    options: dict[str, Any] = {"tensor_parallel_size": 2, "max_steps": 1}
+    with make(**options) as llm:
+        found: dict[str, Any] = {"resident": tokens_of(llm)}
+    options["device_weight_bytes"] = BUDGET * 6 // 10
+    with make(**options) as llm:
+        found |= {"memory": tokens_of(llm), "host": llm.memory_plan.host_weights}
+    with LLM(
+        directory, dtype="float32", max_num_seqs=4, max_model_len=64, page_size=8,
+        max_num_batched_tokens=16, kv_cache_bytes=1 << 17, **options,
+    ) as llm:  # fmt: skip
+        return found | {"disk": tokens_of(llm)}
+
+
 # -- the program of a GPU -------------------------------------------------------------------------
 
 
@@ -350,3 +383,7 @@ def test_other_programs_copy_likewise(tmp_path: Path, name: str, layers: int):
     """Layers between that stay, with prompts; and packed matrices, which are copied packed."""
     compile_steps(tmp_path, (name,))
     check_program((tmp_path / f"{name}.hlo").read_text(), layers)
+
+
+if __name__ == "__main__":
+    print(json.dumps(two_devices(Path(sys.argv[1]))))
