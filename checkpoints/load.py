@@ -33,6 +33,7 @@ from checkpoints.load_matrices import (
 from checkpoints.safetensors_reader import Checkpoint, open_checkpoint, read_rows
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.weights import Piece, Weight
+from jaxinfer.offload import HOST
 
 BLOCK_BYTES = 128 * 2**20  # of one block of rows, after the cast
 LISTED = 20  # names that an error message spells out of each kind
@@ -93,25 +94,26 @@ def quantised(weight: Weight, formats: Formats) -> bool:
     return any(module(piece) in formats for piece in weight.pieces)
 
 
-def stored_bytes(directory: str | Path, weights: Any, dtype: DTypeLike) -> int:
-    """Bytes that `load_params` will take on the devices; about, where something is quantised.
+def stored_sizes(directory: str | Path, weights: Any, dtype: DTypeLike) -> Any:
+    """Bytes that `load_params` will take for each weight; about, where something is quantised.
 
     Where `config.json` says that nothing is, no other file is looked at.
 
     Raises:
         CheckpointError, UnsupportedModel: as `load_params`, of what can be known before reading.
     """
-    leaves = jax.tree.leaves(weights)
-    sizes = [math.prod(weight.shape) * jnp.dtype(dtype).itemsize for weight in leaves]
-    quantisation = read_quantisation(directory)
+    width, quantisation = jnp.dtype(dtype).itemsize, read_quantisation(directory)
     if quantisation is None:
-        return sum(sizes)
+        return jax.tree.map(lambda weight: math.prod(weight.shape) * width, weights)
     checkpoint = open_checkpoint(directory)
-    formats = find_formats(checkpoint, leaves, quantisation)
-    return sum(
-        bytes_of(checkpoint, weight) if quantised(weight, formats) else size
-        for weight, size in zip(leaves, sizes, strict=True)
-    )
+    formats = find_formats(checkpoint, jax.tree.leaves(weights), quantisation)
+
+    def size(weight: Weight) -> int:
+        if quantised(weight, formats):
+            return bytes_of(checkpoint, weight)
+        return math.prod(weight.shape) * width
+
+    return jax.tree.map(size, weights)
 
 
 def check(
@@ -174,6 +176,9 @@ def _load_weight(
     checkpoint: Checkpoint, weight: Weight, dtype: np.dtype, sharding: jax.sharding.Sharding
 ) -> jax.Array:
     """Builds the addressable shards of one weight, block by block, and joins them."""
+    if sharding.memory_kind == HOST:  # where nothing is computed, and so nothing joined
+        whole = _read_weight_rows(checkpoint, weight, 0, weight.shape[0], dtype)
+        return jax.block_until_ready(jax.device_put(whole, sharding))
     indices = sharding.addressable_devices_indices_map(weight.shape)
     row_bytes = math.prod(weight.shape[1:]) * dtype.itemsize
     block = max(1, BLOCK_BYTES // max(1, row_bytes))

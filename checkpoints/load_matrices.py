@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from checkpoints.formats import Field, Format, Quantisation
 from checkpoints.safetensors_reader import Checkpoint, Tensor, read_rows, read_scalar
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.weights import Piece, Weight
+from jaxinfer.offload import place_of
 from jaxinfer.quant import (
     Parts,
     QuantisedMatrix,
@@ -142,13 +144,16 @@ def shardings_of(matrix: Any, weight: Weight, sharding: jax.sharding.Sharding) -
     if not isinstance(matrix, QuantisedMatrix | Parts):
         return sharding
     if not isinstance(sharding, NamedSharding):
-        return jax.tree.map(lambda _: sharding, matrix)
+        return jax.tree.map(partial(place_of, sharding), matrix)
     mesh = sharding.mesh
     try:
         specs = partition(matrix, PartitionSpec(*sharding.spec), shards_of(sharding))
     except ValueError as error:
         raise CheckpointError(f"{weight.pieces[0].name}: {error}") from None
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    kind = sharding.memory_kind
+    return jax.tree.map(
+        lambda x, spec: place_of(NamedSharding(mesh, spec, memory_kind=kind), x), matrix, specs
+    )
 
 
 def _read(checkpoint: Checkpoint, piece: Piece, formats: Formats, dtype: np.dtype) -> Any:

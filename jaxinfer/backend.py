@@ -16,6 +16,8 @@ from jax._src import xla_bridge  # JAX has no public way to ask whether it has s
 
 logger = logging.getLogger(__name__)
 
+PINNED, PINNED_DEFAULT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64  # of XLA
+
 
 def reserve_memory(fraction: float) -> None:
     """Lets JAX take `fraction` of the GPU's memory, or says in the log that it is too late."""
@@ -26,6 +28,24 @@ def reserve_memory(fraction: float) -> None:
             logger.warning("JAX has started already: gpu_memory_utilization has no effect")
         return
     jax.config.update("jax_pjrt_client_create_options", {"memory_fraction": fraction})
+
+
+def pinnable_bytes() -> int:
+    """Most bytes of the host's memory that JAX takes for arrays which a GPU reads by itself."""
+    if jax.default_backend() != "gpu":
+        return host_bytes()
+    return min(host_bytes(), int(os.environ.get(PINNED, PINNED_DEFAULT)) << 30)
+
+
+def allow_pinned() -> None:
+    """Lets JAX take all of the host's memory for such arrays, where it has not started yet."""
+    if not xla_bridge.backends_are_initialized():
+        os.environ.setdefault(PINNED, str(host_bytes() >> 30))
+
+
+def host_bytes() -> int:
+    """The host's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def default_cache_directory() -> Path:

@@ -233,6 +233,7 @@ class EngineOptions:
     max_num_seqs: int = 256
     gpu_memory_utilization: float = 0.9
     kv_cache_bytes: int | None = None
+    device_weight_bytes: int | None = None
     kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3"] = "auto"
     seed: int = 0
     invariant: bool = True
@@ -261,7 +262,10 @@ class EngineOptions:
             "max_num_seqs", "max_waiting", "page_size", "tensor_parallel_size",
             "data_parallel_size",
         )  # fmt: skip
-        optional = ("max_num_batched_tokens", "max_steps", "max_model_len", "kv_cache_bytes")
+        optional = (
+            "max_num_batched_tokens", "max_steps", "max_model_len", "kv_cache_bytes",
+            "device_weight_bytes",
+        )  # fmt: skip
         for name in (*at_least_one, *optional):
             value = getattr(self, name)
             if value is None and name not in at_least_one:

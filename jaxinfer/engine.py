@@ -62,7 +62,7 @@ class Engine:
     """Runs sequences to their end.
 
     Args:
-        params: the model's weights, on the device.
+        params: the model's weights, on the device, or some on the host: see `offload`.
         config: the model.
         limits: sizes; the cache is made to fit them.
         dtype: of the KV cache.
@@ -496,7 +496,10 @@ class Engine:
 
     def read(self) -> list[Update]:
         """As `step`, but nothing new is begun."""
-        return self._observe(self._in_flight.popleft()) if self._in_flight else []
+        if not self._in_flight:
+            return []
+        late = self.ready
+        return self._observe(self._in_flight.popleft(), late=late)
 
     def _say_guesses(self) -> None:
         if self._guesser is not None:
@@ -586,8 +589,7 @@ class Engine:
 
     # -- results ----------------------------------------------------------------------------
 
-    def _observe(self, done: InFlight) -> list[Update]:
-        late = done.sampled.tokens.is_ready()
+    def _observe(self, done: InFlight, *, late: bool) -> list[Update]:
         tokens, rows = np.asarray(done.sampled.tokens), done.key.rows
         following = tokens[:, rows : rows + len(done.action.chunks)]
         attempted = done.sampled.attempted
@@ -731,7 +733,7 @@ def _placed(leaf: Any, sharding: Any) -> jax.Array:
     """An array of the device as it is, or a copy of one of the host, whose owner may change it."""
     if isinstance(leaf, jax.Array):
         return jax.device_put(leaf, sharding)
-    return jax.block_until_ready(jnp.array(leaf, device=sharding))
+    return jax.block_until_ready(jax.device_put(np.array(leaf), sharding))
 
 
 def _hooks(spec: SequenceSpec) -> list[Bound]:

@@ -7,13 +7,14 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from jaxinfer import functional, saving, warmup
 from jaxinfer.cache import resolve_kv_dtype
@@ -40,11 +41,14 @@ from jaxinfer.loading import (
     open_source,
     plan,
     prepare_backend,
-    weight_bytes,
+    read_bytes,
+    split_given,
+    split_stored,
 )  # fmt: skip
 from jaxinfer.models.sites import widths
-from jaxinfer.models.weights import abstract_params
+from jaxinfer.models.weights import abstract_params, declare
 from jaxinfer.observe import DISPATCHES_AHEAD
+from jaxinfer.offload import host_places, lies, place_of
 from jaxinfer.parallel import arrange, copy_to, device_bytes, lay_out, reading_mesh
 from jaxinfer.quant import pack_params
 from jaxinfer.replicas import Replicas
@@ -108,6 +112,9 @@ class LLM:
         gpu_memory_utilization: share of the GPU's memory to take. JAX decides it when it starts:
             too late if it has run something before; then the log says so.
         kv_cache_bytes: size of the KV cache on each device; None: what is left.
+        device_weight_bytes: what the model's weights may take of each device. The matrices of
+            layers that do not fit lie in the host's memory, from where every step copies them
+            (docs/offload.md). It changes no token. None: all lie on the device.
         kv_cache_dtype: `auto`: `dtype`. `int8`, or `fp8` (`fp8_e4m3`): half the bytes, with a scale
             for every token and head.
         seed: draws the seeds of requests that bring none.
@@ -158,6 +165,7 @@ class LLM:
         max_num_seqs: int = 256,
         gpu_memory_utilization: float = 0.9,
         kv_cache_bytes: int | None = None,
+        device_weight_bytes: int | None = None,
         kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3"] = "auto",
         seed: int = 0,
         invariant: bool = True,
@@ -179,6 +187,7 @@ class LLM:
         options = EngineOptions(
             dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             gpu_memory_utilization=gpu_memory_utilization, kv_cache_bytes=kv_cache_bytes,
+            device_weight_bytes=device_weight_bytes,
             kv_cache_dtype=kv_cache_dtype, seed=seed, invariant=invariant,
             tensor_parallel_size=tensor_parallel_size, data_parallel_size=data_parallel_size,
             page_size=page_size, max_num_batched_tokens=max_num_batched_tokens, max_steps=max_steps,
@@ -192,17 +201,19 @@ class LLM:
         prepare_backend(options)
         meshes = make_meshes(config, options)
         mesh = reading_mesh(meshes)
-        expected = weight_bytes(source, config, jnp.dtype(dtype), mesh)
         how = options.speculative
         draft = None if how is None else prepare(how, config, options, mesh=mesh)
-        expected += 0 if draft is None else draft.bytes
+        others = 0 if draft is None else draft.bytes
+        split = split_stored(source, config, options, mesh)
         drafter = None if draft is None else draft.drafter
-        # Whether it fits, before reading.
-        plan(config, options, loaded=False, weights=expected, drafter=drafter, meshes=meshes)
+        plan(  # whether it fits, before reading
+            config, options, loaded=False, weights=split.device + others, drafter=drafter,
+            host_weights=split.host, buffers=split.buffers, meshes=meshes,
+        )  # fmt: skip
         tokenizer = model_tokenizer(source)
         # The smaller one first: if it cannot be read, nothing else is.
         guessing = None if draft is None else load_draft(draft, options, mesh)
-        params = load_weights(source, config, jnp.dtype(dtype), mesh)
+        params = load_weights(source, config, jnp.dtype(dtype), mesh, split.layers)
         if draft is not None:
             draft = settled(draft, params, config, tokenizer)
         given = _shapes(params) if mesh is None else abstract_params(config, jnp.dtype(dtype))
@@ -246,7 +257,9 @@ class LLM:
         if mesh is not None:
             check_dense([params, draft and draft[0]], mesh.size)
         self = cls.__new__(cls)
-        given, params, guessing = _shapes(params), _put(params, config, mesh), None
+        split = split_given(params, config, chosen, mesh)
+        given, guessing = _shapes(params), None
+        params = _put(params, config, mesh, split.layers)
         if draft is not None:
             guessing = pack_params(_put(*draft, mesh), dtype, consume=False, mesh=mesh)
         elif found is not None:
@@ -269,15 +282,18 @@ class LLM:
         *,
         owned: bool,
     ) -> None:
-        self._given = given  # as updates must be; None: there are none
-        self._mesh = mesh = reading_mesh(meshes)
+        mesh = reading_mesh(meshes)
         params = pack_params(params, jnp.dtype(options.dtype), consume=owned, mesh=mesh)
         drafter = None if draft is None else draft.drafter
-        weights, others = device_bytes(params), 0 if guessing is None else device_bytes(guessing)
+        split, others = lies(params), 0 if guessing is None else device_bytes(guessing)
+        if split.layers and jax.tree.structure(given) != jax.tree.structure(declare(config)):
+            given = None  # quantised: all would be packed on the device at once
+        self._given, self._mesh = given, mesh  # `given`: as updates must be; None: there are none
         copies = [copy_to((params, guessing), mesh) for mesh in meshes]
         memory = plan(
-            config, options, loaded=True, weights=weights + others, drafter=drafter, meshes=meshes
-        )
+            config, options, loaded=True, weights=split.device + others, drafter=drafter,
+            host_weights=split.host, buffers=split.buffers, meshes=meshes,
+        )  # fmt: skip
         devices = sum(mesh.size for mesh in meshes if mesh is not None)
         logger.info("%s%s", f"each of {devices} devices: " if devices else "", memory)
         self.config, self.memory_plan, self.tokenizer = config, memory, tokenizer
@@ -295,7 +311,8 @@ class LLM:
                 own, config, limits, dtype=kv_dtype, invariant=options.invariant,
                 event_log=self._event_log, drafter=drafter, draft=guess,
                 costs=None if drafter is None else costs(
-                    config, drafter, weight_bytes=weights, draft_bytes=others,
+                    config, drafter, draft_bytes=others,
+                    weight_bytes=round(read_bytes(memory)) - others,
                     gpu=jax.devices()[0].platform == "gpu", devices=options.tensor_parallel_size,
                 ),
                 mesh=mesh,
@@ -343,7 +360,8 @@ class LLM:
 
     @property
     def params(self) -> Params:
-        """The model's weights, on the device. They are not to be donated to anything.
+        """The model's weights, on the device, or some on the host: see `offload`. They are not to
+        be donated to anything.
 
         With `tensor_parallel_size` they are those of `declare(config, tensor_parallel_size)`; with
         `data_parallel_size` those of the first replica.
@@ -675,8 +693,10 @@ class LLM:
         version = next_version(self.params_version, version)
         if self._given is None:
             raise CheckpointError(
-                f"quantised weights with tensor_parallel_size={self._options.tensor_parallel_size} "
-                "are not updated: expected dense ones; make another LLM of the directory"
+                "quantised weights are not updated where tensor_parallel_size="
+                f"{self._options.tensor_parallel_size} splits them, or device_weight_bytes="
+                f"{self._options.device_weight_bytes} has some on the host: expected dense ones; "
+                "make another LLM of the directory"
             )
         check_params(params, self.config, jnp.dtype(self._options.dtype), like=self._given)
         if in_flight == "abort":
@@ -929,5 +949,16 @@ def _shapes(params: Params) -> Params:
     return jax.eval_shape(lambda tree: tree, params)
 
 
-def _put(params: Params, config: ModelConfig, mesh: Mesh | None) -> Params:
-    return jax.device_put(params) if mesh is None else lay_out(params, config, mesh)
+def _put(
+    params: Params, config: ModelConfig, mesh: Mesh | None, layers: Sequence[int] = ()
+) -> Params:
+    """Weights in memory to where they are to lie, the matrices of `layers` on the host."""
+    if mesh is not None:
+        return lay_out(params, config, mesh, layers)
+    if not layers:
+        return jax.device_put(params)
+
+    def put(place: Sharding, matrix: Any) -> Any:
+        return jax.device_put(matrix, jax.tree.map(partial(place_of, place), matrix))
+
+    return jax.tree.map(put, host_places(declare(config), None, layers), params)

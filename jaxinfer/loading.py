@@ -11,14 +11,22 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxinfer.backend import default_cache_directory, reserve_memory, use_compilation_cache
+from jaxinfer.backend import (
+    PINNED,
+    allow_pinned,
+    default_cache_directory,
+    pinnable_bytes,
+    reserve_memory,
+    use_compilation_cache,
+)
 from jaxinfer.buckets import MOST_GUESSING, max_chunks
 from jaxinfer.cache import page_bytes, resolve_kv_dtype
 from jaxinfer.config import BatcherConfig, EngineOptions, ModelConfig
 from jaxinfer.drafting import Drafter
-from jaxinfer.errors import CheckpointError
+from jaxinfer.errors import CapacityError, CheckpointError
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import abstract_params, declare
+from jaxinfer.offload import Split, host_places, split
 from jaxinfer.parallel import device_share, replica_meshes
 from jaxinfer.placement import can_split, degrees
 from jaxinfer.progress import loading_bar
@@ -37,11 +45,14 @@ QUANTISED = (QuantisedMatrix, Parts)
 DEFAULT_BATCHED_TOKENS = 2048
 # A dispatch takes the host up to some 3 ms; it should keep the device busy for longer than that.
 DISPATCH_S, MOST_STEPS, GPU_BYTES_PER_S = 0.008, 16, 3e12
+LINK_BYTES_PER_S = 5e10  # from the host's memory
 
 
 def prepare_backend(options: EngineOptions) -> None:
     """What an LLM does to the JAX of this process, before its first computation."""
     reserve_memory(options.gpu_memory_utilization)
+    if options.device_weight_bytes is not None:
+        allow_pinned()
     if options.compilation_cache != "":
         chosen = options.compilation_cache
         use_compilation_cache(default_cache_directory() if chosen is None else Path(chosen))
@@ -77,6 +88,8 @@ def plan(
     *,
     loaded: bool,
     weights: int,
+    host_weights: int = 0,
+    buffers: int = 0,
     drafter: Drafter | None = None,
     meshes: Sequence[Mesh | None] = (None,),
 ) -> MemoryPlan:
@@ -87,6 +100,7 @@ def plan(
         options: what the user chose; `kv_cache_bytes` are those of one device.
         loaded: the weights are in it already.
         weights: their bytes on one device, those of a draft model included.
+        host_weights, buffers: see `offload.Split`.
         drafter: what guesses tokens.
         meshes: see `make_meshes`.
 
@@ -116,6 +130,8 @@ def plan(
         in_use=max(0, in_use - weights) if loaded else in_use,
         max_num_batched_tokens=batched_tokens(options),
         weights=weights,
+        host_weights=host_weights,
+        buffers=buffers,
         **_guessing(drafter, options),
     )
 
@@ -153,7 +169,7 @@ def batcher_config(
     steps = options.max_steps
     if steps is None:
         # How many decode steps of one row keep the device busy for this long.
-        least = memory.weights / GPU_BYTES_PER_S + config.num_layers * LAYER_S
+        least = read_bytes(memory) / GPU_BYTES_PER_S + config.num_layers * LAYER_S
         steps = max(1, min(MOST_STEPS, int(DISPATCH_S / least))) if gpu else 1
     return BatcherConfig(
         num_pages=memory.num_pages,
@@ -168,6 +184,12 @@ def batcher_config(
         prefix_caching=options.prefix_caching,
         max_guesses=0 if drafter is None else drafter.how.tokens,
     )
+
+
+def read_bytes(memory: MemoryPlan) -> float:
+    """Of weights, for a step: those that come from the host count as what the device could read
+    meanwhile."""
+    return memory.weights + memory.host_weights * GPU_BYTES_PER_S / LINK_BYTES_PER_S
 
 
 def is_gguf(path: Path) -> bool:
@@ -216,9 +238,15 @@ def model_tokenizer(source: Source) -> Tokenizer | None:
 
 
 def load_weights(
-    source: Source, config: ModelConfig, dtype: Any, mesh: Mesh | None = None
+    source: Source,
+    config: ModelConfig,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    layers: Sequence[int] = (),
 ) -> Params:
     """Weights from disk, each part to its device, with a progress bar where someone can see it.
+
+    `layers`: of which the matrices are to lie on the host; see `offload`.
 
     Raises:
         CheckpointError: see `checkpoints.load_params` and `checkpoints.gguf.load_gguf`; or a model
@@ -231,6 +259,8 @@ def load_weights(
     source = open_source(source)
     weights = declare(config, 1 if mesh is None else mesh.size)
     places = None if mesh is None else shardings(weights, mesh)
+    if layers:
+        places = host_places(weights, places, layers)
     if not isinstance(source, Path):
         with loading_bar(source.path.name) as progress:
             return load_gguf(
@@ -261,18 +291,75 @@ def weight_bytes(source: Source, config: ModelConfig, dtype: Any, mesh: Mesh | N
     Raises:
         CheckpointError, UnsupportedModel: see `checkpoints.load_params`.
     """
-    from checkpoints import gguf
-    from checkpoints.load import stored_bytes
     from checkpoints.model_store import is_saved_model, saved_bytes
 
     source = open_source(source)
-    if not isinstance(source, Path):
-        found = gguf.stored_bytes(source, declare(config), dtype)
-    elif is_saved_model(source):
-        found = saved_bytes(source)
-    else:
-        found = stored_bytes(source, declare(config), dtype)
-    return round(found * device_share(config, mesh))
+    if isinstance(source, Path) and is_saved_model(source):
+        return saved_bytes(source)
+    return round(sum(jax.tree.leaves(_sizes(source, config, dtype))) * device_share(config, mesh))
+
+
+def _sizes(source: Source, config: ModelConfig, dtype: Any) -> Any:
+    """Bytes of each weight, split among no devices."""
+    from checkpoints import gguf
+    from checkpoints.load import stored_sizes
+
+    if isinstance(source, Path):
+        return stored_sizes(source, declare(config), dtype)
+    return gguf.stored_sizes(source, declare(config), dtype)
+
+
+def split_stored(
+    source: Source, config: ModelConfig, options: EngineOptions, mesh: Mesh | None
+) -> Split:
+    """Where the weights of a model on disk are to lie.
+
+    Raises:
+        CheckpointError, UnsupportedModel, CapacityError: see `weight_bytes`, `split_given`; or
+            jaxinfer saved the model and some of it should lie on the host.
+    """
+    from checkpoints.model_store import is_saved_model
+
+    dtype, source = jnp.dtype(options.dtype), open_source(source)
+    if options.device_weight_bytes is None:
+        return Split((), weight_bytes(source, config, dtype, mesh), 0, 0)
+    if isinstance(source, Path) and is_saved_model(source):
+        raise CheckpointError(
+            f"{source}: a model that jaxinfer saved is read onto the device as a whole: "
+            "device_weight_bytes needs safetensors or GGUF"
+        )
+    return _split(_sizes(source, config, dtype), config, options.device_weight_bytes, mesh)
+
+
+def split_given(
+    params: Params, config: ModelConfig, options: EngineOptions, mesh: Mesh | None
+) -> Split:
+    """Where weights that are in memory, whole, are to lie.
+
+    Raises:
+        CapacityError: `device_weight_bytes` is too small, or the host's memory is.
+    """
+
+    def size(_: Any, matrix: Any) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(matrix))
+
+    sizes = jax.tree.map(size, declare(config), params)
+    budget = options.device_weight_bytes
+    if budget is None:
+        return Split((), sum(jax.tree.leaves(sizes)), 0, 0)
+    return _split(sizes, config, budget, mesh)
+
+
+def _split(sizes: Any, config: ModelConfig, budget: int, mesh: Mesh | None) -> Split:
+    share = device_share(config, mesh)
+    found = split(declare(config), jax.tree.map(lambda size: round(size * share), sizes), budget)
+    wanted = found.host * (1 if mesh is None else mesh.size)
+    if wanted > (most := pinnable_bytes()):
+        raise CapacityError(
+            f"device_weight_bytes={budget} leaves {wanted} bytes to the host's memory: {most} may "
+            f"be taken ({PINNED} decides, in GB, before JAX starts)"
+        )
+    return found
 
 
 def check_params(

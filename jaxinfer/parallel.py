@@ -20,7 +20,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxinfer.cache import PagedCache, init_cache
 from jaxinfer.config import ModelConfig
 from jaxinfer.models.weights import Weight, declare
-from jaxinfer.sharding import TENSOR, partition_spec, shardings
+from jaxinfer.offload import host_places, local_bytes, on_host
+from jaxinfer.sharding import TENSOR, shardings
 
 
 def tensor_mesh(size: int) -> Mesh | None:
@@ -75,7 +76,7 @@ def copy_to(tree: Any, mesh: Mesh | None) -> Any:
     def copy(leaf: jax.Array) -> jax.Array:
         place = leaf.sharding
         spec = place.spec if isinstance(place, NamedSharding) else PartitionSpec()
-        return jax.device_put(leaf, NamedSharding(mesh, spec))
+        return jax.device_put(leaf, NamedSharding(mesh, spec, memory_kind=place.memory_kind))
 
     return jax.tree.map(copy, tree)
 
@@ -125,27 +126,33 @@ def arrange(params: Any, config: ModelConfig, shards: int) -> Any:
     Fused matrices get their rows in another order, some several times: they are copied. The others
     are as they were.
     """
-    return _each(params, config, shards, lambda leaf, _: leaf)
+    return _each(params, config, shards, lambda leaf: leaf)
 
 
-def lay_out(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
-    """The tree of `declare(config)`, dense and whole, on the mesh: one weight after the other."""
+def lay_out(params: Any, config: ModelConfig, mesh: Mesh, layers: Sequence[int] = ()) -> Any:
+    """The tree of `declare(config)`, dense and whole, on the mesh: one weight after the other.
 
-    def put(leaf: np.ndarray, weight: Weight) -> jax.Array:
-        place = NamedSharding(mesh, partition_spec(weight))
+    `layers`: of which the matrices are to lie on the host; see `offload`.
+    """
+    declared = declare(config, mesh.size)
+    places = host_places(declared, shardings(declared, mesh), layers)
+
+    def put(leaf: np.ndarray, place: Sharding) -> jax.Array:
         return jax.block_until_ready(jax.device_put(leaf, place))
 
-    return _each(params, config, mesh.size, put)
+    return _each(params, config, mesh.size, put, places)
 
 
 def _each(
-    params: Any, config: ModelConfig, shards: int, use: Callable[[np.ndarray, Weight], Any]
+    params: Any, config: ModelConfig, shards: int, use: Callable[..., Any], *others: Any
 ) -> Any:
-    def one(leaf: Any, whole: Weight, split: Weight) -> Any:
-        host = np.asarray(leaf)
-        return use(host if whole.pieces == split.pieces else host[_rows(whole, split)], split)
+    """`use` of every weight, its rows in order, and of what `others` have in its place."""
 
-    return jax.tree.map(one, params, declare(config), declare(config, shards))
+    def one(leaf: Any, whole: Weight, split: Weight, *rest: Any) -> Any:
+        host = np.asarray(leaf)
+        return use(host if whole.pieces == split.pieces else host[_rows(whole, split)], *rest)
+
+    return jax.tree.map(one, params, declare(config), declare(config, shards), *others)
 
 
 def _rows(whole: Weight, split: Weight) -> np.ndarray:
@@ -157,11 +164,7 @@ def _rows(whole: Weight, split: Weight) -> np.ndarray:
 
 def device_bytes(tree: Any) -> int:
     """Bytes that the arrays of a tree take on each device."""
-
-    def one(leaf: jax.Array) -> int:
-        return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-
-    return sum(one(leaf) for leaf in jax.tree.leaves(tree))
+    return sum(local_bytes(leaf) for leaf in jax.tree.leaves(tree) if not on_host(leaf))
 
 
 def device_share(config: ModelConfig, mesh: Mesh | None) -> float:

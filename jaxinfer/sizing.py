@@ -27,7 +27,8 @@ class MemoryPlan:
     """Where the memory goes, in bytes; `limit` is None where the device does not say.
 
     Attributes:
-        weights: the parameters.
+        weights: the parameters that lie on the device.
+        host_weights: those on the host, which every step copies to the device; see `offload`.
         cache: the KV pages, `num_pages` of `page_size` tokens, the trash page included.
         steps: kept free for the compiled steps' own needs.
         max_model_len: longest sequence, in tokens.
@@ -40,11 +41,13 @@ class MemoryPlan:
     num_pages: int
     page_size: int
     max_model_len: int
+    host_weights: int = 0
 
     def __str__(self) -> str:
         limit = "not limited" if self.limit is None else f"{self.limit / GIB:.2f} GiB"
+        far = f" and {self.host_weights / GIB:.2f} GiB on the host" if self.host_weights else ""
         return (
-            f"memory {limit}: weights {self.weights / GIB:.2f} GiB, KV cache "
+            f"memory {limit}: weights {self.weights / GIB:.2f} GiB{far}, KV cache "
             f"{self.cache / GIB:.2f} GiB ({self.num_pages - 1} pages of {self.page_size} tokens), "
             f"steps {self.steps / GIB:.2f} GiB; sequences of up to {self.max_model_len} tokens"
         )
@@ -83,6 +86,8 @@ def plan_memory(
     weights: int | None = None,
     page_extra: int = 0,
     guessed_rows: int = 0,
+    host_weights: int = 0,
+    buffers: int = 0,
 ) -> MemoryPlan:
     """Sizes the KV cache: what is asked for, or what is left, and no more than can be used.
 
@@ -97,9 +102,10 @@ def plan_memory(
         limit: bytes of device memory that may be used; None: not known (a CPU).
         in_use: bytes of it that are taken already, by others.
         max_num_batched_tokens: most tokens of one step.
-        weights: bytes of the weights, a draft's included; None: all of `dtype`.
+        weights: bytes of the weights on the device, a draft's included; None: all of `dtype`.
         page_extra: bytes of a page beside the model's keys and values: a draft's, and the text.
         guessed_rows: rows of logits of a step that guesses, at most.
+        host_weights, buffers: bytes of weights on the host, and of what steps need for them.
 
     Raises:
         CapacityError: the weights do not fit, not even one page is left, or a sequence of
@@ -110,7 +116,7 @@ def plan_memory(
     rows = max(max_num_seqs + MOST_CHUNKS, guessed_rows)
     steps = 0
     if limit is not None:
-        steps = step_bytes(config, rows=rows, tokens=max_num_batched_tokens, dtype=dtype)
+        steps = step_bytes(config, rows=rows, tokens=max_num_batched_tokens, dtype=dtype) + buffers
     one = page_bytes(config, page_size, dtype if kv_dtype is None else kv_dtype) + page_extra
     longest = config.max_position if max_model_len is None else max_model_len
     useful = (max_num_seqs * pages_for(longest, page_size) + 1) * one
@@ -151,6 +157,7 @@ def plan_memory(
         num_pages=num_pages,
         page_size=page_size,
         max_model_len=min(longest, held),
+        host_weights=host_weights,
     )
 
 

@@ -114,6 +114,7 @@ def describe(
 def _checksum(x: jax.Array) -> jax.Array:
     """uint32, modulo 2**32 and so exact in any order of summing; any one element that changes, and
     most exchanges of two, change it."""
+    x = jax.device_put(x, jax.memory.Space.Device)  # weights may lie on the host
     if jnp.issubdtype(x.dtype, jnp.floating):
         x = lax.bitcast_convert_type(x, f"uint{jnp.finfo(x.dtype).bits}")
     bits = x.astype(jnp.uint32).reshape(-1)

@@ -61,16 +61,15 @@ def load_gguf(
     return jax.tree.unflatten(treedef, params)
 
 
-def stored_bytes(path: str | Path | Gguf, weights: Any, dtype: DTypeLike) -> int:
-    """Bytes that `load_gguf` will take on the devices.
+def stored_sizes(path: str | Path | Gguf, weights: Any, dtype: DTypeLike) -> Any:
+    """Bytes that `load_gguf` will take for each weight.
 
     Raises:
         CheckpointError: as `load_gguf`, of what can be known before reading.
     """
     gguf = open_gguf(path)
-    leaves = jax.tree.leaves(weights)
-    _check(gguf, leaves)
-    return sum(_bytes(gguf, weight, jnp.dtype(dtype)) for weight in leaves)
+    _check(gguf, jax.tree.leaves(weights))
+    return jax.tree.map(lambda weight: _bytes(gguf, weight, jnp.dtype(dtype)), weights)
 
 
 def _bytes(gguf: Gguf, weight: Weight, dtype: np.dtype) -> int:

@@ -20,6 +20,7 @@ from jaxinfer.cli.model import ModelOptions, describe, describe_sites, open_llm
 from jaxinfer.cli.options import (
     SAMPLING,
     DataParallel,
+    DeviceWeightBytes,
     DtypeOption,
     File,
     GpuMemory,
@@ -114,6 +115,7 @@ def generate(
     speculative: SpeculativeOption = None,
     tensor_parallel_size: TensorParallel = 1,
     data_parallel_size: DataParallel = 1,
+    device_weight_bytes: DeviceWeightBytes = None,
     n: Annotated[int, typer.Option(help="Samples a prompt.", rich_help_panel=SAMPLING)] = 1,
     max_tokens: MaxTokens = 128,
     min_tokens: Annotated[
@@ -153,7 +155,7 @@ def generate(
     )  # fmt: skip
     options = ModelOptions(
         model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype, event_log,
-        speculative, tensor_parallel_size, data_parallel_size,
+        speculative, tensor_parallel_size, data_parallel_size, device_weight_bytes,
     )  # fmt: skip
     measured = metrics_path(metrics)
     if out:
@@ -192,6 +194,7 @@ def chat(
     kv_cache_dtype: KvCacheDtypeOption = "auto",
     speculative: SpeculativeOption = None,
     tensor_parallel_size: TensorParallel = 1,
+    device_weight_bytes: DeviceWeightBytes = None,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -209,6 +212,7 @@ def chat(
     options = ModelOptions(
         model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype,
         speculative=speculative, tensor_parallel_size=tensor_parallel_size,
+        device_weight_bytes=device_weight_bytes,
     )  # fmt: skip
     with open_llm(options) as llm:
         if llm.tokenizer is None or not llm.tokenizer.has_chat_template:

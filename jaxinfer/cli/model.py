@@ -37,6 +37,7 @@ class ModelOptions:
     speculative: str | None = None
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
+    device_weight_bytes: int | None = None
 
 
 def open_llm(
@@ -58,6 +59,7 @@ def open_llm(
             speculative=options.speculative,
             tensor_parallel_size=options.tensor_parallel_size,
             data_parallel_size=options.data_parallel_size,
+            device_weight_bytes=options.device_weight_bytes,
         )
     except ValueError as error:
         if isinstance(error, JaxinferError):
@@ -71,6 +73,10 @@ def choose_dtype(options: ModelOptions) -> Literal["float32", "bfloat16", "float
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(options.gpu_memory_utilization)
     import jax
 
+    from jaxinfer.backend import allow_pinned
+
+    if options.device_weight_bytes is not None:
+        allow_pinned()
     device = jax.devices()[0]
     if options.dtype == "auto":
         dtype = "bfloat16" if device.platform == "gpu" else "float32"

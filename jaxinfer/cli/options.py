@@ -55,6 +55,16 @@ DataParallel = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+DeviceWeightBytes = Annotated[
+    int | None,
+    typer.Option(
+        "--device-weight-bytes",
+        min=1,
+        help="What weights may take of the device; other layers stay in the host's memory, and "
+        "every step copies them. The text is the same; docs/offload.md.",
+        rich_help_panel=MODEL,
+    ),
+]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(help="Longest sequence in tokens; default: the model's.", rich_help_panel=MODEL),

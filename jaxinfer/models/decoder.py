@@ -27,6 +27,7 @@ from jaxinfer.layers import (
     unembed,
 )
 from jaxinfer.models.sites import EMBED, FINAL_NORM, At, Change, layer_site, match, visit
+from jaxinfer.offload import BUFFERS, fetch, on_host
 from jaxinfer.rope import rope_frequencies
 from pallas_kernels import rms_norm as norms
 from pallas_kernels.kv_quantise import Pools
@@ -289,7 +290,7 @@ def _decode(
     ops: Ops,
     axis: str | None,
 ) -> Residual:
-    """Embedding and layers, unrolled."""
+    """Embedding and layers, unrolled; see `offload` for those that lie on the host."""
     ropes: RopeTables = {
         rope: rope_tables(positions, *rope_frequencies(rope, config.head_dim))
         for rope in {layer.rope for layer in config.layers}
@@ -299,8 +300,11 @@ def _decode(
     if config.embed_scale != 1:
         x = x * jnp.asarray(config.embed_scale, x.dtype)
     stream = Residual(ops.at(EMBED, x), None)
-    for index, (weights, layer) in enumerate(zip(params["layers"], config.layers, strict=True)):
-        stream = _layer(stream, weights, config, layer, ropes, ops, index, axis)
+    near = fetch(params["layers"], BUFFERS, x)
+    for index, (far, layer) in enumerate(zip(params["layers"], config.layers, strict=True)):
+        stream = _layer(stream, near[index], config, layer, ropes, ops, index, axis)
+        if any(map(on_host, jax.tree.leaves(far))):  # its buffers are free
+            near = fetch(near, 1, stream.x if stream.delta is None else stream.delta)
     return stream
 
 

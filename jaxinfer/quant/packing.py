@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from jaxinfer.offload import DEVICE, HOST, moved, on_host
 from jaxinfer.quant.arrays import Matrix, Ordered, Parts, QuantisedMatrix
 from pallas_kernels.device import capability, has_kernels
 from pallas_kernels.quant_packing import DTYPE, UNIT, PackedMatrix, groups_of_chunk, pack
@@ -28,7 +29,7 @@ def pack_params(params: Any, dtype: Any, *, consume: bool, mesh: Mesh | None = N
     """The model's weights with those matrices packed that the device has a kernel for.
 
     Args:
-        params: dicts and lists of arrays and matrices, on the device.
+        params: dicts and lists of arrays and matrices, on the device or, some, on the host.
         dtype: of activations; only bfloat16 has kernels.
         consume: takes matrices out of `params` as they are packed, so that both forms of only one
             are in memory.
@@ -36,9 +37,8 @@ def pack_params(params: Any, dtype: Any, *, consume: bool, mesh: Mesh | None = N
     """
     if dtype != DTYPE or not has_kernels(capability()):
         return params
-    return _pack_all(
-        params, consume, pack_matrix if mesh is None else partial(pack_shards, mesh=mesh)
-    )
+    how = pack_matrix if mesh is None else partial(pack_shards, mesh=mesh)
+    return _pack_all(params, consume, partial(_where_it_lies, how))
 
 
 def _pack_all(tree: Any, consume: bool, how: Callable[[Matrix], Any]) -> Any:
@@ -54,6 +54,13 @@ def _pack_all(tree: Any, consume: bool, how: Callable[[Matrix], Any]) -> Any:
     if isinstance(tree, QuantisedMatrix | Parts):
         return jax.block_until_ready(how(tree))
     return tree
+
+
+def _where_it_lies(how: Callable[[Matrix], Any], matrix: Any) -> Any:
+    """`how` of a matrix; one that lies on the host is packed on the device, and put back."""
+    if not any(map(on_host, jax.tree.leaves(matrix))):
+        return how(matrix)
+    return moved(how(moved(matrix, DEVICE)), HOST)
 
 
 def pack_shards(matrix: Any, mesh: Mesh) -> Any:
