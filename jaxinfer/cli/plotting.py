@@ -72,9 +72,10 @@ def _decode_point(config: ModelConfig, setting: Setting) -> tuple[float, float]:
     from jaxinfer.placement import decode_time, stage_rows, stage_step
     from jaxinfer.roofline import padded
 
-    flops, read = _work(stage_step(config, setting))
-    rows = stage_rows(setting)
-    flops *= rows / padded(rows)  # padding computes too, but for nothing
+    step, rows = stage_step(config, setting), stage_rows(setting)
+    flops, read = _work(step)
+    # padding computes too, but for nothing
+    flops -= (1 - rows / padded(rows)) * (step.matrix_flops + step.head_flops)
     return flops / read, flops / decode_time(config, setting)[1].total
 
 
