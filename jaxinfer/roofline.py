@@ -93,8 +93,7 @@ class Work(NamedTuple):
     flops: float
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """How large a step is.
 
     Attributes:

@@ -343,8 +343,11 @@ def estimate(
     ],
     gpu: Annotated[str | None, typer.Option(help="Such as h100; default: compare all.")] = None,
     precision: Annotated[
-        str, typer.Option(help="Of the weights: bf16, fp16, fp32, int8, w8a8, fp8, int4, nf4.")
-    ] = "bf16",
+        str | None,
+        typer.Option(
+            help="Of the weights: bf16 (default), fp16, fp32, int8, w8a8, fp8, int4, nf4."
+        ),
+    ] = None,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
     batch: Annotated[int, typer.Option(help="Sequences that decode at once.")] = 1,
     context: Annotated[
@@ -364,14 +367,27 @@ def estimate(
     ] = None,
     as_json: Json = False,
     plot: Annotated[Path | None, typer.Option(help="Write a roofline here; needs --gpu.")] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Load the model, and show what it takes here beside that."),
+    ] = False,
 ) -> None:
     """Says what a model needs on GPUs that need not be here, and predicts its speed and cost."""
-    from jaxinfer.cli import estimating, plotting
+    from jaxinfer.cli import checking, estimating, plotting
 
     options = estimating.EstimateOptions(
         model, gpu, precision, kv_cache_dtype, batch, context, prompt, tp, pp, dp, price, tpot_ms
     )
     try:
+        if check and plot:
+            raise ValueError("--plot is of what is predicted: leave --check out")
+        if check:
+            measured = checking.check(options)
+            if as_json:
+                write_record(checking.json_record(measured))
+            else:
+                checking.show(measured)
+            return
         if plot and gpu is None:
             raise ValueError("--plot is of one kind of GPU: give --gpu too")
         if plot:

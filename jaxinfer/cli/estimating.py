@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from jaxinfer.placement import Setting
 
 CONTEXT = 4096  # tokens, where the user says nothing
+DENSE = "bf16"
 GB, PIPE_WIDTH = 1e9, 120
 PARTS = {  # of a decode step
     "read": "reading weights",
@@ -36,11 +37,12 @@ PARTS = {  # of a decode step
 
 @dataclass(frozen=True)
 class EstimateOptions:
-    """What the command line says. `tp`, `pp` None: 1 with `gpu`, else what is needed."""
+    """What the command line says. `tp`, `pp` None: 1 with `gpu`, else what is needed. `precision`
+    None: `DENSE`, or what the model is stored in, where it is loaded."""
 
     model: str
     gpu: str | None = None
-    precision: str = "bf16"
+    precision: str | None = None
     kv_dtype: str = "auto"
     batch: int = 1
     context: int | None = None
@@ -112,7 +114,15 @@ def answers(config: ModelConfig, options: EstimateOptions) -> list[Answer]:
     chosen = find_gpu("h100" if o.gpu is None else o.gpu)
     context = min(CONTEXT, config.max_position) if o.context is None else o.context
     setting = Setting(
-        chosen, o.precision, o.kv_dtype, o.batch, context, o.prompt, o.tp or 1, o.pp or 1, o.dp
+        chosen,
+        o.precision or DENSE,
+        o.kv_dtype,
+        o.batch,
+        context,
+        o.prompt,
+        o.tp or 1,
+        o.pp or 1,
+        o.dp,
     )
     check_setting(config, setting)
     if o.gpu is not None:
