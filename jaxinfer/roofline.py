@@ -235,15 +235,19 @@ def op_work(
         for name, size in matrices.items()
     }
     sizes, one = count_sizes(c), page_bytes(replace(c, layers=c.layers[:1]), 1, kv_dtype)
-    heads = c.head_dim * (2 * c.num_heads + 2 * c.num_kv_heads)  # in, and queries out
+    queries = width * c.num_layers * c.num_heads * c.head_dim  # of a row
+    qkv = queries + 2 * width * c.num_layers * c.num_kv_heads * c.head_dim
     # A layer's two norms read and write the stream and what is added; gate and up become one.
     layer = 8 * c.hidden_size + 3 * c.intermediate_size
     small = width * shape.rows * (c.num_layers * layer + 2 * c.hidden_size)
     return work | {
         "output": Work(width * sizes.vocabulary, 2.0 * shape.logits * sizes.vocabulary),
-        "attention": Work(one * shape.cached, 4.0 * c.num_heads * c.head_dim * shape.pairs),
+        "attention": Work(
+            one * shape.cached + 2 * queries * shape.rows,
+            4.0 * c.num_heads * c.head_dim * shape.pairs,
+        ),
         "elementwise": Work(width * sizes.others + small, 0.0),
-        "kv_write": Work(shape.rows * c.num_layers * (width * heads + one), 0.0),
+        "kv_write": Work(shape.rows * (qkv + queries + c.num_layers * one), 0.0),
         "sampling": Work(width * shape.logits * c.vocab_size, 0.0),
     }
 
@@ -253,15 +257,16 @@ def make_step(part: ModelConfig, precision: Precision, shape: Shape, *, kv_dtype
     work, width = op_work(part, precision, shape, kv_dtype=kv_dtype), jnp.dtype(precision.dtype)
     products = [work[name] for name in MATRICES]
     matrix_bytes = sum(product.bytes for product in products)
-    sizes = count_sizes(part)
+    sizes, one = count_sizes(part), page_bytes(replace(part, layers=part.layers[:1]), 1, kv_dtype)
+    kv_bytes = shape.cached * one
     other_bytes = width.itemsize * (sizes.others + sizes.vocabulary)
     moved = sum(op.bytes for op in work.values())
     return Step(
         layers=part.num_layers,
         matrix_bytes=matrix_bytes,
         other_bytes=other_bytes,
-        kv_bytes=work["attention"].bytes,
-        small_bytes=moved - matrix_bytes - other_bytes - work["attention"].bytes,
+        kv_bytes=kv_bytes,
+        small_bytes=moved - matrix_bytes - other_bytes - kv_bytes,
         matrix_flops=sum(product.flops for product in products),
         head_flops=work["output"].flops,
         attention_flops=work["attention"].flops,

@@ -27,7 +27,7 @@ SCOPES: Mapping[str, str] = MappingProxyType(
 )
 GROUPS = (*dict.fromkeys(SCOPES.values()), OTHER)
 IDEAL, PADDING = "roofline", "padding"
-BETWEEN, RECORDING, HOST = "between kernels", "graphs, less recording", "host"
+BETWEEN, RECORDING, HOST = "between kernels", "graphs on, recording off", "host"
 
 
 @dataclass(frozen=True)

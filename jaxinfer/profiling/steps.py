@@ -127,13 +127,15 @@ def _action(
 def random_cache(config: ModelConfig, num_pages: int, page_size: int, kv_dtype: Any) -> PagedCache:
     """Pages of random numbers: on zeros a GPU runs faster."""
 
-    @partial(jax.jit, donate_argnums=0)
-    def filled(x: jax.Array, key: jax.Array) -> jax.Array:
-        return jax.random.normal(key, x.shape).astype(x.dtype)
+    @partial(jax.jit, static_argnums=(1, 2))
+    def drawn(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+        return jax.random.normal(key, shape).astype(dtype)
 
-    leaves, tree = jax.tree.flatten(init_cache(config, num_pages, page_size, kv_dtype))
+    pools = jax.eval_shape(partial(init_cache, config, num_pages, page_size, kv_dtype))
+    leaves, tree = jax.tree.flatten(pools)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(tree, [filled(x, key) for x, key in zip(leaves, keys, strict=True)])
+    made = [drawn(key, x.shape, x.dtype) for x, key in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(tree, made)
 
 
 def compile_step(
