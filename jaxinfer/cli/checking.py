@@ -73,13 +73,14 @@ def check(options: EstimateOptions) -> Check:
     usual = {field.name: field.default for field in fields(EstimateOptions)}
     for name in REFUSED:
         if getattr(o, name) != usual[name]:
-            raise ValueError(f"--check measures on this device, one: leave --{name} out")
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"--check measures on this device, one: leave {option} out")
     if o.precision is not None and o.precision not in PRECISIONS:
         raise ValueError(f"precision={o.precision!r}: expected one of {', '.join(PRECISIONS)}")
     dtype = "auto" if o.precision is None else PRECISIONS[o.precision].dtype
     asked = MeasureOptions(
         o.model, None, dtype, o.kv_dtype, batch=o.batch, context=o.context, prompt=o.prompt
-    )  # pyright: ignore[reportArgumentType]
+    )
     config, chosen = settled(asked, CONTEXT)
     loaded = load_measured(chosen, config)
     with loaded.llm:

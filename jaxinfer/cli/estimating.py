@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxinfer.cli.options import KvCacheDtype
 from jaxinfer.cli.output import record
 from jaxinfer.errors import CheckpointError
 from jaxinfer.hardware import GPUS, find_gpu
@@ -43,7 +44,7 @@ class EstimateOptions:
     model: str
     gpu: str | None = None
     precision: str | None = None
-    kv_dtype: str = "auto"
+    kv_dtype: KvCacheDtype = "auto"
     batch: int = 1
     context: int | None = None
     prompt: int | None = None
