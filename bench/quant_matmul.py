@@ -78,9 +78,9 @@ def of_kernel(events: Sequence[Event], name: str) -> tuple[float, float]:
     Raises:
         RuntimeError: no such kernel ran.
     """
-    found = [(start, took) for start, took, kernel, *_ in events if name in kernel]
+    found = [(e.start_ns, e.duration_ns) for e in events if name in e.name]
     if len(found) < 2:
-        raise RuntimeError(f"no kernel {name!r} among {sorted({e[2] for e in events})}")
+        raise RuntimeError(f"no kernel {name!r} among {sorted({e.name for e in events})}")
     steps = statistics.median(b[0] - a[0] for a, b in pairwise(found))
     return statistics.median(took for _, took in found) / 1e3, steps / 1e3
 

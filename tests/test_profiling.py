@@ -41,7 +41,8 @@ ENTRY %main (p: f32[8]) -> f32[8] {
   %p = f32[8]{0} parameter(0)
   %copy.1 = f32[8]{0} copy(%p)
   %fusion.3 = f32[8]{0} fusion(%copy.1, %p), kind=kLoop, calls=%fused
-  %custom-call.2 = f32[8]{0} custom-call(%fusion.3), metadata={op_name="jit(step)/while/body/o/dot"}
+  %custom-call.2 = (f32[8]{0}, s8[64]{0}) custom-call(%fusion.3), custom_call_target="gemm", \
+metadata={op_name="jit(step)/while/body/o/dot" stack_frame_id=2}, backend_config={"alpha":{"a":1}}
   %sum = f32[8]{0} custom-call(%fusion.3), metadata={op_name="jit(step)/o/collectives/add"}
   ROOT %end.9 = f32[8]{0} scatter(%sum), metadata={op_name="jit(step)/scatter"}
 }
@@ -53,7 +54,7 @@ def phase(events, **changes):
         "steps": 1, "rows": (8, 2), "work": {}, "wanted": {}, "ceilings": CEILINGS,
         "step_s": 1e-6, "engine_s": 2e-6,
     }  # fmt: skip
-    return make_phase("decode", events, op_paths(PROGRAM), "jit_step", **(given | changes))
+    return make_phase("decode", events, op_paths(PROGRAM), **(given | changes))
 
 
 def kernel(start, duration, op, name="", module="jit_step", path=""):

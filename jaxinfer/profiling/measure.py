@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
@@ -30,7 +29,10 @@ from jaxinfer.profiling.weights import find_precision
 from jaxinfer.roofline import op_work
 
 if TYPE_CHECKING:
+    from jaxinfer.cache import PagedCache
+    from jaxinfer.config import ModelConfig
     from jaxinfer.llm import LLM
+    from jaxinfer.models.decoder import Params
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,7 @@ def profile(
     limits, options = llm.engine.limits, llm.engine.compiler.options
     llm.close()
     gc.collect()  # the cache of pages goes with the engine
-    gpu = jax.devices()[0].platform == "gpu"
-    buckets = make_buckets(limits, gpu=gpu)
+    buckets = make_buckets(limits, gpu=jax.devices()[0].platform == "gpu")
     cache = random_cache(config, memory.num_pages, memory.page_size, kv_dtype)
     tasks = (
         decode_task(config, limits, buckets, batch=batch, context=context),
@@ -86,36 +87,42 @@ def profile(
     name, precision = find_precision(params, dtype)
     phases = []
     for task, engine_s in zip(tasks, (decode_s, prefill_s), strict=True):
-        usual = plain = compile_step(task, params, cache, config, options)
-        if gpu:
-            plain = compile_step(task, params, cache, config, options | WITHOUT_GRAPHS)
-        cache, step_s = step_seconds(usual, task, params, cache)
-        cache, events = _recorded(plain, task, params, cache)
-        text = plain.as_text()
+        cache, seen = _look(task, params, cache, config, options)
         work, wanted = (
             op_work(config, precision, shape, kv_dtype=kv_dtype)
             for shape in (task.shape, task.wanted)
         )
         phase = make_phase(
-            task.name, events, op_paths(text), _module(text),
+            task.name, seen.events, op_paths(seen.program),
             steps=task.steps, rows=task.rows, work=work, wanted=wanted, ceilings=ceilings,
-            step_s=step_s, engine_s=engine_s,
+            step_s=seen.step_s, engine_s=engine_s,
         )  # fmt: skip
         phases.append(phase)
     device = jax.devices()[0].device_kind
     return Profile(device, name, dtype, kv_dtype, batch, context, prompt, ceilings, tuple(phases))
 
 
-def _recorded(program: Any, task: Task, params: Any, cache: Any) -> tuple[Any, list[Event]]:
-    """The kernels of a task; `cache` is donated."""
-    seq = begin(task)
-    held = [run(program, task, params, cache, begin(task))]
-    events = record_events(lambda: held.append(run(program, task, params, held.pop(), seq)))
+class _Seen(NamedTuple):
+    """Of a task: its kernels, the text of the program that they are of, and the seconds of a step
+    of the usual one."""
+
+    events: list[Event]
+    program: str
+    step_s: float
+
+
+def _look(
+    task: Task, params: Params, cache: PagedCache, config: ModelConfig, options: dict[str, Any]
+) -> tuple[PagedCache, _Seen]:
+    """Runs a task, and records it; `cache` is donated. `options`: of the usual program."""
+    graphs = jax.devices()[0].platform == "gpu"
+    plain = compile_step(
+        task, params, cache, config, options | (WITHOUT_GRAPHS if graphs else {}), named=True
+    )
+    usual = compile_step(task, params, cache, config, options) if graphs else plain
+    cache, step_s = step_seconds(usual, task, params, cache)
+    held, seq = [run(plain, task, params, cache, begin(task))], begin(task)
+    events = record_events(lambda: held.append(run(plain, task, params, held.pop(), seq)))
     if not events:
         raise JaxinferError("the profiler recorded nothing that ran on the device")
-    return held.pop(), events
-
-
-def _module(program: str) -> str:
-    found = re.match(r"HloModule ([\w.\-]+)", program)
-    return found[1] if found else ""
+    return held.pop(), _Seen(events, plain.as_text(), step_s)

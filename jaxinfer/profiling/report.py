@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -106,7 +106,7 @@ def own_times(events: Sequence[Event]) -> list[float]:
 def group_of(event: Event, paths: Mapping[str, str], module: str) -> str:
     """The group of the innermost scope that is known; `other` if none is.
 
-    `paths`: of `trace.op_paths`, also by names as kernels have them; `module`: the program's name.
+    `paths`: of `kernel_names`; `module`: what the trace calls the program that they are of.
     """
     if event.module and event.module != module:
         return OTHER
@@ -132,7 +132,6 @@ def make_phase(
     name: str,
     events: Sequence[Event],
     paths: Mapping[str, str],
-    module: str,
     *,
     steps: int,
     rows: tuple[int, int],
@@ -145,13 +144,16 @@ def make_phase(
     """The table of a kind of step.
 
     Args:
-        events: of `steps` steps, one after the other.
-        paths, module: of the program that ran.
+        events: of `steps` steps, one after the other; at least one. What is of another program than
+            most of them are is not of the step.
+        paths: of the program that ran (`trace.op_paths`).
         rows: computed, wanted.
         work: of a step as it is computed, by group; `wanted`: if nothing were padded.
         step_s, engine_s: see `Phase`.
     """
     names, each = kernel_names(paths), own_times(events)
+    modules = Counter(event.module for event in events if event.module)
+    module = next((name for name, _ in modules.most_common(1)), "")
     spent: dict[str, float] = dict.fromkeys(GROUPS, 0.0)
     kernels: dict[str, int] = dict.fromkeys(GROUPS, 0)
     unknown: dict[str, float] = defaultdict(float)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -139,15 +139,17 @@ def random_cache(config: ModelConfig, num_pages: int, page_size: int, kv_dtype: 
 
 
 def compile_step(
-    task: Task, params: Params, cache: PagedCache, config: ModelConfig, options: dict[str, Any]
-) -> Any:
-    """The task's program, compiled with these options of XLA's."""
+    task: Task, params: Params, cache: PagedCache, config: ModelConfig, options: dict[str, Any],
+    *, named: bool = False,
+) -> Any:  # fmt: skip
+    """The task's program, compiled with these options of XLA's; `named`: its text is to be read,
+    for the scopes of this source."""
 
     def step(params: Params, cache: PagedCache, seq: SeqState, plan: Packed) -> Any:
         return run_step(params, cache, seq, unpack(plan), config=config, key=task.key)
 
     lowered = jax.jit(step, donate_argnums=(1, 2)).lower(params, cache, task.seq, task.plan)
-    with _own_scopes():
+    with _own_scopes() if named else nullcontext():
         return lowered.compile(compiler_options=options or None)
 
 
