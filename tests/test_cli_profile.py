@@ -96,6 +96,7 @@ def test_random_weights_need_no_checkpoint():
         ("llama-3.1-8b", 2, "a shape without weights"),
         ("demo --precision int4", 2, "is of --random-weights"),
         ("llama-3.1-8b --random-weights --precision int3", 2, "expected one of auto, int4, int8"),
+        ("demo --random-weights --precision int4", 2, "groups of 128 do not divide 320 columns"),
         ("demo --tensor-parallel-size 2", 2, "tensor_parallel_size=2: a profile is of one device"),
         ("demo --batch 0", 2, "batch=0"),
         ("demo --context 5000", 2, "context=5000"),

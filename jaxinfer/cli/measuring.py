@@ -64,6 +64,8 @@ def settled(options: MeasureOptions, context: int) -> tuple[ModelConfig, Measure
     from jaxinfer.loading import DEFAULT_BATCHED_TOKENS, model_config
     from jaxinfer.placement import Setting, check_setting
     from jaxinfer.profiling.engine_times import LEAST_CONTEXT
+    from jaxinfer.quant.make import Recipe
+    from jaxinfer.quantise import check_columns
 
     o = options
     if o.random is not None:
@@ -71,6 +73,8 @@ def settled(options: MeasureOptions, context: int) -> tuple[ModelConfig, Measure
         if o.random not in accepted:
             raise ValueError(f"precision={o.random!r}: expected one of {', '.join(accepted)}")
         config = read_model(o.model)
+        if o.random != "auto":
+            check_columns(config, Recipe(**RECIPES[o.random]))
     elif o.model.lower() in HF_CONFIGS:
         raise ValueError(
             f"{o.model} is a shape without weights: give a directory, a .gguf file or demo"
