@@ -13,8 +13,8 @@ import numpy as np
 
 from bench import attention_cases
 from bench.attention_cases import Case, Group
-from bench.ceilings import rotating, seconds_per_call
 from bench.record import Record
+from jaxinfer.profiling.ceilings import rotating, seconds_per_call
 
 TOLERANCES = {"bf16": 3e-3, "int8": 2e-2, "fp8": 2e-2}
 CHECKED_ROWS = 64  # of a sequence: its first and its last new tokens

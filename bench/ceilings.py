@@ -2,27 +2,27 @@
 
     python -m bench.ceilings
 
-Bandwidth counts bytes read plus bytes written. Several forms are tried and each is reported; the
-ceiling is the best. Calls are enqueued one after the other over rotating inputs, each larger than
-the L2 cache, and waited for once: a single call's launch and allocation would count as time.
-Inputs are random: zeros run faster than real data. Medians over repeats.
+`jaxinfer.profiling.ceilings` says how. Each form is reported; the ceiling is the best of them.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from bench import parts, record
 from bench.parts import Part, emit
 from bench.record import Record
-
-BUFFERS = 4  # inputs that are rotated
-REPEATS = 7
+from jaxinfer.profiling.ceilings import (
+    BUFFERS,
+    DTYPES,
+    copies,
+    product_seconds,
+    random_buffers,
+    rotating,
+    seconds_per_call,
+)
 
 
 def make_parts(*, tiny: bool) -> list[Part]:
@@ -32,30 +32,6 @@ def make_parts(*, tiny: bool) -> list[Part]:
         Part("ceilings.jax", "bench.ceilings", ("--part", "jax", *size), 120),
         Part("ceilings.torch", "bench.ceilings", ("--part", "torch", *size), 120, torch=True),
     ]
-
-
-def seconds_per_call(
-    call: Callable[[int], Any],
-    wait: Callable[[Any], Any],
-    calls: int = 4 * BUFFERS,
-    repeats: int = REPEATS,
-) -> float:
-    """Median over repeats of the mean time of `calls` calls enqueued before one wait."""
-    wait(call(0))
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        out = None
-        for i in range(calls):
-            out = call(i)
-        wait(out)
-        times.append((time.perf_counter() - began) / calls)
-    return statistics.median(times)
-
-
-def rotating(fn: Callable[..., Any], inputs: list[Any]) -> Callable[[int], Any]:
-    """i → `fn` of input i, round and round."""
-    return lambda i: fn(inputs[i % len(inputs)])
 
 
 def _bandwidth(form: str, moved: int, seconds: float, *, ceiling: bool = True) -> Record:
@@ -76,37 +52,16 @@ def jax_part(path: Path | None, nbytes: int, n: int) -> None:
     import jax.numpy as jnp
 
     parts.check_platform(jax.default_backend())
-    wait = jax.block_until_ready
-    keys = jax.random.split(jax.random.key(0), BUFFERS)
-
-    def add1(x: jax.Array) -> jax.Array:
-        return x + jnp.ones((), x.dtype)
-
-    forms = {"copy": jax.jit(jnp.copy), "add1": jax.jit(add1)}
-    in_place = jax.jit(add1, donate_argnums=0)
-    for name, dtype in (("uint8", jnp.uint8), ("f32", jnp.float32), ("bf16", jnp.bfloat16)):
-        draw = jax.random.bits if dtype == jnp.uint8 else jax.random.normal
-        count = nbytes // jnp.dtype(dtype).itemsize
-        arrays = [wait(draw(key, (count,), dtype)) for key in keys]
-        for form, fn in forms.items():
-            seconds = seconds_per_call(rotating(fn, arrays), wait)
-            emit(path, _bandwidth(f"jax.{form}_{name}", 2 * nbytes, seconds))
-        if dtype == jnp.bfloat16:  # reads alone: not a copy, but what decode mostly does
-            total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
-            seconds = seconds_per_call(rotating(total, arrays), wait)
-            emit(path, _bandwidth("jax.read_sum_bf16", nbytes, seconds, ceiling=False))
-
-        def donate(i: int, arrays: list[jax.Array] = arrays) -> jax.Array:
-            arrays[i % BUFFERS] = in_place(arrays[i % BUFFERS])
-            return arrays[i % BUFFERS]
-
-        seconds = seconds_per_call(donate, wait)
-        emit(path, _bandwidth(f"jax.add1_in_place_{name}", 2 * nbytes, seconds))
-        arrays.clear()
-    matrices = [jax.random.normal(key, (n, n), jnp.bfloat16) for key in keys]
-    pairs = list(zip(matrices, matrices[1:] + matrices[:1], strict=True))
-    matmul = jax.jit(lambda pair: pair[0] @ pair[1])
-    emit(path, _rate("jax.matmul_bf16", n, seconds_per_call(rotating(matmul, pairs), wait)))
+    for name, dtype in DTYPES.items():
+        for copy in copies(nbytes, dtype):
+            emit(path, _bandwidth(f"jax.{copy.form}_{name}", copy.bytes, copy.seconds))
+    # Reads alone: not a copy, but what decode mostly does.
+    total = jax.jit(lambda x: jnp.sum(x, dtype=jnp.float32))
+    arrays = random_buffers(nbytes, "bfloat16")
+    seconds = seconds_per_call(rotating(total, arrays), jax.block_until_ready)
+    emit(path, _bandwidth("jax.read_sum_bf16", nbytes, seconds, ceiling=False))
+    arrays.clear()
+    emit(path, _rate("jax.matmul_bf16", n, product_seconds(n, "bfloat16")))
 
 
 def torch_part(path: Path | None, nbytes: int, n: int) -> None:

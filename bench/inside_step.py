@@ -17,7 +17,7 @@ from typing import Any
 
 from bench import parts, shapes
 from bench.decode import random_prompts
-from bench.profiling import Event, gpu_events
+from jaxinfer.profiling.trace import Event, record_events
 
 SHORT, LONG, PROFILED = 33, 161, 65  # tokens
 SHOWN = 24
@@ -25,19 +25,19 @@ SHOWN = 24
 
 def profile_steps(generate: Callable[[int], Any], ms: float) -> list[Event]:
     """Kernels of the last steps of a generation."""
-    events = gpu_events(lambda: generate(PROFILED))
-    first = events[-1][0] - ms * 1e6 * (PROFILED // 2)
-    return [event for event in events if event[0] >= first]
+    events = record_events(lambda: generate(PROFILED))
+    first = events[-1].start_ns - ms * 1e6 * (PROFILED // 2)
+    return [event for event in events if event.start_ns >= first]
 
 
 def table(events: list[Event], steps: int) -> list[str]:
     """A line for each kernel, the one with the most time first."""
-    span = events[-1][0] + events[-1][1] - events[0][0]
-    busy = sum(took for _, took, _ in events) / span
+    span = events[-1].end_ns - events[0].start_ns
+    busy = sum(event.duration_ns for event in events) / span
     lines = [f"kernels run {100 * busy:.1f} % of the time, {len(events) / steps:.0f} a step"]
     by_name: dict[str, list[float]] = defaultdict(list)
-    for _, took, name in events:
-        by_name[name[:64]].append(took)
+    for event in events:
+        by_name[event.name[:64]].append(event.duration_ns)
     ranked = sorted(by_name.items(), key=lambda item: -sum(item[1]))
     for name, times in ranked[:SHOWN]:
         median, share = statistics.median(times) / 1e3, 100 * sum(times) / span

@@ -17,6 +17,7 @@ from pathlib import Path
 from bench import parts, record, shapes
 from bench.parts import Part, emit
 from bench.record import Record
+from jaxinfer.known_models import RECIPES
 
 
 def status_bytes(field: str) -> int:
@@ -42,7 +43,7 @@ def write(shape: str, folder: Path) -> None:
     if not quantised:
         write_hf(folder, params, weights, hf)
         return
-    said = quantization_config(Recipe(**shapes.QUANTISED[quantised][0]))
+    said = quantization_config(Recipe(**RECIPES[quantised]))
     writer = Writer(folder)
     writer.write(*({k: v for k, v in tree.items() if k != "layers"} for tree in (params, weights)))
     for layer, weight in zip(params["layers"], weights["layers"], strict=True):

@@ -27,8 +27,9 @@ import jax.numpy as jnp
 from bench import ceilings, parts, record, shapes
 from bench.attention_cases import L2_BYTES
 from bench.parts import Part, emit
-from bench.profiling import Event, gpu_events
 from bench.record import Record
+from jaxinfer.known_models import RECIPES
+from jaxinfer.profiling.trace import Event, record_events
 from jaxinfer.quant import QuantisedMatrix, dequantise, matmul
 from jaxinfer.quant.make import Recipe, round_to_nearest
 from jaxinfer.quant.packing import pack_matrix
@@ -67,7 +68,7 @@ def cases() -> list[Case]:
 def profile(program: Callable[[], Any]) -> list[Event]:
     """What ROUNDS runs of a program, compiled before, did on the GPU."""
     jax.block_until_ready(program())
-    return gpu_events(lambda: jax.block_until_ready([program() for _ in range(ROUNDS)]))
+    return record_events(lambda: jax.block_until_ready([program() for _ in range(ROUNDS)]))
 
 
 def of_kernel(events: Sequence[Event], name: str) -> tuple[float, float]:
@@ -77,21 +78,21 @@ def of_kernel(events: Sequence[Event], name: str) -> tuple[float, float]:
     Raises:
         RuntimeError: no such kernel ran.
     """
-    found = [(start, took) for start, took, kernel in events if name in kernel]
+    found = [(e.start_ns, e.duration_ns) for e in events if name in e.name]
     if len(found) < 2:
-        raise RuntimeError(f"no kernel {name!r} among {sorted({e[2] for e in events})}")
+        raise RuntimeError(f"no kernel {name!r} among {sorted({e.name for e in events})}")
     steps = statistics.median(b[0] - a[0] for a, b in pairwise(found))
     return statistics.median(took for _, took in found) / 1e3, steps / 1e3
 
 
 def make_recipe(case: Case) -> Recipe:
     """What the case's matrices are rounded to."""
-    return Recipe(**shapes.QUANTISED[case.kind][0])
+    return Recipe(**RECIPES[case.kind])
 
 
 def stored_bytes(case: Case) -> int:
     """Of one of them, with its scales."""
-    return round(case.N * case.K * shapes.QUANTISED[case.kind][1])
+    return round(case.N * case.K * shapes.QUANTISED[case.kind])
 
 
 def dense_matrix(case: Case, seed: int) -> jax.Array:
@@ -133,7 +134,7 @@ def measure(case: Case) -> list[Record]:
         """Of a bf16 product, whatever kernels that is."""
         weights = rotated(partial(dense_matrix, case), 2 * case.N * case.K)
         events = profile(lambda: run(x, weights))
-        return sum(took for _, took, _ in events) / 1e3 / (ROUNDS * len(weights))
+        return sum(event.duration_ns for event in events) / 1e3 / (ROUNDS * len(weights))
 
     (us, with_gaps, rounding), bf16 = ours(), xla()
     first = quantised_matrix(case, 0)

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import parts, record
-from bench.ceilings import rotating, seconds_per_call
 from bench.parts import Part, emit
 from bench.record import Record
+from jaxinfer.profiling.ceilings import rotating, seconds_per_call
 
 VOCAB = 128_256
 ROWS = (1, 8, 64, 256, 1024)

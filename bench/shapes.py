@@ -41,14 +41,9 @@ HF_CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-# What the matrices of a shape's layers are rounded to: fields of `quant.make.Recipe`, and the bytes
-# of a weight, with its share of the scales.
-QUANTISED: dict[str, tuple[dict[str, Any], float]] = {
-    "int4": ({"kind": "int", "bits": 4, "group": 128}, 0.5 + 2 / 128),
-    "int8": ({"kind": "int", "bits": 8, "group": -1}, 1.0),
-    "nf4": ({"kind": "nf4", "bits": 4, "group": 64}, 0.5 + 2 / 64),
-    "fp8": ({"kind": "fp8", "bits": 8, "group": -1, "activations": "token"}, 1.0),
-}
+# What the matrices of a shape's layers may be rounded to (`known_models.RECIPES`): the bytes of a
+# weight, with its share of the scales.
+QUANTISED: dict[str, float] = {"int4": 0.5 + 2 / 128, "int8": 1.0, "nf4": 0.5 + 2 / 64, "fp8": 1.0}
 
 
 def hf_config(name: str) -> dict[str, Any]:
@@ -77,7 +72,7 @@ def short(name: str) -> str:
 def weight_bytes(name: str) -> float:
     """Of one weight of the layers' matrices."""
     quantised = name.partition(":")[2]
-    return QUANTISED[quantised][1] if quantised else 2.0
+    return QUANTISED[quantised] if quantised else 2.0
 
 
 def model_config(name: str) -> ModelConfig:
@@ -89,14 +84,6 @@ def model_config(name: str) -> ModelConfig:
 
 def init_params(name: str, dtype: Any) -> Any:
     """Random weights on the device, the layers' rounded where the name says so."""
-    import jax
+    from jaxinfer.profiling.weights import random_params
 
-    from jaxinfer.models import weights
-    from jaxinfer.quant.make import Recipe
-    from jaxinfer.quantise import Method, quantise_params
-
-    config = model_config(name)
-    params = weights.init_params(config, jax.random.key(0), dtype)
-    if quantised := name.partition(":")[2]:
-        params = quantise_params(params, config, Method(Recipe(**QUANTISED[quantised][0])))
-    return jax.block_until_ready(params)
+    return random_params(model_config(name), name.partition(":")[2], dtype)

@@ -178,6 +178,7 @@ def init_penalties(max_num_seqs: int, vocab_size: int) -> PenaltyState:
     return PenaltyState(jnp.zeros(shape, jnp.bool_), jnp.zeros(shape, jnp.int32))
 
 
+@jax.named_scope("batch")
 def prepare(seq: SeqState, plan: Plan) -> SeqState:
     """Stops the released rows, notes pages that were granted, and sets up new rows."""
     M, W = plan.pages.shape
@@ -240,6 +241,7 @@ def note_steps(tokens: Array, seq: SeqState, plan: Plan, sampled: Array) -> Arra
     return note_tokens(tokens, page * size + at % size, read)
 
 
+@jax.named_scope("batch")
 def assemble(seq: SeqState, plan: Plan, *, tokens: int, pages: int, page_size: int) -> Batch:
     """The batch of one step: a token of each row that decodes, then those of chunks, then padding.
 

@@ -39,7 +39,7 @@ from jaxinfer.observe import (
 )
 from jaxinfer.packing import pack
 from jaxinfer.pages import page_keys, pages_for
-from jaxinfer.parallel import new_cache, replicate
+from jaxinfer.parallel import device_bytes, new_cache, replicate
 from jaxinfer.plans import (
     Kind,
     SequenceSpec,
@@ -254,6 +254,11 @@ class Engine:
     def params(self) -> Params:
         """The model's weights. They are not to be donated to anything."""
         return self._params
+
+    @property
+    def cache_bytes(self) -> int:
+        """What the KV cache takes of each device."""
+        return device_bytes(self._cache)
 
     def update_params(self, params: Params) -> None:
         """Takes other weights, of the same shapes: nothing is compiled anew. Pages that are in the

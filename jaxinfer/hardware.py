@@ -175,6 +175,32 @@ _ROWS = (
 GPUS: Mapping[str, Gpu] = MappingProxyType({gpu.name: gpu for gpu in _ROWS})
 
 
+# What drivers call them.
+DEVICE_KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        "Tesla T4": "t4",
+        "NVIDIA A10": "a10",
+        "NVIDIA A10G": "a10g",
+        "NVIDIA L4": "l4",
+        "NVIDIA GeForce RTX 4090": "rtx4090",
+        "NVIDIA L40S": "l40s",
+        "NVIDIA A100-SXM4-40GB": "a100-40g",
+        "NVIDIA A100-PCIE-40GB": "a100-40g-pcie",
+        "NVIDIA A100-SXM4-80GB": "a100-80g",
+        "NVIDIA H100 PCIe": "h100-pcie",
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H200": "h200",
+        "NVIDIA B200": "b200",
+    }
+)
+
+
+def gpu_of(device_kind: str) -> Gpu | None:
+    """The row of a device, by what its driver calls it (`jax.Device.device_kind`), or None."""
+    name = DEVICE_KINDS.get(device_kind)
+    return None if name is None else GPUS[name]
+
+
 def find_gpu(name: str) -> Gpu:
     """The GPU of that name, whatever its case.
 

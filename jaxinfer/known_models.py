@@ -11,6 +11,17 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+# What random matrices are rounded to: fields of `quant.make.Recipe`.
+RECIPES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "int4": {"kind": "int", "bits": 4, "group": 128},
+        "int8": {"kind": "int", "bits": 8, "group": -1},
+        "w8a8": {"kind": "int", "bits": 8, "group": -1, "activations": "token"},
+        "nf4": {"kind": "nf4", "bits": 4, "group": 64},
+        "fp8": {"kind": "fp8", "bits": 8, "group": -1, "activations": "token"},
+    }
+)
+
 
 def _shape(
     hidden_size: int,

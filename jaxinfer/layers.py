@@ -5,6 +5,8 @@ add the collectives; head counts are read from the arrays' shapes.
 
 Letters: T tokens, E hidden size, F MLP width, V vocabulary, H query heads, K key/value heads,
 D head dim.
+
+`jax.named_scope` names the parts of a step in a compiled program; `jaxinfer.profiling` reads them.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ def linear(x: jax.Array, weight: Matrix, bias: jax.Array | None = None) -> jax.A
     return y if bias is None else y + bias
 
 
+@jax.named_scope("collectives")
 def reduce_shards(x: jax.Array, axis: str | None) -> jax.Array:
     """Sums a row-parallel projection's partial results over the shards, in rank order."""
     if axis is None:
@@ -47,6 +50,7 @@ def reduce_shards(x: jax.Array, axis: str | None) -> jax.Array:
     return total
 
 
+@jax.named_scope("rope")
 def rope_tables(
     positions: jax.Array, frequencies: np.ndarray, factor: float
 ) -> tuple[jax.Array, jax.Array]:
@@ -60,17 +64,22 @@ def gated(x: jax.Array, layer: dict[str, Any], activation: str) -> jax.Array:
 
     Gate and up are one matrix.
     """
-    gate, up = jnp.split(linear(x, layer["gate_up"], layer.get("gate_up_bias")), 2, axis=-1)
-    hidden = ACTIVATIONS[activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)
-    return hidden.astype(x.dtype)
+    with jax.named_scope("gate_up"):
+        both = linear(x, layer["gate_up"], layer.get("gate_up_bias"))
+    with jax.named_scope("activation"):
+        gate, up = jnp.split(both, 2, axis=-1)
+        hidden = ACTIVATIONS[activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)
+        return hidden.astype(x.dtype)
 
 
+@jax.named_scope("down")
 def down(hidden: jax.Array, layer: dict[str, Any], axis: str | None = None) -> jax.Array:
     """What the neurons [..., F] of a gated MLP add to the residual stream: [..., E]."""
     y = reduce_shards(linear(hidden, layer["down"]), axis)
     return y if "down_bias" not in layer else y + layer["down_bias"]
 
 
+@jax.named_scope("embed")
 def embed(table: jax.Array, tokens: jax.Array, axis: str | None = None) -> jax.Array:
     """Rows of the embedding table [V, E] (this shard's rows of it under `axis`)."""
     if axis is None:
@@ -80,6 +89,7 @@ def embed(table: jax.Array, tokens: jax.Array, axis: str | None = None) -> jax.A
     return lax.psum(jnp.where(mine[..., None], table[jnp.where(mine, local, 0)], 0), axis)
 
 
+@jax.named_scope("output")
 def unembed(table: Matrix, hidden: jax.Array, axis: str | None = None) -> jax.Array:
     """hidden [..., E] → logits [..., V], gathered over the shards under `axis`."""
     logits = linear(hidden, table)

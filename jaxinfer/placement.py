@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from jaxinfer.buckets import MOST_CHUNKS
 from jaxinfer.cache import KV_DTYPES, page_bytes, resolve_kv_dtype
@@ -50,6 +50,7 @@ class Setting:
         prompt: tokens of a prompt whose reading is timed; None: `context`.
         tp, pp, dp: see the module's head.
         utilization: share of the GPU's memory that is used.
+        dtype: of activations, embeddings, norms and the output projection; None: the precision's.
     """
 
     gpu: Gpu
@@ -62,6 +63,7 @@ class Setting:
     pp: int = 1
     dp: int = 1
     utilization: float = EngineOptions.gpu_memory_utilization
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
 
     @property
     def gpus(self) -> int:
@@ -79,8 +81,9 @@ class Setting:
 
     @property
     def stored(self) -> Precision:
-        """What `precision` stands for."""
-        return PRECISIONS[self.precision]
+        """What `precision` and `dtype` stand for."""
+        found = PRECISIONS[self.precision]
+        return found if self.dtype is None else replace(found, dtype=self.dtype)
 
     @property
     def kv_name(self) -> str:

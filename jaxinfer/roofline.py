@@ -1,7 +1,7 @@
 """How long a step takes: the bytes it must read, the products it must compute, and what is fixed.
 
     products  = hypot(weights read / bandwidth, FLOPs / rate)
-    step      = products + keys and values read / bandwidth + attention over prompts / rate
+    step      = products + max(keys and values read / bandwidth, attention / rate)
                 + layers * (kernels' launches + two all-reduces)
 
 `hypot` is the roofline with its corner rounded: near the corner a kernel waits for memory and
@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 
@@ -86,6 +86,29 @@ class Sizes:
         return precision.weight_bytes * self.matrices + width * rest
 
 
+class Work(NamedTuple):
+    """Of one op in one step, in all layers: bytes that it must move, and FLOPs."""
+
+    bytes: float
+    flops: float
+
+
+class Shape(NamedTuple):
+    """How large a step is.
+
+    Attributes:
+        rows: tokens that are computed.
+        logits: rows of logits.
+        cached: tokens whose keys and values are read, added up over sequences and layers.
+        pairs: of a token and one that it attends to, added up over layers.
+    """
+
+    rows: int
+    logits: int
+    cached: int
+    pairs: int
+
+
 @dataclass(frozen=True)
 class Step:
     """What one GPU does in one step; bytes and FLOPs.
@@ -93,8 +116,10 @@ class Step:
     Attributes:
         matrix_bytes, other_bytes: read, of the layers' matrices and of the other weights.
         kv_bytes: keys and values read, of rows that decode.
+        small_bytes: the rest, of activations, of keys and values written: their time is in
+            `LAYER_S`.
         matrix_flops, head_flops: of the layers' products and of the output projection.
-        attention_flops: of attention over prompts.
+        attention_flops: of attention.
         message_bytes: of one all-reduce; there are two a layer.
     """
 
@@ -102,6 +127,7 @@ class Step:
     matrix_bytes: float
     other_bytes: float
     kv_bytes: float
+    small_bytes: float
     matrix_flops: float
     head_flops: float
     attention_flops: float
@@ -110,7 +136,8 @@ class Step:
 
 @dataclass(frozen=True)
 class StepTime:
-    """Where a step's time goes, in seconds. `read` and `compute` overlap."""
+    """Where a step's time goes, in seconds. `read` and `compute` overlap; `attention` is what
+    reading keys and values (`kv`) does not hide."""
 
     read: float
     compute: float
@@ -163,22 +190,27 @@ def decode_step(
     part: ModelConfig, precision: Precision, *, rows: int, context: int, kv_dtype: str
 ) -> Step:
     """One token for each of `rows` sequences that hold `context` tokens."""
-    seen = sum(min(layer.window or context, context) for layer in part.layers)
-    one = page_bytes(replace(part, layers=part.layers[:1]), 1, kv_dtype)
-    full = padded(rows)
-    return _step(part, precision, full, full, kv_bytes=rows * seen * one, attention_flops=0.0)
+    return make_step(part, precision, decode_shape(part, rows, context), kv_dtype=kv_dtype)
 
 
 def prefill_steps(part: ModelConfig, precision: Precision, prompt: int) -> list[Step]:
     """One prompt, read in chunks."""
-    steps = []
-    for start in range(0, prompt, CHUNK_TOKENS):
-        end = min(prompt, start + CHUNK_TOKENS)
-        pairs = sum(_attended(end, x.window) - _attended(start, x.window) for x in part.layers)
-        flops = 4.0 * part.num_heads * part.head_dim * pairs
-        rows = padded(end - start)
-        steps.append(_step(part, precision, rows, ROWS, kv_bytes=0.0, attention_flops=flops))
-    return steps
+    starts = range(0, prompt, CHUNK_TOKENS)
+    shapes = [chunk_shape(part, x, min(prompt, x + CHUNK_TOKENS)) for x in starts]
+    return [make_step(part, precision, shape, kv_dtype=precision.dtype) for shape in shapes]
+
+
+def decode_shape(part: ModelConfig, rows: int, context: int) -> Shape:
+    """Of `rows` sequences that hold `context` tokens, padded as a step is at least."""
+    seen = rows * sum(min(layer.window or context, context) for layer in part.layers)
+    return Shape(padded(rows), padded(rows), cached=seen, pairs=seen)
+
+
+def chunk_shape(part: ModelConfig, start: int, end: int) -> Shape:
+    """Of tokens `start` to `end` of a prompt. What was read before is attended to; reading it takes
+    less time than that."""
+    pairs = sum(_attended(end, x.window) - _attended(start, x.window) for x in part.layers)
+    return Shape(padded(end - start), ROWS, cached=0, pairs=pairs)
 
 
 def _attended(length: int, window: int | None) -> int:
@@ -187,25 +219,58 @@ def _attended(length: int, window: int | None) -> int:
     return near * (near + 1) // 2 + (length - near) * near
 
 
-def _step(
-    part: ModelConfig,
-    precision: Precision,
-    rows: int,
-    logits: int,
-    *,
-    kv_bytes: float,
-    attention_flops: float,
-) -> Step:
-    sizes, width = count_sizes(part), jnp.dtype(precision.dtype).itemsize
+def op_work(
+    part: ModelConfig, precision: Precision, shape: Shape, *, kv_dtype: str
+) -> dict[str, Work]:
+    """Of each op, by the names of `jaxinfer.profiling.GROUPS`.
+
+    A product reads its matrix; its activations are counted where they are made or read by other
+    ops. Those move what goes in and what comes out.
+    """
+    c, width = part, jnp.dtype(precision.dtype).itemsize
+    declared = declare(replace(c, layers=c.layers[:1]))["layers"][0]
+    matrices = {name: c.num_layers * math.prod(declared[name].shape) for name in MATRICES}
+    work = {
+        name: Work(precision.weight_bytes * size, 2.0 * shape.rows * size)
+        for name, size in matrices.items()
+    }
+    sizes, one = count_sizes(c), page_bytes(replace(c, layers=c.layers[:1]), 1, kv_dtype)
+    queries = width * c.num_layers * c.num_heads * c.head_dim  # of a row
+    qkv = queries + 2 * width * c.num_layers * c.num_kv_heads * c.head_dim
+    # A layer's two norms read and write the stream and what is added; gate and up become one.
+    layer = 8 * c.hidden_size + 3 * c.intermediate_size
+    small = width * shape.rows * (c.num_layers * layer + 2 * c.hidden_size)
+    return work | {
+        "output": Work(width * sizes.vocabulary, 2.0 * shape.logits * sizes.vocabulary),
+        "attention": Work(
+            one * shape.cached + 2 * queries * shape.rows,
+            4.0 * c.num_heads * c.head_dim * shape.pairs,
+        ),
+        "elementwise": Work(width * sizes.others + small, 0.0),
+        "kv_write": Work(shape.rows * (qkv + queries + c.num_layers * one), 0.0),
+        "sampling": Work(width * shape.logits * c.vocab_size, 0.0),
+    }
+
+
+def make_step(part: ModelConfig, precision: Precision, shape: Shape, *, kv_dtype: str) -> Step:
+    """All of `op_work` together."""
+    work, width = op_work(part, precision, shape, kv_dtype=kv_dtype), jnp.dtype(precision.dtype)
+    products = [work[name] for name in MATRICES]
+    matrix_bytes = sum(product.bytes for product in products)
+    sizes, one = count_sizes(part), page_bytes(replace(part, layers=part.layers[:1]), 1, kv_dtype)
+    kv_bytes = shape.cached * one
+    other_bytes = width.itemsize * (sizes.others + sizes.vocabulary)
+    moved = sum(op.bytes for op in work.values())
     return Step(
         layers=part.num_layers,
-        matrix_bytes=precision.weight_bytes * sizes.matrices,
-        other_bytes=width * (sizes.others + sizes.vocabulary),
+        matrix_bytes=matrix_bytes,
+        other_bytes=other_bytes,
         kv_bytes=kv_bytes,
-        matrix_flops=2.0 * rows * sizes.matrices,
-        head_flops=2.0 * logits * sizes.vocabulary,
-        attention_flops=attention_flops,
-        message_bytes=width * rows * part.hidden_size,
+        small_bytes=moved - matrix_bytes - other_bytes - kv_bytes,
+        matrix_flops=sum(product.flops for product in products),
+        head_flops=work["output"].flops,
+        attention_flops=work["attention"].flops,
+        message_bytes=width.itemsize * shape.rows * part.hidden_size,
     )
 
 
@@ -215,11 +280,12 @@ def step_time(step: Step, gpu: Gpu, precision: Precision, *, kv_dtype: str, tp: 
     plain = gpu.flops_fp32 if precision.rate == "flops_fp32" else gpu.flops_16bit
     rate = getattr(gpu, precision.rate) or plain
     kv_read = KV8_READ if jnp.dtype(kv_dtype).itemsize == 1 else KV_READ
+    kv = step.kv_bytes / (copy * kv_read)
     return StepTime(
         read=(step.matrix_bytes / precision.read + step.other_bytes) / copy,
         compute=(step.matrix_flops / rate + step.head_flops / plain) / reach.matmul,
-        kv=step.kv_bytes / (copy * kv_read),
-        attention=step.attention_flops / (plain * reach.attention),
+        kv=kv,
+        attention=max(0.0, step.attention_flops / (plain * reach.attention) - kv),
         launches=step.layers * (LAYER_S + precision.layer_s),
         communication=2 * step.layers * all_reduce_time(step.message_bytes, gpu, tp),
     )

@@ -112,6 +112,7 @@ def stack_rows(rows: Sequence[SamplingRows]) -> SamplingRows:
     return jax.tree.map(lambda *values: np.stack(values), *rows)
 
 
+@jax.named_scope("sampling")
 def sample(
     logits: Array,
     rows: SamplingRows,
@@ -274,6 +275,7 @@ def gumbel(rows: SamplingRows, positions: Array, vocab_size: int, purpose: int =
     return jax.vmap(row)(rows.seed, rows.sample, positions)
 
 
+@jax.named_scope("sampling")
 def token_logprobs(logits: Array, tokens: Array, *, top: int) -> Logprobs:
     """Log-probabilities under the model itself: before temperature, penalties and truncation.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxinfer import cli
+from jaxinfer import cli, hardware
 from jaxinfer.hardware import GPUS
 from jaxinfer.known_models import HF_CONFIGS
 
@@ -97,6 +97,12 @@ def test_a_config_that_is_one_of_the_known(tmp_path, capsys):
         ("llama-2-7b --gpu h100 --price cheap", 2, "price='h100=cheap'"),
         ("llama-2-7b --gpu h100 --tpot-ms 0", 2, "tpot-ms=0"),
         ("llama-2-7b --plot roof.png", 2, "give --gpu too"),
+        ("llama-2-7b --check", 2, "a shape without weights"),
+        ("demo --check --gpu h100", 2, "leave --gpu out"),
+        ("demo --check --tpot-ms 3", 2, "leave --tpot-ms out"),
+        ("demo --check --plot roof.png", 2, "leave --check out"),
+        ("demo --check --precision int3", 2, "precision='int3'"),
+        ("demo --check --context 16", 2, "expected at least 32"),
     ],
 )
 def test_refusals(args, code, message, capsys):
@@ -104,6 +110,30 @@ def test_refusals(args, code, message, capsys):
     assert (got, out) == (code, "")
     # usage errors come in a box, wrapped
     assert message in " ".join(err.replace("│", " ").split())
+
+
+def test_a_check_on_a_cpu_is_of_memory(capsys, monkeypatch):
+    args = (GOLDEN, "--check", "--batch", 2, "--context", 32, "--prompt", 15)
+    code, out, _ = run(capsys, *args, "--json")
+    (found,) = records(out)
+    items = {item["what"]: item for item in found["items"]}
+    assert (code, found["type"], found["gpu"], found["precision"]) == (0, "check", None, "fp32")
+    assert "no row for 'cpu'" in found["unpredicted"]
+    for name in ("weights", "KV cache, a token", "KV cache"):
+        assert items[name]["error"] == 0
+    steps = items["temporaries of compiled steps"]
+    assert 0 < steps["measured"] < steps["predicted"]
+    for name in ("decode step", "decode", "first token", "prompts"):
+        assert items[name]["predicted"] is None
+        assert items[name]["measured"] > 0
+    assert items["decode"]["measured"] == pytest.approx(2e3 / items["decode step"]["measured"])
+
+    # Where there is a row, speed is predicted too.
+    monkeypatch.setattr(hardware, "DEVICE_KINDS", {"cpu": "h100"})
+    code, out, _ = run(capsys, *args, "--precision", "fp32")
+    assert code == 0
+    assert "not predicted" not in out
+    assert out.count("%") == 8
 
 
 @pytest.mark.parametrize("contents", ["[]", "{", '{"architectures": ["T5Model"]}'])

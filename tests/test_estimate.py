@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxinfer.estimate import estimate, prefill_time
-from jaxinfer.hardware import GPUS, find_gpu
+from jaxinfer.hardware import DEVICE_KINDS, GPUS, find_gpu, gpu_of
 from jaxinfer.known_models import HF_CONFIGS
 from jaxinfer.models.families import parse_config
 from jaxinfer.models.weights import abstract_params, count_params
@@ -254,6 +254,12 @@ def test_the_table_is_plausible(gpu):
 def test_refusals(changes, message):
     with pytest.raises(ValueError, match=message):
         check_setting(SMALL, replace(Setting(H100), **changes))
+
+
+def test_devices_are_found_by_what_drivers_call_them():
+    assert gpu_of("NVIDIA H100 80GB HBM3") is H100
+    assert gpu_of("cpu") is None
+    assert set(DEVICE_KINDS.values()) == set(GPUS)
 
 
 def test_an_unknown_gpu_and_a_wrong_price():

@@ -102,7 +102,8 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "verify": ({"jaxinfer.verify"}, {"api"}),
     "evaluation": ({"jaxinfer.eval_arguments", "jaxinfer.evaluation"}, {"api"}),
     "server": ({"jaxinfer.server"}, {"api"}),
-    "cli": ({"jaxinfer.cli"}, {"server", "verify", "quantise", "training"}),
+    "profiling": ({"jaxinfer.profiling"}, {"api", "quantise"}),
+    "cli": ({"jaxinfer.cli"}, {"server", "verify", "quantise", "training", "profiling"}),
     "bench": ({"bench"}, {"cli", "training"}),
     "tests": ({"tests"}, {"bench", "demo", "evaluation"}),
 }

@@ -349,8 +349,11 @@ def estimate(
     ],
     gpu: Annotated[str | None, typer.Option(help="Such as h100; default: compare all.")] = None,
     precision: Annotated[
-        str, typer.Option(help="Of the weights: bf16, fp16, fp32, int8, w8a8, fp8, int4, nf4.")
-    ] = "bf16",
+        str | None,
+        typer.Option(
+            help="Of the weights: bf16 (default), fp16, fp32, int8, w8a8, fp8, int4, nf4."
+        ),
+    ] = None,
     kv_cache_dtype: KvCacheDtypeOption = "auto",
     batch: Annotated[int, typer.Option(help="Sequences that decode at once.")] = 1,
     context: Annotated[
@@ -370,14 +373,27 @@ def estimate(
     ] = None,
     as_json: Json = False,
     plot: Annotated[Path | None, typer.Option(help="Write a roofline here; needs --gpu.")] = None,
+    check: Annotated[
+        bool,
+        typer.Option("--check", help="Load the model, and show what it takes here beside that."),
+    ] = False,
 ) -> None:
     """Says what a model needs on GPUs that need not be here, and predicts its speed and cost."""
-    from jaxinfer.cli import estimating, plotting
+    from jaxinfer.cli import checking, estimating, plotting
 
     options = estimating.EstimateOptions(
         model, gpu, precision, kv_cache_dtype, batch, context, prompt, tp, pp, dp, price, tpot_ms
     )
     try:
+        if check and plot:
+            raise ValueError("--plot is of what is predicted: leave --check out")
+        if check:
+            measured = checking.check(options)
+            if as_json:
+                write_record(checking.json_record(measured))
+            else:
+                checking.show(measured)
+            return
         if plot and gpu is None:
             raise ValueError("--plot is of one kind of GPU: give --gpu too")
         if plot:
@@ -393,6 +409,64 @@ def estimate(
         estimating.show(model, found, options)
     if plot and found[0].estimate:
         plotting.plot_roofline(model, config, found[0].estimate.setting, plot)
+
+
+@app.command(epilog=EPILOG)
+def profile(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Directory, Hub id, .gguf file or demo; with --random-weights a config.json too, "
+            "or a name such as llama-3.1-8b."
+        ),
+    ],
+    revision: Revision = None,
+    dtype: DtypeOption = "auto",
+    gpu_memory_utilization: GpuMemory = 0.9,
+    kv_cache_dtype: KvCacheDtypeOption = "auto",
+    tensor_parallel_size: TensorParallel = 1,
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="Read no weights: draw them.")
+    ] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="Of random weights: int8, w8a8, fp8, int4, nf4; default: as --dtype."),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Sequences that decode at once.")] = 1,
+    context: Annotated[
+        int | None, typer.Option(help="Tokens that each comes to hold; default: 1024.")
+    ] = None,
+    prompt: Annotated[
+        int | None, typer.Option(help="Tokens of the prompt; default: the context, 2048 at most.")
+    ] = None,
+    as_json: Json = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a roofline and the time here: .png, .svg or .html.")
+    ] = None,
+) -> None:
+    """Says where a step's time goes, op by op, beside what this device can do."""
+    from jaxinfer.cli import plotting, profiling
+    from jaxinfer.cli.measuring import MeasureOptions
+
+    if precision is not None and not random_weights:
+        raise typer.BadParameter("--precision is of --random-weights: a model has its own")
+    options = MeasureOptions(
+        model, revision, dtype, kv_cache_dtype, gpu_memory_utilization, batch, context, prompt,
+        (precision or "auto") if random_weights else None,
+    )  # fmt: skip
+    try:
+        if plot:
+            plotting.need_matplotlib()
+            plotting.check_name(plot)
+        found = profiling.profile(options, tensor_parallel_size)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if as_json:
+        write_record(profiling.json_record(model, found))
+    else:
+        profiling.show(model, found)
+    if plot:
+        plotting.plot_profile(model, found, plot)
 
 
 @app.command(epilog=EPILOG)

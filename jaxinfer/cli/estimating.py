@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxinfer.cli.options import KvCacheDtype
 from jaxinfer.cli.output import record
 from jaxinfer.errors import CheckpointError
 from jaxinfer.hardware import GPUS, find_gpu
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from jaxinfer.placement import Setting
 
 CONTEXT = 4096  # tokens, where the user says nothing
+DENSE = "bf16"
 GB, PIPE_WIDTH = 1e9, 120
 PARTS = {  # of a decode step
     "read": "reading weights",
@@ -36,12 +38,13 @@ PARTS = {  # of a decode step
 
 @dataclass(frozen=True)
 class EstimateOptions:
-    """What the command line says. `tp`, `pp` None: 1 with `gpu`, else what is needed."""
+    """What the command line says. `tp`, `pp` None: 1 with `gpu`, else what is needed. `precision`
+    None: `DENSE`, or what the model is stored in, where it is loaded."""
 
     model: str
     gpu: str | None = None
-    precision: str = "bf16"
-    kv_dtype: str = "auto"
+    precision: str | None = None
+    kv_dtype: KvCacheDtype = "auto"
     batch: int = 1
     context: int | None = None
     prompt: int | None = None
@@ -112,7 +115,15 @@ def answers(config: ModelConfig, options: EstimateOptions) -> list[Answer]:
     chosen = find_gpu("h100" if o.gpu is None else o.gpu)
     context = min(CONTEXT, config.max_position) if o.context is None else o.context
     setting = Setting(
-        chosen, o.precision, o.kv_dtype, o.batch, context, o.prompt, o.tp or 1, o.pp or 1, o.dp
+        chosen,
+        o.precision or DENSE,
+        o.kv_dtype,
+        o.batch,
+        context,
+        o.prompt,
+        o.tp or 1,
+        o.pp or 1,
+        o.dp,
     )
     check_setting(config, setting)
     if o.gpu is not None:

@@ -1,7 +1,8 @@
-"""The roofline of a model on a GPU, as a picture."""
+"""Rooflines as pictures: of a model on a GPU, and of the ops of a step that was measured."""
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,11 +10,17 @@ from typing import TYPE_CHECKING
 from jaxinfer.errors import CapacityError
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from jaxinfer.config import ModelConfig
     from jaxinfer.placement import Setting
+    from jaxinfer.profiling.measure import Profile
     from jaxinfer.roofline import Step
 
 BATCHES = (1, 8, 32, 128, 512)
+SUFFIXES = (".png", ".svg", ".html")
+EDGES = 1e-2, 1e5  # FLOPs a byte
+COLOURS = 10  # that matplotlib goes through
 
 
 def need_matplotlib() -> None:
@@ -56,8 +63,67 @@ def plot_roofline(model: str, config: ModelConfig, setting: Setting, path: Path)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte read", ylabel="FLOP/s of a GPU")
     axes.set_title(f"{model}, {setting.precision} on {gpu.name}, context {setting.context}")
     axes.legend()
+    _write(figure, path)
+
+
+def check_name(path: Path) -> None:
+    """Raises ValueError unless a picture can be written under such a name."""
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"--plot {path}: expected a name with {', '.join(SUFFIXES)}")
+
+
+def plot_profile(model: str, found: Profile, path: Path) -> None:
+    """Every group of ops under the ceilings measured, and what the engine's time is made of. Ops
+    without FLOPs are at the left edge, by the bytes that they move.
+
+    Raises:
+        CapacityError: the picture cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    roof, bars = figure.subplots(1, 2, width_ratios=(3, 2))
+    peak, bandwidth = found.ceilings.matmul_flops_per_s, found.ceilings.copy_bytes_per_s
+    left, right = EDGES
+    roof.plot([left, peak / bandwidth, right], [left * bandwidth, peak, peak], color="black")
+    for phase, marker in zip(found.phases, "o^", strict=True):
+        points = [op for op in phase.ops if op.bytes and op.seconds]
+        x = [max(left, op.flops / op.bytes) for op in points]
+        y = [at * op.bytes / op.seconds for at, op in zip(x, points, strict=True)]
+        roof.plot(x, y, marker, label=phase.name)
+        for op, *at in zip(points, x, y, strict=True):
+            roof.annotate(op.name, at, textcoords="offset points", xytext=(5, -10), fontsize=8)
+    roof.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="FLOP/s")
+    roof.set_title("copy bandwidth and matrix product, as measured here")
+    roof.legend()
+    names, below = [phase.name for phase in found.phases], [0.0] * len(found.phases)
+    for i, part in enumerate(found.phases[0].parts):
+        # What is below 0 takes away from the others: it is in the table alone.
+        heights = [max(0.0, p.parts[part] / p.engine_s) for p in found.phases]
+        if any(heights):
+            hatch = "//" if i >= COLOURS else None
+            bars.bar(names, heights, bottom=below, label=part, hatch=hatch)
+            below = [at + height for at, height in zip(below, heights, strict=True)]
+    bars.set_ylabel("of the time in the engine")
+    times = (f"{phase.name} {1e3 * phase.engine_s:.3f} ms" for phase in found.phases)
+    bars.set_title(", ".join(times))
+    bars.legend(loc="center left", bbox_to_anchor=(1, 0.5), reverse=True)
+    figure.suptitle(
+        f"{model}, {found.precision}, {found.dtype} on {found.device}: batch {found.batch}, "
+        f"context {found.context}, prompt {found.prompt}"
+    )
+    _write(figure, path)
+
+
+def _write(figure: Figure, path: Path) -> None:
     try:
-        figure.savefig(path)
+        if path.suffix != ".html":
+            figure.savefig(path)
+            return
+        picture = io.StringIO()
+        figure.savefig(picture, format="svg")
+        _, start, svg = picture.getvalue().partition("<svg")  # after what is of a file of its own
+        path.write_text(f"<!doctype html><meta charset=utf-8>{start}{svg}", encoding="utf-8")
     except (OSError, ValueError) as error:
         raise CapacityError(f"--plot {path}: cannot be written: {error}") from error
 
@@ -72,9 +138,10 @@ def _decode_point(config: ModelConfig, setting: Setting) -> tuple[float, float]:
     from jaxinfer.placement import decode_time, stage_rows, stage_step
     from jaxinfer.roofline import padded
 
-    flops, read = _work(stage_step(config, setting))
-    rows = stage_rows(setting)
-    flops *= rows / padded(rows)  # padding computes too, but for nothing
+    step, rows = stage_step(config, setting), stage_rows(setting)
+    flops, read = _work(step)
+    # padding computes too, but for nothing
+    flops -= (1 - rows / padded(rows)) * (step.matrix_flops + step.head_flops)
     return flops / read, flops / decode_time(config, setting)[1].total
 
 

@@ -133,8 +133,10 @@ def forward(
     def attend(qkv: jax.Array, heads: Heads, index: int) -> jax.Array:
         if change and qkv.dtype == jnp.float16:  # may overflow; see `hooked.LARGEST`
             qkv = jnp.where(jnp.isfinite(qkv), qkv, 0)
-        q, pools[index] = qkv_write(pools[index], qkv, batch.kv_index, heads, backend=others)
-        return _attend(q, pools[index], batch, config, index, attention, plans)
+        with jax.named_scope("kv_write"):
+            q, pools[index] = qkv_write(pools[index], qkv, batch.kv_index, heads, backend=others)
+        with jax.named_scope("attention"):
+            return _attend(q, pools[index], batch, config, index, attention, plans)
 
     at, kept = visit(capture, change)
     norm, sites = _norm(config, others), frozenset((*capture, *change))
@@ -277,9 +279,13 @@ def _capped_attention(
 
 
 def _norm(config: ModelConfig, backend: norms.Backend) -> Norm:
-    return lambda x, weight, delta: norms.rms_norm(
-        x, weight, config.norm_eps, delta, plus_one=config.norm_plus_one, backend=backend
-    )
+    @jax.named_scope("norm")
+    def norm(x: jax.Array, weight: jax.Array, delta: jax.Array | None) -> Any:
+        return norms.rms_norm(
+            x, weight, config.norm_eps, delta, plus_one=config.norm_plus_one, backend=backend
+        )
+
+    return norm
 
 
 def _decode(
@@ -332,9 +338,12 @@ def _layer(
         w.get("qkv_bias"), w.get("q_norm"), w.get("k_norm"), config.norm_eps, rope,
         config.norm_plus_one,
     )  # fmt: skip
-    out = ops.attend(linear(at("attn_norm", h), w["qkv"]), heads, index)
+    with jax.named_scope("qkv"):
+        qkv = linear(at("attn_norm", h), w["qkv"])
+    out = ops.attend(qkv, heads, index)
     out = at("attn_heads", out.reshape(*x.shape[:-1], -1))
-    out = reduce_shards(linear(out, w["o"]), axis)
+    with jax.named_scope("o"):
+        out = reduce_shards(linear(out, w["o"]), axis)
     out = out if "o_bias" not in w else out + w["o_bias"]
     if "attn_post_norm" in w:
         out = ops.norm(out, w["attn_post_norm"], None)[1]

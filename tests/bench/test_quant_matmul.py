@@ -6,6 +6,7 @@ import pytest
 
 from bench import bars, quant_matmul
 from bench.quant_matmul import ROUNDS, Case, cases, measure, of_kernel
+from jaxinfer.profiling.trace import Event
 
 
 def test_every_bar_has_a_case() -> None:
@@ -17,10 +18,10 @@ def test_every_bar_has_a_case() -> None:
 
 def test_a_kernels_time_and_its_gaps() -> None:
     events = [
-        (0.0, 5000.0, "a"),
-        (6000.0, 1000.0, "b"),
-        (8000.0, 5000.0, "a"),
-        (17000.0, 7000.0, "a"),
+        Event(0.0, 5000.0, "a"),
+        Event(6000.0, 1000.0, "b"),
+        Event(8000.0, 5000.0, "a"),
+        Event(17000.0, 7000.0, "a"),
     ]
     assert of_kernel(events, "a") == (5.0, 8.5)
     with pytest.raises(RuntimeError, match=r"no kernel 'c' among \['a', 'b'\]"):
@@ -31,9 +32,9 @@ def test_a_kernels_time_and_its_gaps() -> None:
 def test_a_case(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quant_matmul, "L2_BYTES", 1)
     kernel = {"int4": "quant_matmul", "fp8": "scaled_matmul"}[kind]
-    events = [(1000.0 * i, 500.0, kernel) for i in range(3 * ROUNDS)]
+    events = [Event(1000.0 * i, 500.0, kernel) for i in range(3 * ROUNDS)]
     rounding = 0.25 if kind == "fp8" else 0.0
-    events += [(1000.0 * i + 600, 1000 * rounding, "round_rows") for i in range(3) if rounding]
+    events += [Event(1000.0 * i + 600, 1000 * rounding, "round_rows") for i in range(3) if rounding]
     monkeypatch.setattr(quant_matmul, "profile", lambda program: (program(), events)[1])
     us, over = measure(Case(kind, 64, 128, 2))
     assert (us.name, us.value) == (f"quant_matmul.{kind}.64x128.t2.us", 0.5)
@@ -59,7 +60,8 @@ def test_configs_that_are_tried_hold_the_default() -> None:
 def test_the_table_of_a_step() -> None:
     from bench.inside_step import table
 
-    events = [(0.0, 4000.0, "a"), (5000.0, 1000.0, "b"), (6000.0, 4000.0, "a")]
+    spans = [(0.0, 4000.0, "a"), (5000.0, 1000.0, "b"), (6000.0, 4000.0, "a")]
+    events = [Event(*span) for span in spans]
     first, *rows = table(events, 1)
     assert first == "kernels run 90.0 % of the time, 3 a step"
     assert [row.split()[0] for row in rows] == ["a", "b"]
