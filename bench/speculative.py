@@ -184,7 +184,7 @@ def measure_demo(args: argparse.Namespace) -> Iterator[Record]:
     noise = SamplingParams(temperature=1.5, seed=1, max_tokens=args.tokens, ignore_eos=True)
     edits = [(p + p + p[: len(p) // 2]) for p in demo_prompts(160, 160)]
     code = demo_prompts(args.prompts, 96)
-    texts = {"edits": (edits, greedy), "noise": (code, noise)}
+    texts = {"edits": (edits, greedy), "noise": (demo_prompts(500, 96), noise)}
 
     def start(**options: Any) -> LLM:
         return LLM("demo", **(rest | options))
@@ -197,7 +197,8 @@ def measure_demo(args: argparse.Namespace) -> Iterator[Record]:
         for kind in args.kinds or specs:
             text = specs[kind]
             with start(speculative=text) as llm:
-                for name, (prompts, how) in texts.items():
+                for name in args.texts:
+                    prompts, how = texts[name]
                     for batch in args.batch:
                         yield from faster(
                             f"speculative.demo.{kind}.{name}.b{batch}", plain, llm,
@@ -205,6 +206,8 @@ def measure_demo(args: argparse.Namespace) -> Iterator[Record]:
                             repeats=2 * args.repeats, calls=CALLS,
                             detail={"speculative": text, "calls": CALLS},
                         )  # fmt: skip
+            if not code:
+                continue
             fixed = f"{text},adapt=false"
             with start(speculative=fixed, **checked) as llm:
                 got = seconds(llm, [code], replace(greedy, max_tokens=64))[1]
@@ -282,7 +285,8 @@ def measure_parts(args: argparse.Namespace) -> Iterator[Record]:
 def main() -> None:
     parser = argparse.ArgumentParser(description="speculation in the engine")
     parser.add_argument("--measure", default=",".join(MEASURES))
-    parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--prompts", type=int, default=1000, help="whose tokens are compared")
+    parser.add_argument("--texts", nargs="*", default=["edits", "noise"])
     parser.add_argument("--tokens", type=int, default=256, help="of a request that is timed")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--loops", type=int, default=20)
@@ -304,7 +308,7 @@ def main() -> None:
     env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
     names = ("prompts", "tokens", "repeats", "loops", "dtype")
     options = [x for name in names for x in (f"--{name}", str(getattr(args, name)))]
-    options += ["--batch", *map(str, args.batch), "--kinds", *args.kinds]
+    options += ["--batch", *map(str, args.batch), "--kinds", *args.kinds, "--texts", *args.texts]
     made = [
         Part(f"speculative.{name}", "bench.speculative", ("--part", name, *options), 420, env)
         for name in args.measure.split(",")

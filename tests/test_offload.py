@@ -210,8 +210,8 @@ def test_a_step_over_the_link_is_a_dispatch_of_its_own(
     options = replace(offloaded._options, max_steps=None)
     gpu = type("Gpu", (), {"platform": "gpu"})
     monkeypatch.setattr(jax, "devices", lambda: [gpu])
-    assert batcher_config(options, memory).max_steps == 1
-    assert batcher_config(options, replace(memory, host_weights=0)).max_steps > 1
+    assert batcher_config(CONFIG, options, memory).max_steps == 1
+    assert batcher_config(CONFIG, options, replace(memory, host_weights=0)).max_steps > 1
 
 
 # -- from disk ------------------------------------------------------------------------------------
