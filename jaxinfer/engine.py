@@ -31,7 +31,7 @@ from jaxinfer.models.decoder import Params
 from jaxinfer.observe import InFlight, Update, faults, sequences_of, start_of, taken
 from jaxinfer.packing import pack
 from jaxinfer.pages import page_keys, pages_for
-from jaxinfer.parallel import new_cache, replicate
+from jaxinfer.parallel import new_cache, replicate, sizes, stage_config
 from jaxinfer.plans import (
     Kind,
     SequenceSpec,
@@ -66,8 +66,7 @@ class Engine:
         drafter: what guesses tokens, `limits.max_guesses` at most; None: nothing does.
         draft: weights of the drafter's model, if it has one.
         costs: see `controller`; with a drafter.
-        mesh: devices of tensor parallelism, over which `params` and `draft` are split
-            (`parallel.lay_out`); None: one device.
+        mesh: devices over which `params` and `draft` are split (`parallel.lay_out`); None: one.
     """
 
     def __init__(
@@ -93,8 +92,9 @@ class Engine:
         self._buckets = make_buckets(limits, gpu=platform == "gpu")
         self._table_width = pages_for(limits.max_model_len, limits.page_size)
         self.compiler = StepCompiler(
-            config, invariant=invariant, platform=platform, drafter=drafter, mesh=mesh
-        )
+            stage_config(config, mesh), invariant=invariant, platform=platform, drafter=drafter,
+            mesh=mesh,
+        )  # fmt: skip
         self._drafter, self._draft = drafter, draft
         self._guesser = None
         if drafter is not None:
@@ -358,7 +358,7 @@ class Engine:
     def _described(self) -> dict[str, Any]:
         return describe(
             self._params, self.config, kv_dtype=self._dtype, invariant=self._invariant,
-            shards=1 if self._mesh is None else self._mesh.size,
+            parallel=sizes(self._mesh),
         )  # fmt: skip
 
     @property
@@ -438,7 +438,9 @@ class Engine:
             if not key.chunks:
                 said(read, probe)
             following = said(key, probe._replace(tokens=longer) if key.chunks else probe)
-            written = (np.asarray(x[probe.pages]) for x in (self._cache.k[-1], self._cache.v[-1]))
+            # From the end: of the last layer of the last stage.
+            pages = probe.pages - self.limits.num_pages
+            written = (np.asarray(x[pages]) for x in (self._cache.k[-1], self._cache.v[-1]))
             found[key] = b"".join([following.tobytes(), *(x.tobytes() for x in written)])
         return found
 

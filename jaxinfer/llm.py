@@ -33,6 +33,7 @@ from jaxinfer.loading import (
     batcher_config,
     check_dense,
     check_params,
+    has_quantised,
     load_weights,
     make_mesh,
     model_config,
@@ -44,7 +45,7 @@ from jaxinfer.loading import (
 )  # fmt: skip
 from jaxinfer.models.sites import widths
 from jaxinfer.models.weights import abstract_params
-from jaxinfer.parallel import arrange, device_bytes, lay_out
+from jaxinfer.parallel import arrange, device_bytes, lay_out, said
 from jaxinfer.quant import pack_params
 from jaxinfer.requests import (
     Request,
@@ -112,6 +113,8 @@ class LLM:
         invariant: a request's tokens do not depend on what it is batched with (ADR 003).
         tensor_parallel_size: devices that share every layer, the first of this process; it must
             divide heads, MLP and vocabulary. Other degrees give other bits (docs/parallel.md).
+        pipeline_parallel_size: stages that hold the layers in turn, each of so many devices; it
+            must divide the layers, and with `tensor_parallel_size` the vocabulary.
         page_size: tokens a page of the cache.
         max_num_batched_tokens: most tokens of one step: one for each sequence that decodes, and as
             much of prompts as that leaves; longer ones are read in chunks. None: 2048, or twice
@@ -158,6 +161,7 @@ class LLM:
         seed: int = 0,
         invariant: bool = True,
         tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
         page_size: int = 32,
         max_num_batched_tokens: int | None = None,
         max_steps: int | None = None,
@@ -175,7 +179,8 @@ class LLM:
             dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
             gpu_memory_utilization=gpu_memory_utilization, kv_cache_bytes=kv_cache_bytes,
             kv_cache_dtype=kv_cache_dtype, seed=seed, invariant=invariant,
-            tensor_parallel_size=tensor_parallel_size, page_size=page_size,
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size, page_size=page_size,
             max_num_batched_tokens=max_num_batched_tokens, max_steps=max_steps,
             max_waiting=max_waiting, policy=policy, prefix_caching=prefix_caching,
             response_cache=response_cache, event_log=event_log,
@@ -200,8 +205,8 @@ class LLM:
         if draft is not None:
             draft = settled(draft, params, config, tokenizer)
         given = _shapes(params) if mesh is None else abstract_params(config, jnp.dtype(dtype))
-        if jax.tree.structure(given) != jax.tree.structure(params):
-            given = None  # quantised, and split: not laid out anew in memory
+        if mesh is not None and has_quantised(params):
+            given = None  # not laid out anew in memory
         self._start(params, config, tokenizer, options, draft, guessing, given, mesh, owned=True)
 
     @classmethod
@@ -218,8 +223,8 @@ class LLM:
         """An LLM over weights that are in memory already (a tree of `models.weights.declare`).
 
         Takes the options of `LLM`. The weights' dtype must be `dtype`. `draft`: a model that
-        guesses, in memory already, for `speculative="draft"`. With `tensor_parallel_size` weights
-        are dense, and whole as for one device: each device is given a copy of its part.
+        guesses, in memory already, for `speculative="draft"`. On several devices weights are
+        dense, and whole as for one device: each device is given a copy of its part.
 
         Raises:
             CheckpointError: `params` is not the tree of `config` and `dtype`; lists what differs.
@@ -237,7 +242,7 @@ class LLM:
         if draft is not None:
             check_params(*draft, dtype)
         if mesh is not None:
-            check_dense([params, draft and draft[0]], mesh.size)
+            check_dense([params, draft and draft[0]], mesh)
         self = cls.__new__(cls)
         given, params, guessing = _shapes(params), _put(params, config, mesh), None
         if draft is not None:
@@ -285,7 +290,9 @@ class LLM:
             params, config, limits, dtype=kv_dtype, invariant=options.invariant,
             event_log=self._event_log, drafter=drafter, draft=guessing,
             costs=None if drafter is None else costs(
-                config, drafter, weight_bytes=weights, draft_bytes=others,
+                config, drafter, draft_bytes=others,
+                # Stages read theirs one after the other.
+                weight_bytes=weights * options.pipeline_parallel_size,
                 gpu=jax.devices()[0].platform == "gpu", devices=options.tensor_parallel_size,
             ),
             mesh=mesh,
@@ -330,7 +337,8 @@ class LLM:
     def params(self) -> Params:
         """The model's weights, on the device. They are not to be donated to anything.
 
-        With `tensor_parallel_size` they are those of `declare(config, tensor_parallel_size)`.
+        On several devices they are those of `declare(config, tensor_parallel_size,
+        pipeline_parallel_size)`.
 
         Raises:
             JaxinferError: the LLM has been closed.
@@ -643,8 +651,8 @@ class LLM:
 
         Args:
             params: a tree like that of the model, in its dtype; arrays on the device, which are
-                taken as they are, or NumPy arrays. With `tensor_parallel_size` they are whole, and
-                dense, as for one device.
+                taken as they are, or NumPy arrays. On several devices they are whole, and dense, as
+                for one device.
             version: name of the weights, which results carry as `params_version`; None: the number
                 after the one before.
             in_flight: `drain` lets all requests finish first, `abort` fails them.
@@ -659,8 +667,8 @@ class LLM:
         version = next_version(self.params_version, version)
         if self._given is None:
             raise CheckpointError(
-                f"quantised weights with tensor_parallel_size={self._options.tensor_parallel_size} "
-                "are not updated: expected dense ones; make another LLM of the directory"
+                f"quantised weights with {said(self._mesh)} are not updated: expected dense ones; "
+                "make another LLM of the directory"
             )
         check_params(params, self.config, jnp.dtype(self._options.dtype), like=self._given)
         if in_flight == "abort":
@@ -672,7 +680,7 @@ class LLM:
             self.pump()
         try:
             if self._mesh is not None:  # dense, and whole
-                params = arrange(params, self.config, self._mesh.size)
+                params = arrange(params, self.config, self._mesh)
             self.engine.update_params(
                 pack_params(params, jnp.dtype(self._options.dtype), consume=False)
             )
@@ -789,9 +797,7 @@ class LLM:
     def _check_one_device(self, field: str) -> None:
         """Raises InvalidRequest where several devices share the model: each sees a part of it."""
         if self._mesh is not None:
-            raise InvalidRequest(
-                f"not with tensor_parallel_size={self._mesh.size}: expected 1", field=field
-            )
+            raise InvalidRequest(f"not with {said(self._mesh)}: expected 1", field=field)
 
     def _encode(self, prompt: Any) -> Any:
         """Token ids of text; what is not text is taken for token ids, and checked later."""

@@ -19,8 +19,8 @@ from jaxinfer.drafting import Drafter
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import abstract_params, declare
-from jaxinfer.parallel import device_share, tensor_mesh
-from jaxinfer.placement import can_split, degrees
+from jaxinfer.parallel import declared_on, device_mesh, device_share, said
+from jaxinfer.placement import can_split, can_stage, degrees, stages
 from jaxinfer.progress import loading_bar
 from jaxinfer.quant import Parts, QuantisedMatrix
 from jaxinfer.roofline import shard
@@ -54,9 +54,18 @@ def make_mesh(config: ModelConfig, options: EngineOptions) -> Mesh | None:
         ValueError: there are fewer than asked for, or so many cannot share the model; says which
             degrees work.
     """
-    size = options.tensor_parallel_size
+    size, count = options.tensor_parallel_size, options.pipeline_parallel_size
     check_degree(config, size, "this model")
-    return tensor_mesh(size)
+    if not can_stage(config, size, count):
+        works = stages(config, size)
+        raise ValueError(
+            f"pipeline_parallel_size={count}: this model has {config.num_layers} layers, which "
+            "stages share evenly, each with windows and position embeddings in the order of the "
+            f"first's, and {config.vocab_size} tokens, which all devices share "
+            f"(tensor_parallel_size={size}); nearest that works: "
+            f"{min(works, key=lambda n: abs(n - count))} (of {', '.join(map(str, works))})"
+        )
+    return device_mesh(size, count)
 
 
 def check_degree(config: ModelConfig, size: int, name: str) -> None:
@@ -121,8 +130,8 @@ def plan(
 
 def _local(config: ModelConfig, options: EngineOptions) -> ModelConfig:
     """What one device computes and keeps, but for logits: a step may gather them."""
-    size = options.tensor_parallel_size
-    return replace(shard(config, size, 1), vocab_size=config.vocab_size)
+    size, count = options.tensor_parallel_size, options.pipeline_parallel_size
+    return replace(shard(config, size, count), vocab_size=config.vocab_size)
 
 
 def _guessing(drafter: Drafter | None, options: EngineOptions) -> dict[str, int]:
@@ -154,6 +163,8 @@ def batcher_config(
         # How many decode steps the weights alone keep the device busy for this long.
         least = memory.weights / GPU_BYTES_PER_S
         steps = max(1, min(MOST_STEPS, int(DISPATCH_S / least))) if gpu else 1
+        if options.pipeline_parallel_size > 1:
+            steps = MOST_STEPS  # stages stand idle at the beginning and the end of each dispatch
     return BatcherConfig(
         num_pages=memory.num_pages,
         page_size=memory.page_size,
@@ -228,7 +239,7 @@ def load_weights(
     from checkpoints.model_store import is_saved_model, restore_model
 
     source = open_source(source)
-    weights = declare(config, 1 if mesh is None else mesh.size)
+    weights = declared_on(config, mesh)
     places = None if mesh is None else shardings(weights, mesh)
     if not isinstance(source, Path):
         with loading_bar(source.path.name) as progress:
@@ -240,7 +251,7 @@ def load_weights(
         if mesh is not None:
             raise CheckpointError(
                 f"{source}: a model that jaxinfer saved has its matrices fused for one device: "
-                f"tensor_parallel_size={mesh.size} needs safetensors or GGUF"
+                f"{said(mesh)} needs safetensors or GGUF"
             )
         return restore_model(source, weights, dtype=dtype)
     # What a checkpoint may hold beside the weights: constants, and the tied matrix once more.
@@ -283,8 +294,7 @@ def check_params(
     """
     if like is None:
         want = _described(abstract_params(config, dtype))
-        whole = lambda leaf: isinstance(leaf, QUANTISED)  # noqa: E731
-        have = _described(params, whole)
+        have = _described(params, _is_quantised)
     else:
         want, have = _described(like), _described(params)
     problems = [
@@ -299,19 +309,28 @@ def check_params(
         )
 
 
-def check_dense(params: Any, shards: int) -> None:
+def check_dense(params: Any, mesh: Mesh) -> None:
     """Raises CheckpointError if a matrix is quantised, which is not laid out anew in memory."""
-    found = jax.tree.leaves_with_path(params, is_leaf=lambda x: isinstance(x, QUANTISED))
+    found = jax.tree.leaves_with_path(params, is_leaf=_is_quantised)
     names = [
         f"{jax.tree_util.keystr(path, simple=True, separator='/')} ({_describe(leaf)})"
         for path, leaf in found
-        if isinstance(leaf, QUANTISED)
+        if _is_quantised(leaf)
     ]
     if names:
         raise CheckpointError(
-            f"tensor_parallel_size={shards} with quantised matrices in memory, such as {names[0]}: "
+            f"{said(mesh)} with quantised matrices in memory, such as {names[0]}: "
             "expected dense ones; quantised models are split when they are read from disk"
         )
+
+
+def has_quantised(params: Any) -> bool:
+    """Whether some matrix is."""
+    return any(map(_is_quantised, jax.tree.leaves(params, is_leaf=_is_quantised)))
+
+
+def _is_quantised(leaf: Any) -> bool:
+    return isinstance(leaf, QUANTISED)
 
 
 def _described(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, str]:

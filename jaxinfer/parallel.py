@@ -1,7 +1,8 @@
-"""Tensor parallelism while the engine runs: the devices, and how what they hold is laid out.
+"""Several devices while the engine runs: which, and how what they hold is laid out.
 
-Weights and KV heads are split, everything else is whole on every device (ADR 011). One device is no
-mesh at all: what is made for `None` is what was made before there were any meshes.
+Weights and the KV cache are split, by heads over the devices that share a layer (ADR 011) and by
+layers over the stages of a pipeline (ADR 012); everything else is whole on every device. One device
+is no mesh at all: what is made for `None` is what was made before there were any meshes.
 """
 
 from __future__ import annotations
@@ -9,34 +10,63 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxinfer.cache import PagedCache, init_cache
 from jaxinfer.config import ModelConfig
-from jaxinfer.models.weights import Weight, declare
-from jaxinfer.sharding import TENSOR, partition_spec, shardings
+from jaxinfer.models.weights import Piece, Weight, declare
+from jaxinfer.sharding import STAGE, TENSOR, degree, partition_spec, shardings
+
+TENSOR_SIZE, STAGES = "tensor_parallel_size", "pipeline_parallel_size"  # options of `LLM`
 
 
-def tensor_mesh(size: int) -> Mesh | None:
-    """The first `size` devices of this process, along the axis `tensor`; None for one device.
+def device_mesh(size: int, stages: int = 1) -> Mesh | None:
+    """The first `stages` * `size` devices of this process: along the axis `tensor`, or, of several
+    stages, along `stage` and `tensor`, neighbours in one stage; None for one device.
 
     Raises:
         ValueError: there are fewer.
     """
-    if size == 1:
+    count = size * stages
+    if count == 1:
         return None
     devices = jax.local_devices()
-    if size > len(devices):
+    if count > len(devices):
+        chosen = [(TENSOR_SIZE, size), (STAGES, stages)]
+        asked = " * ".join(f"{name}={n}" for name, n in chosen if n > 1)
         raise ValueError(
-            f"tensor_parallel_size={size}: this process has {len(devices)} device(s) "
+            f"{asked}: this process has {len(devices)} device(s) "
             f"({devices[0].device_kind}): expected 1 to {len(devices)}"
         )
-    return Mesh(np.array(devices[:size]), (TENSOR,))
+    if stages == 1:
+        return Mesh(np.array(devices[:size]), (TENSOR,))
+    return Mesh(np.array(devices[:count]).reshape(stages, size), (STAGE, TENSOR))
+
+
+def sizes(mesh: Mesh | None) -> dict[str, int]:
+    """By the names of `LLM`'s options, how a model is shared out; without those that are 1."""
+    found = {TENSOR_SIZE: degree(mesh, TENSOR), STAGES: degree(mesh, STAGE)}
+    return {name: n for name, n in found.items() if n > 1}
+
+
+def said(mesh: Mesh | None) -> str:
+    """`sizes` in words."""
+    return ", ".join(f"{name}={n}" for name, n in sizes(mesh).items())
+
+
+def stage_config(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
+    """The model of which each stage is one: with the layers of one, which are alike in all."""
+    return replace(config, layers=config.layers[: config.num_layers // degree(mesh, STAGE)])
+
+
+def declared_on(config: ModelConfig, mesh: Mesh | None) -> Any:
+    """`models.weights.declare` for the devices of a mesh."""
+    return declare(config, degree(mesh, TENSOR), degree(mesh, STAGE))
 
 
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
@@ -53,38 +83,42 @@ def new_cache(
     mesh: Mesh | None,
     with_tokens: bool = False,
 ) -> PagedCache:
-    """`cache.init_cache`, split over the mesh by KV heads.
+    """`cache.init_cache`, split over the mesh by KV heads, and by layers over its stages.
 
     Fewer KV heads than devices are held several times: head h of the returned arrays is what
-    `declare(config, n)` gives its shard, model's head h * num_kv_heads // n.
+    `declare(config, n)` gives its shard, model's head h * num_kv_heads // n. Each array has the
+    pages of one layer of every stage, one stage's behind the other's.
     """
-    make = partial(
-        init_cache, cache_config(config, mesh), num_pages, page_size, kv_dtype,
-        with_tokens=with_tokens,
-    )  # fmt: skip
+    stages = degree(mesh, STAGE)
+
+    def make() -> PagedCache:
+        made = init_cache(cache_config(config, mesh), stages * num_pages, page_size, kv_dtype)
+        text = jnp.zeros((num_pages, page_size), jnp.int32) if with_tokens else None
+        return made._replace(tokens=text)
+
     if mesh is None:
         return make()
-    heads = NamedSharding(mesh, PartitionSpec(None, TENSOR))
+    split = NamedSharding(mesh, PartitionSpec(STAGE if stages > 1 else None, TENSOR))
     whole = NamedSharding(mesh, PartitionSpec())
-    places = jax.tree.map(lambda _: heads, jax.eval_shape(make))
+    places = jax.tree.map(lambda _: split, jax.eval_shape(make))
     if with_tokens:
         places = places._replace(tokens=whole)
     return jax.jit(make, out_shardings=places)()  # nothing is ever whole on one device
 
 
 def cache_config(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
-    """The model with as many KV heads as the cache of all devices together holds."""
-    shards = 1 if mesh is None else mesh.size
-    return replace(config, num_kv_heads=max(config.num_kv_heads, shards))
+    """A stage of the model with as many KV heads as the cache of all devices together holds."""
+    heads = max(config.num_kv_heads, degree(mesh, TENSOR))
+    return replace(stage_config(config, mesh), num_kv_heads=heads)
 
 
-def arrange(params: Any, config: ModelConfig, shards: int) -> Any:
-    """The tree of `declare(config)` as one of `declare(config, shards)`, on the host.
+def arrange(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
+    """The tree of `declare(config)` as one of `declared_on(config, mesh)`, on the host.
 
-    Fused matrices get their rows in another order, some several times: they are copied. The others
-    are as they were.
+    Fused matrices get their rows in another order, some several times, and layers of several stages
+    become one: they are copied. The others are as they were.
     """
-    return _each(params, config, shards, lambda leaf, _: leaf)
+    return _each(params, config, declared_on(config, mesh), lambda leaf, _: leaf)
 
 
 def lay_out(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
@@ -94,24 +128,30 @@ def lay_out(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
         place = NamedSharding(mesh, partition_spec(weight))
         return jax.block_until_ready(jax.device_put(leaf, place))
 
-    return _each(params, config, mesh.size, put)
+    return _each(params, config, declared_on(config, mesh), put)
 
 
 def _each(
-    params: Any, config: ModelConfig, shards: int, use: Callable[[np.ndarray, Weight], Any]
+    params: Any, config: ModelConfig, declared: Any, use: Callable[[np.ndarray, Weight], Any]
 ) -> Any:
-    def one(leaf: Any, whole: Weight, split: Weight) -> Any:
-        host = np.asarray(leaf)
-        return use(host if whole.pieces == split.pieces else host[_rows(whole, split)], split)
+    found: dict[str, tuple[Any, int]] = {}  # by name on disk: the leaf, and where it begins there
 
-    return jax.tree.map(one, params, declare(config), declare(config, shards))
+    def note(leaf: Any, whole: Weight) -> None:
+        first = 0
+        for piece in whole.pieces:
+            found[piece.name] = leaf, first
+            first += piece.stop - piece.start
 
+    def rows(piece: Piece) -> np.ndarray:
+        leaf, first = found[piece.name]
+        return np.asarray(leaf)[first + piece.start : first + piece.stop]
 
-def _rows(whole: Weight, split: Weight) -> np.ndarray:
-    """Which row of `whole` each row of `split` is; both are fused from whole tensors on disk."""
-    lengths = [piece.stop - piece.start for piece in whole.pieces]
-    first = dict(zip((p.name for p in whole.pieces), np.cumsum([0, *lengths[:-1]]), strict=True))
-    return np.concatenate([first[p.name] + np.arange(p.start, p.stop) for p in split.pieces])
+    def one(weight: Weight) -> Any:
+        parts = [rows(piece) for piece in weight.pieces]
+        return use(parts[0] if len(parts) == 1 else np.concatenate(parts), weight)
+
+    jax.tree.map(note, params, declare(config))
+    return jax.tree.map(one, declared)
 
 
 def device_bytes(tree: Any) -> int:
@@ -127,7 +167,7 @@ def device_share(config: ModelConfig, mesh: Mesh | None) -> float:
     """Of a dense model's weights, the part that each device holds: norms and some biases whole."""
     if mesh is None:
         return 1.0
-    declared = declare(config, mesh.size)
+    declared = declared_on(config, mesh)
     places: list[Sharding] = jax.tree.leaves(shardings(declared, mesh))
     mine = sum(
         math.prod(place.shard_shape(weight.shape))

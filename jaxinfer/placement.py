@@ -161,6 +161,20 @@ def degrees(config: ModelConfig) -> list[int]:
     return [n for n in range(1, HOST_GPUS + 1) if can_split(config, n)]
 
 
+def can_stage(config: ModelConfig, tp: int, pp: int) -> bool:
+    """Whether `pp` stages of `tp` devices can run one program, each of its own layers."""
+    if pp == 1:
+        return True
+    each, rest = divmod(config.num_layers, pp)
+    alike = all(config.layers[i] == config.layers[i % each] for i in range(pp * each))
+    return not rest and alike and config.vocab_size % (tp * pp) == 0
+
+
+def stages(config: ModelConfig, tp: int) -> list[int]:
+    """All numbers of stages for which `can_stage` holds, ascending."""
+    return [n for n in range(1, config.num_layers + 1) if can_stage(config, tp, n)]
+
+
 def memory_of(config: ModelConfig, setting: Setting) -> Memory:
     """What the fullest GPU holds. Pages of the engine's default size, one of them for trash."""
     part, stored, size = shard(config, setting.tp, setting.pp), setting.stored, PAGE

@@ -25,6 +25,7 @@ from jaxinfer.loading import (
 )  # fmt: skip
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import count_params
+from jaxinfer.parallel import said
 from jaxinfer.progress import layers_bar
 from jaxinfer.quant import pack_params
 from jaxinfer.skipping import choose_layers
@@ -145,10 +146,15 @@ def prepare(
         )
     if how.method == "skip":
         _check_skipped(how, config)
+    if how.method != "lookup" and options.pipeline_parallel_size > 1:
+        raise ValueError(
+            f"speculative: method={how.method!r} with pipeline_parallel_size="
+            f"{options.pipeline_parallel_size}: expected 'lookup', or one stage"
+        )
     if how.text is not None and mesh is not None:
         raise ValueError(
             f"speculative: text={how.text!r}: layers are chosen on one device only: name them "
-            f"(skip=4-9), or leave out tensor_parallel_size={mesh.size}"
+            f"(skip=4-9), or leave out {said(mesh)}"
         )
     if how.method != "draft":
         return Draft(Drafter(how), None, 0)

@@ -27,7 +27,7 @@ from jaxinfer import LLM, SamplingParams, sampling
 from jaxinfer.backend import default_cache_directory, use_compilation_cache
 from jaxinfer.config import LayerConfig, ModelConfig
 from jaxinfer.models.weights import declare, init_params
-from jaxinfer.parallel import arrange, device_bytes, device_share, tensor_mesh
+from jaxinfer.parallel import arrange, device_bytes, device_share, device_mesh
 from jaxinfer.sharding import TENSOR, shardings
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +109,7 @@ def greedy(_: Path) -> dict[str, Any]:
 
 def sampled_rows(_: Path) -> dict[str, Any]:
     """`sampling.sample` on whole rows, and on rows split over 8 devices."""
-    mesh = tensor_mesh(8)
+    mesh = device_mesh(8)
     assert mesh is not None
     rng = np.random.default_rng(0)
     logits = rng.integers(-3, 4, (9, 64)).astype(np.float32)  # many equals
@@ -183,7 +183,7 @@ def streamed(folder: Path) -> dict[str, Any]:
     from checkpoints.write import write_hf
 
     write_hf(folder / "model", weights(), declare(CONFIG), HF)
-    mesh = tensor_mesh(4)
+    mesh = device_mesh(4)
     assert mesh is not None
     declared, most = declare(CONFIG, 4), [0] * 4
 
@@ -203,7 +203,7 @@ def streamed(folder: Path) -> dict[str, Any]:
         folder / "model", declared, dtype="float32", shardings=shardings(declared, mesh),
         progress=watch,
     )  # fmt: skip
-    want = arrange(weights(), CONFIG, 4)
+    want = arrange(weights(), CONFIG, mesh)
     same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), params, want)
     whole = sum(x.nbytes for x in jax.tree.leaves(weights()))
     return {
@@ -222,7 +222,7 @@ def quantised(_: Path) -> dict[str, Any]:
     from jaxinfer.models import families
     from jaxinfer.quant import QuantisedMatrix, dequantise
 
-    mesh = tensor_mesh(2)
+    mesh = device_mesh(2)
     assert mesh is not None
     goldens = ROOT / "tests" / "goldens"
 
@@ -254,7 +254,7 @@ def quantised(_: Path) -> dict[str, Any]:
         is_leaf = lambda x: not isinstance(x, dict | list)  # noqa: E731
         kept = sum(isinstance(x, QuantisedMatrix) for x in jax.tree.leaves(found, is_leaf=is_leaf))
         got = jax.tree.map(dense, found, is_leaf=is_leaf)
-        want = arrange(whole, config, 2)
+        want = arrange(whole, config, mesh)
         close = partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)  # fused, or not
         jax.tree.map(close, got, want)
         return f"{kept} quantised, same"
@@ -278,7 +278,7 @@ def packed(_: Path) -> dict[str, float]:
     from jaxinfer.quant import Parts, QuantisedMatrix, Scheme, dequantise, matmul, partition
     from jaxinfer.quant.packing import pack_shards
 
-    mesh = tensor_mesh(2)
+    mesh = device_mesh(2)
     assert mesh is not None
     rng = np.random.default_rng(0)
     N, K = 256, 512

@@ -29,6 +29,7 @@ from jaxinfer.cli.options import (
     MinP,
     Model,
     Out,
+    PipelineParallel,
     RepetitionPenalty,
     Revision,
     Seed,
@@ -112,6 +113,7 @@ def generate(
     kv_cache_dtype: KvCacheDtypeOption = "auto",
     speculative: SpeculativeOption = None,
     tensor_parallel_size: TensorParallel = 1,
+    pipeline_parallel_size: PipelineParallel = 1,
     n: Annotated[int, typer.Option(help="Samples a prompt.", rich_help_panel=SAMPLING)] = 1,
     max_tokens: MaxTokens = 128,
     min_tokens: Annotated[
@@ -151,7 +153,7 @@ def generate(
     )  # fmt: skip
     options = ModelOptions(
         model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype, event_log,
-        speculative, tensor_parallel_size,
+        speculative, tensor_parallel_size, pipeline_parallel_size,
     )  # fmt: skip
     measured = metrics_path(metrics)
     if out:
@@ -190,6 +192,7 @@ def chat(
     kv_cache_dtype: KvCacheDtypeOption = "auto",
     speculative: SpeculativeOption = None,
     tensor_parallel_size: TensorParallel = 1,
+    pipeline_parallel_size: PipelineParallel = 1,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -207,6 +210,7 @@ def chat(
     options = ModelOptions(
         model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype,
         speculative=speculative, tensor_parallel_size=tensor_parallel_size,
+        pipeline_parallel_size=pipeline_parallel_size,
     )  # fmt: skip
     with open_llm(options) as llm:
         if llm.tokenizer is None or not llm.tokenizer.has_chat_template:

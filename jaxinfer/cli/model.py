@@ -36,6 +36,7 @@ class ModelOptions:
     event_log: str | None = None
     speculative: str | None = None
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
 
 
 def open_llm(
@@ -56,6 +57,7 @@ def open_llm(
             event_log=options.event_log,
             speculative=options.speculative,
             tensor_parallel_size=options.tensor_parallel_size,
+            pipeline_parallel_size=options.pipeline_parallel_size,
         )
     except ValueError as error:
         if isinstance(error, JaxinferError):
