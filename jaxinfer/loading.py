@@ -20,7 +20,7 @@ from jaxinfer.errors import CheckpointError
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import abstract_params, declare
 from jaxinfer.parallel import declared_on, device_mesh, device_share, said
-from jaxinfer.placement import can_split, can_stage, degrees, stages
+from jaxinfer.placement import can_split, check_stages, degrees
 from jaxinfer.progress import loading_bar
 from jaxinfer.quant import Parts, QuantisedMatrix
 from jaxinfer.roofline import shard
@@ -56,15 +56,7 @@ def make_mesh(config: ModelConfig, options: EngineOptions) -> Mesh | None:
     """
     size, count = options.tensor_parallel_size, options.pipeline_parallel_size
     check_degree(config, size, "this model")
-    if not can_stage(config, size, count):
-        works = stages(config, size)
-        raise ValueError(
-            f"pipeline_parallel_size={count}: this model has {config.num_layers} layers, which "
-            "stages share evenly, each with windows and position embeddings in the order of the "
-            f"first's, and {config.vocab_size} tokens, which all devices share "
-            f"(tensor_parallel_size={size}); nearest that works: "
-            f"{min(works, key=lambda n: abs(n - count))} (of {', '.join(map(str, works))})"
-        )
+    check_stages(config, size, count, "pipeline_parallel_size")
     return device_mesh(size, count)
 
 

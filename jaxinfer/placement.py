@@ -145,8 +145,7 @@ def check_setting(config: ModelConfig, setting: Setting) -> None:
             f" that {config.num_kv_heads} KV heads are shared out to evenly; nearest that works:"
             f" {min(works, key=lambda n: abs(n - s.tp))} (of {', '.join(map(str, works))})"
         )
-    if s.pp > config.num_layers:
-        raise ValueError(f"pp={s.pp}: expected at most {config.num_layers}, one layer a stage")
+    check_stages(config, s.tp, s.pp, "pp")
 
 
 def can_split(config: ModelConfig, tp: int) -> bool:
@@ -170,9 +169,17 @@ def can_stage(config: ModelConfig, tp: int, pp: int) -> bool:
     return not rest and alike and config.vocab_size % (tp * pp) == 0
 
 
-def stages(config: ModelConfig, tp: int) -> list[int]:
-    """All numbers of stages for which `can_stage` holds, ascending."""
-    return [n for n in range(1, config.num_layers + 1) if can_stage(config, tp, n)]
+def check_stages(config: ModelConfig, tp: int, pp: int, name: str) -> None:
+    """Raises ValueError unless `can_stage`, by the option's name; it says what works."""
+    if can_stage(config, tp, pp):
+        return
+    works = [n for n in range(1, config.num_layers + 1) if can_stage(config, tp, n)]
+    raise ValueError(
+        f"{name}={pp}: expected stages that share {config.num_layers} layers evenly, each with the "
+        f"same windows and position embeddings in the same order, of {tp} device(s) each, which all "
+        f"share {config.vocab_size} tokens evenly; nearest that works: "
+        f"{min(works, key=lambda n: abs(n - pp))} (of {', '.join(map(str, works))})"
+    )
 
 
 def memory_of(config: ModelConfig, setting: Setting) -> Memory:
@@ -257,7 +264,7 @@ def search(config: ModelConfig, setting: Setting, *, most: int = MOST_GPUS) -> S
 def _layouts(config: ModelConfig, setting: Setting, gpus: int) -> Iterator[Setting]:
     for tp in range(1, min(gpus, HOST_GPUS) + 1):
         pp, rest = divmod(gpus, tp)
-        if not rest and pp <= config.num_layers and can_split(config, tp):
+        if not rest and can_split(config, tp) and can_stage(config, tp, pp):
             yield replace(setting, tp=tp, pp=pp)
 
 
