@@ -176,8 +176,8 @@ def check_stages(config: ModelConfig, tp: int, pp: int, name: str) -> None:
     works = [n for n in range(1, config.num_layers + 1) if can_stage(config, tp, n)]
     raise ValueError(
         f"{name}={pp}: expected stages that share {config.num_layers} layers evenly, each with the "
-        f"same windows and position embeddings in the same order, of {tp} device(s) each, which all "
-        f"share {config.vocab_size} tokens evenly; nearest that works: "
+        f"same windows and position embeddings in the same order, and of {tp} device(s), all of "
+        f"which share {config.vocab_size} tokens evenly; nearest that works: "
         f"{min(works, key=lambda n: abs(n - pp))} (of {', '.join(map(str, works))})"
     )
 

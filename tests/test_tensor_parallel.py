@@ -11,7 +11,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from jaxinfer import LLM, SamplingParams, sampling
 from jaxinfer.backend import default_cache_directory, use_compilation_cache
 from jaxinfer.config import LayerConfig, ModelConfig
 from jaxinfer.models.weights import declare, init_params
-from jaxinfer.parallel import arrange, device_bytes, device_share, device_mesh
+from jaxinfer.parallel import arrange, declared_on, device_bytes, device_mesh, device_share
 from jaxinfer.sharding import TENSOR, shardings
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +84,21 @@ def collectives(text: str) -> list[str]:
         "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter|collective-broadcast"
     )
     return [f"{op} {shape}" for shape, op in re.findall(rf"= (\S+) ({names})(?:-start)?\(", text)]
+
+
+def note_error(found: dict[str, str], name: str, call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except Exception as error:
+        found[name] = f"{type(error).__name__}: {error}"
+
+
+def bytes_on(device: Any) -> int:
+    """Of all arrays, what lies on a device."""
+    parts = (part.data for x in jax.live_arrays() for part in x.addressable_shards)
+    mine = (x for x in parts if x.devices() == {device})
+    # An array's part is an array of its own, of the same memory.
+    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in mine}.values())
 
 
 # -- what the child finds -------------------------------------------------------------------------
@@ -149,13 +164,7 @@ def sampled_rows(_: Path) -> dict[str, Any]:
 def errors(folder: Path) -> dict[str, str]:
     """What is refused, and in which words; none of it reads weights."""
     found = {}
-
-    def refuse(name: str, call: Callable[[], Any]) -> None:
-        try:
-            call()
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"
-
+    refuse = partial(note_error, found)
     lists = ([[1, 2]], GREEDY)
     tiny = replace(CONFIG, num_heads=2, num_kv_heads=1)
     text = folder / "text"
@@ -177,41 +186,37 @@ def errors(folder: Path) -> dict[str, str]:
     return found
 
 
-def streamed(folder: Path) -> dict[str, Any]:
+def streamed(
+    folder: Path, config: ModelConfig = CONFIG, size: int = 4, stages: int = 1
+) -> dict[str, Any]:
     """A checkpoint read onto 4 devices, and what lay on each of them meanwhile."""
     from checkpoints import load_params
     from checkpoints.write import write_hf
 
-    write_hf(folder / "model", weights(), declare(CONFIG), HF)
-    mesh = device_mesh(4)
+    whole = weights(config)
+    write_hf(folder / "model", whole, declare(config), HF)
+    mesh = device_mesh(size, stages)
     assert mesh is not None
-    declared, most = declare(CONFIG, 4), [0] * 4
-
-    def held(device: Any) -> int:
-        parts = (part.data for x in jax.live_arrays() for part in x.addressable_shards)
-        mine = (x for x in parts if x.devices() == {device})
-        # An array's part is an array of its own, of the same memory.
-        return sum({x.unsafe_buffer_pointer(): x.nbytes for x in mine}.values())
-
-    before = [held(device) for device in mesh.devices.flat]
+    declared, most = declared_on(config, mesh), [0] * mesh.size
+    before = [bytes_on(device) for device in mesh.devices.flat]
 
     def watch(*_: int) -> None:
         for i, device in enumerate(mesh.devices.flat):
-            most[i] = max(most[i], held(device) - before[i])
+            most[i] = max(most[i], bytes_on(device) - before[i])
 
     params = load_params(
         folder / "model", declared, dtype="float32", shardings=shardings(declared, mesh),
         progress=watch,
     )  # fmt: skip
-    want = arrange(weights(), CONFIG, mesh)
+    want = arrange(whole, config, mesh)
     same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), params, want)
-    whole = sum(x.nbytes for x in jax.tree.leaves(weights()))
+    total = sum(x.nbytes for x in jax.tree.leaves(whole))
     return {
         "same": all(jax.tree.leaves(same)),
         "most": most,
         "each": device_bytes(params),
-        "share": device_share(CONFIG, mesh) * whole,
-        "whole": whole,
+        "share": device_share(config, mesh) * total,
+        "whole": total,
     }
 
 
@@ -434,23 +439,23 @@ PARTS = {
 }
 
 
-def main(path: Path, names: Sequence[str]) -> None:
+def main(path: Path, names: Sequence[str], parts: Mapping[str, Callable[[Path], Any]]) -> None:
     use_compilation_cache(default_cache_directory())
     assert jax.device_count() == 8
     found = {}
     for name in names:
         (path / name).mkdir()
-        found[name] = PARTS[name](path / name)
+        found[name] = parts[name](path / name)
     (path / "found.json").write_text(json.dumps(found))
 
 
 # -- the tests ------------------------------------------------------------------------------------
 
 
-def child(path: Path, *names: str) -> dict[str, Any]:
+def child(path: Path, *names: str, script: str = __file__) -> dict[str, Any]:
     flags = "--xla_force_host_platform_device_count=8"
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__, str(path), *names]
+    command = [sys.executable, script, str(path), *names]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads((path / "found.json").read_text())
@@ -585,4 +590,4 @@ def test_speculation_changes_no_token(tmp_path):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2:], PARTS)
