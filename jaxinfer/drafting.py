@@ -10,7 +10,7 @@ Letters: M rows of state, R rows of a step, k guesses, P pages a row, V vocabula
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from jaxinfer.batch import Drafting, Plan, SeqState, decoding
 from jaxinfer.cache import PagedCache
 from jaxinfer.config import BatcherConfig, ModelConfig, Speculative
 from jaxinfer.models.decoder import DEFAULT_ATTENTION, AttentionOptions, Params
-from jaxinfer.parallel import new_cache, replicate
+from jaxinfer.parallel import new_cache, replicate, stage_config
 from jaxinfer.pipeline import forward
 from jaxinfer.speculate import Accepted, Drawing, Proposer, State, newest, step
 from jaxinfer.types import Axis
@@ -46,6 +46,16 @@ class Drafter:
     def reads_text(self) -> bool:
         """Whether it needs `PagedCache.tokens`."""
         return self.how.method != "skip"
+
+
+def of_stage(drafter: Drafter | None, config: ModelConfig, mesh: Mesh | None) -> Drafter | None:
+    """What guesses, as each stage of a pipeline computes it: with its own layers."""
+    if drafter is None:
+        return None
+    each = stage_config(config, mesh).num_layers
+    how = replace(drafter.how, skip=tuple(i for i in drafter.how.skip if i < each))
+    model = drafter.model
+    return Drafter(how, None if model is None else stage_config(model, mesh))
 
 
 def init_drafting(

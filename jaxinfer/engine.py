@@ -21,7 +21,7 @@ from jaxinfer.buckets import make_buckets
 from jaxinfer.cache import PagedCache
 from jaxinfer.config import BatcherConfig, ModelConfig
 from jaxinfer.controller import Costs
-from jaxinfer.drafting import Drafter, init_drafting
+from jaxinfer.drafting import Drafter, init_drafting, of_stage
 from jaxinfer.errors import JaxinferError
 from jaxinfer.guesser import Guesser, catch_up_key, catch_up_plan
 from jaxinfer.hooked import LOGITS, HookTables
@@ -92,8 +92,8 @@ class Engine:
         self._buckets = make_buckets(limits, gpu=platform == "gpu")
         self._table_width = pages_for(limits.max_model_len, limits.page_size)
         self.compiler = StepCompiler(
-            stage_config(config, mesh), invariant=invariant, platform=platform, drafter=drafter,
-            mesh=mesh,
+            stage_config(config, mesh), invariant=invariant, platform=platform,
+            drafter=of_stage(drafter, config, mesh), mesh=mesh,
         )  # fmt: skip
         self._drafter, self._draft = drafter, draft
         self._guesser = None

@@ -121,7 +121,7 @@ class LLM:
             `max_num_seqs`.
         max_steps: most decode steps in one dispatch, while nothing waits. Tokens then come in
             groups of so many. None: 1, and more for small models on a GPU, whose steps take less
-            time than the host needs to prepare one.
+            time than the host needs to prepare one; 4 with stages, which then stand idle less.
         max_waiting: queue bound; more requests at once raise QueueFull.
         policy: `continuous` fills rows as they become free; `static` runs whole batches;
             `makespan` has many requests that are there at once end sooner, by beginning with those
@@ -290,9 +290,10 @@ class LLM:
             params, config, limits, dtype=kv_dtype, invariant=options.invariant,
             event_log=self._event_log, drafter=drafter, draft=guessing,
             costs=None if drafter is None else costs(
-                config, drafter, draft_bytes=others,
+                config, drafter,
                 # Stages read theirs one after the other.
                 weight_bytes=weights * options.pipeline_parallel_size,
+                draft_bytes=others * options.pipeline_parallel_size,
                 gpu=jax.devices()[0].platform == "gpu", devices=options.tensor_parallel_size,
             ),
             mesh=mesh,

@@ -145,7 +145,7 @@ def check_setting(config: ModelConfig, setting: Setting) -> None:
             f" that {config.num_kv_heads} KV heads are shared out to evenly; nearest that works:"
             f" {min(works, key=lambda n: abs(n - s.tp))} (of {', '.join(map(str, works))})"
         )
-    check_stages(config, s.tp, s.pp, "pp")
+    check_stages(config, s.tp, s.pp, f"pp={s.pp}")
 
 
 def can_split(config: ModelConfig, tp: int) -> bool:
@@ -169,13 +169,13 @@ def can_stage(config: ModelConfig, tp: int, pp: int) -> bool:
     return not rest and alike and config.vocab_size % (tp * pp) == 0
 
 
-def check_stages(config: ModelConfig, tp: int, pp: int, name: str) -> None:
-    """Raises ValueError unless `can_stage`, by the option's name; it says what works."""
+def check_stages(config: ModelConfig, tp: int, pp: int, asked: str) -> None:
+    """Raises ValueError unless `can_stage`; it says what was `asked`, and what works."""
     if can_stage(config, tp, pp):
         return
     works = [n for n in range(1, config.num_layers + 1) if can_stage(config, tp, n)]
     raise ValueError(
-        f"{name}={pp}: expected stages that share {config.num_layers} layers evenly, each with the "
+        f"{asked}: expected stages that share {config.num_layers} layers evenly, each with the "
         f"same windows and position embeddings in the same order, and of {tp} device(s), all of "
         f"which share {config.vocab_size} tokens evenly; nearest that works: "
         f"{min(works, key=lambda n: abs(n - pp))} (of {', '.join(map(str, works))})"
@@ -204,7 +204,7 @@ def stage_rows(setting: Setting) -> int:
 
 
 def stage_step(config: ModelConfig, setting: Setting) -> Step:
-    """What one GPU of the fullest stage does in a decode step, of its `stage_rows`."""
+    """What one GPU of a stage does in a decode step, of its `stage_rows`."""
     return decode_step(
         shard(config, setting.tp, setting.pp),
         setting.stored,
@@ -217,8 +217,7 @@ def stage_step(config: ModelConfig, setting: Setting) -> Step:
 def decode_time(config: ModelConfig, setting: Setting) -> tuple[float, StepTime]:
     """Seconds between two tokens of a sequence, and where those of one stage go.
 
-    The batch is cut into `pp` parts that go through the stages one behind the other; the slowest
-    stage, with the output projection, sets the pace.
+    The batch is cut into `pp` parts that go through the stages one behind the other.
     """
     step = stage_step(config, setting)
     stage = step_time(step, setting.gpu, setting.stored, kv_dtype=setting.kv_name, tp=setting.tp)
