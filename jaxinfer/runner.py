@@ -29,6 +29,7 @@ from jaxinfer.hooks import Hook, Rows, wanted_sites
 from jaxinfer.models.decoder import NO_CHANGE, AttentionOptions, Params, logits
 from jaxinfer.packing import Packed, pack, unpack
 from jaxinfer.pipeline import decode, forward
+from jaxinfer.sharding import mesh_axes
 from jaxinfer.speculate import Drawing
 from jaxinfer.types import Axis
 from pallas_kernels.paged_attention import Backend
@@ -445,7 +446,6 @@ class StepCompiler:
 
     def _lower(self, key: StepKey, *args: Any) -> Any:
         mesh = self._mesh
-        names = None if mesh is None else mesh.axis_names
 
         def step(
             params: Params, cache: PagedCache, seq: SeqState, plan: Packed, tables: Any, draft: Any
@@ -453,7 +453,7 @@ class StepCompiler:
             return run_step(
                 params, cache, seq, unpack(plan), tables, draft,
                 config=self._config, key=key, drafter=self._drafter,
-                axis=names if names is None or len(names) > 1 else names[0],
+                axis=mesh_axes(mesh),
             )  # fmt: skip
 
         run = step

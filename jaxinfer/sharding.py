@@ -9,6 +9,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.models.weights import Weight
+from jaxinfer.types import Axis
 
 STAGE, TENSOR = "stage", "tensor"
 
@@ -41,3 +42,10 @@ def shardings(weights: Any, mesh: Mesh) -> Any:
 def degree(mesh: Mesh | None, axis: str) -> int:
     """Over how many devices of a mesh an axis goes; 1 where there is none."""
     return 1 if mesh is None else mesh.shape.get(axis, 1)
+
+
+def mesh_axes(mesh: Mesh | None) -> Axis:
+    """The names that functions under `shard_map` over a mesh are given."""
+    if mesh is None:
+        return None
+    return (STAGE, TENSOR) if STAGE in mesh.axis_names else TENSOR
