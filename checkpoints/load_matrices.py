@@ -166,16 +166,17 @@ def shardings_of(matrix: Any, weight: Weight, sharding: jax.sharding.Sharding) -
         return sharding
     if not isinstance(sharding, NamedSharding):
         return jax.tree.map(lambda _: sharding, matrix)
-    mesh, (first, *rest), stage = sharding.mesh, (*sharding.spec,), None
+    rows, columns = (*sharding.spec, None, None)[:2]
+    stage = None
     if weight.stages > 1:
-        stage, *inner = first
-        first = tuple(inner) or None
+        stage, *inner = rows if isinstance(rows, tuple) else (rows,)
+        rows = tuple(inner) or None
     shards = shards_of(sharding) // weight.stages
     try:
-        specs = partition(matrix, PartitionSpec(first, *rest), shards, stage)
+        specs = partition(matrix, PartitionSpec(rows, columns), shards, stage)
     except ValueError as error:
         raise CheckpointError(f"{weight.pieces[0].name}: {error}") from None
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    return jax.tree.map(lambda spec: NamedSharding(sharding.mesh, spec), specs)
 
 
 def _read(checkpoint: Checkpoint, piece: Piece, formats: Formats, dtype: np.dtype) -> Any:

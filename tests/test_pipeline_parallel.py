@@ -22,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
+from checkpoints.load_matrices import unlike_stages
 from jaxinfer import LLM, SamplingParams
 from jaxinfer.batch import MIN_ROWS, Batch, Ragged
 from jaxinfer.config import LayerConfig, ModelConfig
@@ -562,6 +563,12 @@ def test_stages_must_be_alike():
     with pytest.raises(ValueError, match="not stored alike in the layers of all stages"):
         stack_stages([four, eight])
     assert stack_stages([four, four]).codes.shape == (8, 8)
+    staged = declare(FOUR, 1, 2)["layers"]
+    kind = lambda piece: "int4" if "layers.3.mlp" in piece.name else "dense"  # noqa: E731
+    name = "model.layers.{}.mlp.down_proj.weight {}"
+    assert unlike_stages([staged[0]["down"], staged[1]["o"]], kind) == []
+    found = unlike_stages([staged[1]["down"]], kind)
+    assert found == [f"{name.format(1, 'dense')}, {name.format(3, 'int4')}"]
 
 
 if __name__ == "__main__":
