@@ -113,8 +113,8 @@ class LLM:
         invariant: a request's tokens do not depend on what it is batched with (ADR 003).
         tensor_parallel_size: devices that share every layer, the first of this process; it must
             divide heads, MLP and vocabulary. Other degrees give other bits (docs/parallel.md).
-        pipeline_parallel_size: stages that hold the layers in turn, each of so many devices; it
-            must divide the layers, and with `tensor_parallel_size` the vocabulary.
+        pipeline_parallel_size: stages that hold the layers in turn, each on as many devices as
+            share a layer; it must divide the layers, and both together the vocabulary.
         page_size: tokens a page of the cache.
         max_num_batched_tokens: most tokens of one step: one for each sequence that decodes, and as
             much of prompts as that leaves; longer ones are read in chunks. None: 2048, or twice
