@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from checkpoints.formats import Field, Format, Quantisation
 from checkpoints.safetensors_reader import Checkpoint, Tensor, read_rows, read_scalar
+from jaxinfer import parallel
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.weights import Piece, Weight
 from jaxinfer.offload import place_of
@@ -146,7 +147,7 @@ def put(pieces: Sequence[Any], weight: Weight, sharding: jax.sharding.Sharding) 
     except ValueError as error:
         names = ", ".join(piece.name for piece in weight.pieces[::count])
         raise CheckpointError(f"{names}: {error}") from None
-    return jax.block_until_ready(jax.device_put(matrix, places))
+    return jax.block_until_ready(jax.tree.map(parallel.put, matrix, places))
 
 
 def shards_of(sharding: jax.sharding.Sharding) -> int:

@@ -7,6 +7,7 @@ import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any, TextIO
 
@@ -21,6 +22,7 @@ from jaxinfer.buckets import make_buckets
 from jaxinfer.cache import PagedCache
 from jaxinfer.config import BatcherConfig, ModelConfig
 from jaxinfer.controller import Costs
+from jaxinfer.distributed import Link
 from jaxinfer.drafting import Drafter, init_drafting, of_stage
 from jaxinfer.errors import JaxinferError
 from jaxinfer.guesser import Guesser, catch_up_key, catch_up_plan
@@ -37,7 +39,7 @@ from jaxinfer.observe import (
     start_of,
     taken,
 )
-from jaxinfer.packing import pack
+from jaxinfer.packing import Packed, flatten, send
 from jaxinfer.pages import page_keys, pages_for
 from jaxinfer.parallel import device_bytes, new_cache, replicate, sizes, stage_config
 from jaxinfer.plans import (
@@ -74,6 +76,8 @@ class Engine:
         costs: see `controller`; with a drafter.
         mesh: devices over which `params` and `draft` are split (`parallel.lay_out`), or the one
             that they lie on; None: the default device.
+        link: to the other processes whose devices are in `mesh`, each with an engine made alike;
+            they do what this one tells them (`following.follow`). None: there are none.
     """
 
     def __init__(
@@ -90,8 +94,9 @@ class Engine:
         draft: Params | None = None,
         costs: Costs | None = None,
         mesh: Mesh | None = None,
+        link: Link | None = None,
     ) -> None:
-        self._log, self._clock = event_log, clock
+        self._log, self._clock, self._link = event_log, clock, link
         self.config, self.limits = config, limits
         self._params, self._dtype, self._mesh = params, dtype, mesh
         platform = next(iter(jax.tree.leaves(params)[0].devices())).platform
@@ -101,6 +106,8 @@ class Engine:
         self.compiler = StepCompiler(
             stage_config(config, mesh), invariant=invariant, platform=platform,
             drafter=of_stage(drafter, config, mesh), mesh=mesh,
+            # A collective would wait for a process that still compiles, and not for ever.
+            compiled=(lambda: None) if link is None else link.meet,
         )  # fmt: skip
         self._drafter, self._draft = drafter, draft
         self._guesser = None
@@ -150,7 +157,7 @@ class Engine:
         if self._guesser is not None:
             self._guesser.reset()
         if any(p.penalised for p in self._warmed):  # programs differ in it
-            self._count_penalties()
+            self.count_penalties()
         self.metrics.reset()
 
     # -- requests ---------------------------------------------------------------------------
@@ -162,6 +169,8 @@ class Engine:
 
         `ids`: those that they are to have, each larger than any before; None: the next ones.
         """
+        if self._link is not None:
+            self._link.check_leads()
         sequences = list(sequences)
         used = {bound.hook for s in self._live.values() for bound in _hooks(s)}
         self._hooks.add((bound.hook for s in sequences for bound in _hooks(s)), used)
@@ -245,6 +254,7 @@ class Engine:
 
     def reset(self) -> None:
         """Forgets every sequence, after a failure or an interrupt in the middle of a step."""
+        self._tell("reset")
         # The old caches may have been donated, or hold what a failed computation left.
         for leaf in jax.tree.leaves((self._cache, self._seq.draft)):
             leaf.delete()
@@ -408,21 +418,17 @@ class Engine:
         self._settle()
         began, before = time.perf_counter(), self.compiler.count
         if any(p.penalised for p in params):
-            self._count_penalties()
+            self.count_penalties()
         keys = warmup.step_keys(
             params, limits=self.limits, buckets=self._buckets, invariant=self._invariant,
             guesses=() if self._guesser is None else self._guesser.choices,
         )  # fmt: skip
-        probe = warmup.probe(self.limits, self.config.vocab_size)
         behind: dict[StepKey, Plan] = {}
         if self._draft is not None:
             sizes = itertools.product(self._buckets.tokens, self._buckets.pages)
             behind = dict(self._catching_up([], tokens, pages) for tokens, pages in sizes)
-        self.compiler.compile_all(
-            [*keys, *behind], lambda key: behind.get(key) or self._probe(key, probe),
-            self._params, self._cache, self._seq, draft=self._draft,
-        )  # fmt: skip
-        found = self._probed(keys, probe)
+        self.compile([*keys, *behind])
+        found = self._probed(keys, warmup.probe(self.limits, self.config.vocab_size))
         for key, plan in behind.items():
             self._dispatch(key, plan)
         self._warmed = (*self._warmed, *params)
@@ -434,6 +440,19 @@ class Engine:
             tuple(unequal) if self._invariant else (),
         )  # fmt: skip
 
+    def compile(self, keys: Sequence[StepKey]) -> None:
+        """Compiles steps; see `StepCompiler.compile_all`."""
+        self._tell("compile", keys=[asdict(key) for key in keys])
+        self.compiler.compile_all(
+            keys, self.some_plan, self._params, self._cache, self._seq, draft=self._draft
+        )
+
+    def some_plan(self, key: StepKey) -> Plan:
+        """A plan in the shapes of a key."""
+        if key.catch_up:
+            return catch_up_plan((), key, self.limits)
+        return self._probe(key, warmup.probe(self.limits, self.config.vocab_size))
+
     def _probe(self, key: StepKey, probe: warmup.Probe) -> Plan:
         known = {0: probe.tokens, 1: probe.others}
         longest = self.limits.max_model_len
@@ -442,7 +461,8 @@ class Engine:
         return make_plan(action, key, specs, known, table_width=self._table_width)
 
     def _probed(self, keys: list[StepKey], probe: warmup.Probe) -> dict[StepKey, bytes]:
-        """What each program makes of the probe: keys and values, and the token that follows.
+        """What each program makes of the probe: keys and values, those that lie in this process,
+        and the token that follows.
 
         Programs that read prompts are given a token more, which the others decode.
         """
@@ -461,13 +481,14 @@ class Engine:
             if not key.chunks:
                 said(read, probe)
             following = said(key, probe._replace(tokens=longer) if key.chunks else probe)
-            # From the end: of the last layer of the last stage.
-            pages = probe.pages - self.limits.num_pages
-            written = (np.asarray(x[pages]) for x in (self._cache.k[-1], self._cache.v[-1]))
+            last = (self._cache.k[-1], self._cache.v[-1])  # layers, of each stage its own
+            parts = (part for x in last for part in x.addressable_shards)
+            written = (np.asarray(part.data[probe.pages]) for part in parts)
             found[key] = b"".join([following.tobytes(), *(x.tobytes() for x in written)])
         return found
 
-    def _count_penalties(self) -> None:
+    def count_penalties(self) -> None:
+        """Has the state count tokens from now on, if it does not."""
         if self._seq.penalties is None:
             M, V = self.limits.max_num_seqs, self.config.vocab_size
             none = replicate(init_penalties(M, V), self._mesh)
@@ -547,7 +568,7 @@ class Engine:
         reading = [chunk.id for chunk in action.chunks]
         specs = {i: self._live[i] for i in reading}
         if any(s.params.penalised for s in specs.values()):
-            self._count_penalties()
+            self.count_penalties()
         kind = together(self._kinds[i] for i in sequences_of(action) if i in self._kinds)
         scores = [s.score for s in specs.values() if s.score is not None]
         inside = {
@@ -587,13 +608,27 @@ class Engine:
         return key, catch_up_plan(rows, key, limits)
 
     def _dispatch(self, key: StepKey, plan: Plan) -> Sampled:
-        self._cache, self._seq, sampled = self.compiler.run(
-            key, self._params, self._cache, self._seq, pack(plan, self.compiler.everywhere),
-            self._hooks.tables(key.hooks), self._draft,
-        )  # fmt: skip
+        flat = flatten(plan)
+        if self._link is not None:
+            self._tell("run", flat.words.tobytes(), key=asdict(key))
+        sampled = self.run(key, flat)
         for leaf in jax.tree.leaves(sampled):
             leaf.copy_to_host_async()
         return sampled
+
+    def run(self, key: StepKey, plan: Packed) -> Sampled:
+        """Has the device run a step; `plan` is on the host (`packing.flatten`)."""
+        self._cache, self._seq, sampled = self.compiler.run(
+            key, self._params, self._cache, self._seq, send(plan, self.compiler.everywhere),
+            self._hooks.tables(key.hooks), self._draft,
+        )  # fmt: skip
+        return sampled
+
+    def _tell(self, name: str, payload: bytes = b"", **told: Any) -> None:
+        """The other processes, if there are any and this is their controller."""
+        if self._link is not None and self._link.leads:
+            penalised = self._seq.penalties is not None
+            self._link.send(name, payload, penalised=penalised, **told)
 
     # -- results ----------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, Sharding
 from jaxinfer import functional, saving, warmup
 from jaxinfer.cache import resolve_kv_dtype
 from jaxinfer.config import EngineOptions, ModelConfig, Speculative
+from jaxinfer.distributed import connect, together
 from jaxinfer.engine import Engine
 from jaxinfer.errors import (
     CapacityError,
@@ -28,9 +29,11 @@ from jaxinfer.errors import (
     JaxinferError,
     QueueFull,
 )
+from jaxinfer.following import follow
 from jaxinfer.functional import Functional
 from jaxinfer.hooks import Hook, Inside, Intervention, LogitsFn, Rows, bind, check
 from jaxinfer.loading import (
+    agree,
     batcher_config,
     check_dense,
     check_params,
@@ -188,43 +191,49 @@ class LLM:
     ) -> None:
         from jaxinfer.hub import resolve_model
 
-        options = EngineOptions(
-            dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
-            gpu_memory_utilization=gpu_memory_utilization, kv_cache_bytes=kv_cache_bytes,
-            device_weight_bytes=device_weight_bytes,
-            kv_cache_dtype=kv_cache_dtype, seed=seed, invariant=invariant,
-            tensor_parallel_size=tensor_parallel_size,
-            pipeline_parallel_size=pipeline_parallel_size, data_parallel_size=data_parallel_size,
-            page_size=page_size, max_num_batched_tokens=max_num_batched_tokens, max_steps=max_steps,
-            max_waiting=max_waiting, policy=policy, prefix_caching=prefix_caching,
-            response_cache=response_cache, event_log=event_log,
-            compilation_cache=compilation_cache,
-            speculative=None if speculative is None else parse(speculative),
-        )  # fmt: skip
-        source = open_source(resolve_model(str(model), revision))
-        config = model_config(source)
-        prepare_backend(options)
-        meshes = make_meshes(config, options)
-        mesh = reading_mesh(meshes)
-        how = options.speculative
-        draft = None if how is None else prepare(how, config, options, mesh=mesh)
-        others = 0 if draft is None else draft.bytes
-        split = split_stored(source, config, options, mesh)
-        drafter = None if draft is None else draft.drafter
-        plan(  # whether it fits, before reading
-            config, options, loaded=False, weights=split.device + others, drafter=drafter,
-            host_weights=split.host, buffers=split.buffers, meshes=meshes,
-        )  # fmt: skip
-        tokenizer = model_tokenizer(source)
-        # The smaller one first: if it cannot be read, nothing else is.
-        guessing = None if draft is None else load_draft(draft, options, mesh)
-        params = load_weights(source, config, jnp.dtype(dtype), mesh, split.layers)
-        if draft is not None:
-            draft = settled(draft, params, config, tokenizer)
-        given = _shapes(params) if mesh is None else abstract_params(config, jnp.dtype(dtype))
-        if mesh is not None and has_quantised(params):
-            given = None  # split: not laid out anew in memory
-        self._start(params, config, tokenizer, options, draft, guessing, given, meshes, owned=True)
+        self._link = connect()
+        with together(self._link):
+            options = EngineOptions(
+                dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
+                gpu_memory_utilization=gpu_memory_utilization, kv_cache_bytes=kv_cache_bytes,
+                device_weight_bytes=device_weight_bytes,
+                kv_cache_dtype=kv_cache_dtype, seed=seed, invariant=invariant,
+                tensor_parallel_size=tensor_parallel_size,
+                pipeline_parallel_size=pipeline_parallel_size,
+                data_parallel_size=data_parallel_size, page_size=page_size,
+                max_num_batched_tokens=max_num_batched_tokens, max_steps=max_steps,
+                max_waiting=max_waiting, policy=policy, prefix_caching=prefix_caching,
+                response_cache=response_cache, event_log=event_log,
+                compilation_cache=compilation_cache,
+                speculative=None if speculative is None else parse(speculative),
+            )  # fmt: skip
+            source = open_source(resolve_model(str(model), revision))
+            config = model_config(source)
+            agree(self._link, config, options)
+            prepare_backend(options)
+            meshes = make_meshes(config, options)
+            mesh = reading_mesh(meshes)
+            how = options.speculative
+            draft = None if how is None else prepare(how, config, options, mesh=mesh)
+            others = 0 if draft is None else draft.bytes
+            split = split_stored(source, config, options, mesh)
+            drafter = None if draft is None else draft.drafter
+            plan(  # whether it fits, before reading
+                config, options, loaded=False, weights=split.device + others, drafter=drafter,
+                host_weights=split.host, buffers=split.buffers, meshes=meshes, link=self._link,
+            )  # fmt: skip
+            tokenizer = model_tokenizer(source)
+            # The smaller one first: if it cannot be read, nothing else is.
+            guessing = None if draft is None else load_draft(draft, options, mesh)
+            params = load_weights(source, config, jnp.dtype(dtype), mesh, split.layers)
+            if draft is not None:
+                draft = settled(draft, params, config, tokenizer)
+            given = _shapes(params) if mesh is None else abstract_params(config, jnp.dtype(dtype))
+            if mesh is not None and has_quantised(params):
+                given = None  # split: not laid out anew in memory
+            self._start(
+                params, config, tokenizer, options, draft, guessing, given, meshes, owned=True
+            )
 
     @classmethod
     def from_params(
@@ -247,31 +256,36 @@ class LLM:
             CheckpointError: `params` is not the tree of `config` and `dtype`; lists what differs.
             CapacityError, ValueError: as `LLM`.
         """
-        how = None if speculative is None else parse(speculative)
-        chosen = EngineOptions(speculative=how, **options)
-        dtype = jnp.dtype(chosen.dtype)
-        check_params(params, config, dtype)
-        if how is None and draft is not None:
-            raise ValueError('a draft was given: expected speculative="draft" with it')
-        prepare_backend(chosen)
-        meshes = make_meshes(config, chosen)
-        mesh = reading_mesh(meshes)
-        found = None if how is None else prepare(how, config, chosen, given=draft, mesh=mesh)
-        if draft is not None:
-            check_params(*draft, dtype)
-        if mesh is not None:
-            check_dense([params, draft and draft[0]], mesh)
         self = cls.__new__(cls)
-        split = split_given(params, config, chosen, mesh)
-        given, guessing = _shapes(params), None
-        params = _put(params, config, mesh, split.layers)
-        if draft is not None:
-            guessing = pack_params(_put(*draft, mesh), dtype, consume=False, mesh=mesh)
-        elif found is not None:
-            guessing = load_draft(found, chosen, mesh)
-        if found is not None:
-            found = settled(found, params, config, tokenizer)
-        self._start(params, config, tokenizer, chosen, found, guessing, given, meshes, owned=False)
+        self._link = connect()
+        with together(self._link):
+            how = None if speculative is None else parse(speculative)
+            chosen = EngineOptions(speculative=how, **options)
+            dtype = jnp.dtype(chosen.dtype)
+            check_params(params, config, dtype)
+            if how is None and draft is not None:
+                raise ValueError('a draft was given: expected speculative="draft" with it')
+            agree(self._link, config, chosen)
+            prepare_backend(chosen)
+            meshes = make_meshes(config, chosen)
+            mesh = reading_mesh(meshes)
+            found = None if how is None else prepare(how, config, chosen, given=draft, mesh=mesh)
+            if draft is not None:
+                check_params(*draft, dtype)
+            if mesh is not None:
+                check_dense([params, draft and draft[0]], mesh)
+            split = split_given(params, config, chosen, mesh)
+            given, guessing = _shapes(params), None
+            params = _put(params, config, mesh, split.layers)
+            if draft is not None:
+                guessing = pack_params(_put(*draft, mesh), dtype, consume=False, mesh=mesh)
+            elif found is not None:
+                guessing = load_draft(found, chosen, mesh)
+            if found is not None:
+                found = settled(found, params, config, tokenizer)
+            self._start(
+                params, config, tokenizer, chosen, found, guessing, given, meshes, owned=False
+            )
         return self
 
     def _start(
@@ -297,7 +311,7 @@ class LLM:
         copies = [copy_to((params, guessing), mesh) for mesh in meshes]
         memory = plan(
             config, options, loaded=True, weights=split.device + others, drafter=drafter,
-            host_weights=split.host, buffers=split.buffers, meshes=meshes,
+            host_weights=split.host, buffers=split.buffers, meshes=meshes, link=self._link,
         )  # fmt: skip
         devices = sum(mesh.size for mesh in meshes if mesh is not None)
         logger.info("%s%s", f"each of {devices} devices: " if devices else "", memory)
@@ -310,7 +324,9 @@ class LLM:
         self.response_cache = ResponseCache(options.response_cache)
         limits = batcher_config(config, options, memory, drafter)
         kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)
-        self._event_log = open(options.event_log, "w") if options.event_log else None  # noqa: SIM115
+        follows = self._link is not None and not self._link.leads
+        log = None if follows else options.event_log
+        self._event_log = open(log, "w") if log else None  # noqa: SIM115
         stages = options.pipeline_parallel_size  # they read theirs one after the other
         engines = [
             Engine(
@@ -321,20 +337,28 @@ class LLM:
                     weight_bytes=stages * (round(read_bytes(memory)) - others),
                     gpu=jax.devices()[0].platform == "gpu", devices=options.tensor_parallel_size,
                 ),
-                mesh=mesh,
+                mesh=mesh, link=self._link,
             )
             for mesh, (own, guess) in zip(meshes, copies, strict=True)
         ]  # fmt: skip
         self._engine: Engine | Replicas | None = (
             engines[0] if len(engines) == 1 else Replicas(engines)
         )
+        if self._link is not None:
+            self._link.meet()  # a collective would not wait for ever for one that still reads
 
     # -- life -------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Frees the device's memory. Nothing can be generated afterwards."""
+        """Frees the device's memory. Nothing can be generated afterwards.
+
+        Of several processes the first lets the others go; another one that closes before that is
+        a failure of all.
+        """
         self._fail_all(JaxinferError("the LLM was closed"))
         self._engine = None
+        if self._link is not None:
+            self._link.close()
         if self._event_log is not None:
             self._event_log.close()
 
@@ -343,6 +367,20 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def follow(self) -> bool:
+        """Where several processes share the model: has all but the first do what the first one's
+        LLM does, until that is closed (docs/parallel.md). Every other use is the first one's.
+
+        Returns:
+            False, at once, on the first process or the only one; True afterwards on the others.
+        """
+        if self._link is None or self._link.leads:
+            return False
+        assert isinstance(self.engine, Engine), "there are no replicas over processes"
+        with together(self._link, running=True):
+            follow(self.engine, self._link)
+        return True
 
     @property
     def engine(self) -> Engine | Replicas:
@@ -393,7 +431,8 @@ class LLM:
         """
         for index, one in enumerate(params):
             validate(one, index=index, vocab_size=self.config.vocab_size)
-        done = self.engine.warm_up(params)
+        with together(self._link, running=True):
+            done = self.engine.warm_up(params)
         logger.info("%d programs in %.1f s", done.programs, done.seconds)
         if done.unequal:
             logger.warning("not invariant: other bits come out of %s", done.unequal)
@@ -661,7 +700,11 @@ class LLM:
             # A step that broke off may have consumed the state it was given, and news half given
             # out are lost: start anew.
             self._fail_all(JaxinferError(f"interrupted by {type(error).__name__}: {error}"))
-            engine.reset()
+            if self._link is None:
+                engine.reset()
+            else:  # nobody knows what the other processes have run
+                self._link.fail(error, running=True)
+                self.close()
             raise
 
     def cancel(self, requests: Sequence[Request]) -> None:
@@ -694,6 +737,7 @@ class LLM:
             ValueError: `in_flight` or `version` is something else.
             JaxinferError: the weights could not be transferred; the LLM is then closed.
         """
+        self._check_one_process("update_params")
         if in_flight not in ("drain", "abort"):
             raise ValueError(f"in_flight={in_flight!r}: expected 'drain' or 'abort'")
         version = next_version(self.params_version, version)
@@ -741,6 +785,7 @@ class LLM:
             CheckpointError: it cannot be written, or something else has that name.
             JaxinferError: `pages` with `data_parallel_size`.
         """
+        self._check_one_process("save")
         while self.engine.in_flight:
             self.pump(schedule=False)
         next_id = next(self._ids)
@@ -760,6 +805,7 @@ class LLM:
             JaxinferError, CapacityError: requests run here already; or the model, or the sizes, are
                 not those of the state: names what differs. See `Engine.restore`.
         """
+        self._check_one_process("load")
         saved = saving.load(directory)
         self.engine.restore(saved.engine)
         self._ids = itertools.count(max(saved.next_id, next(self._ids)))
@@ -833,6 +879,11 @@ class LLM:
         """Raises InvalidRequest where several devices share the model: each sees a part of it."""
         if self._mesh is not None:
             raise InvalidRequest(f"not with {said(self._mesh)}: expected 1", field=field)
+
+    def _check_one_process(self, method: str) -> None:
+        """Raises JaxinferError where several share the model."""
+        if self._link is not None:
+            raise JaxinferError(f"{method}: not with {self._link.count} processes: expected 1")
 
     def _encode(self, prompt: Any) -> Any:
         """Token ids of text; what is not text is taken for token ids, and checked later."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,9 @@ from jaxinfer.backend import (
 from jaxinfer.buckets import MOST_GUESSING, max_chunks
 from jaxinfer.cache import page_bytes, resolve_kv_dtype
 from jaxinfer.config import BatcherConfig, EngineOptions, ModelConfig
+from jaxinfer.distributed import Link
 from jaxinfer.drafting import Drafter
-from jaxinfer.errors import CapacityError, CheckpointError
+from jaxinfer.errors import CapacityError, CheckpointError, JaxinferError
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import abstract_params, declare
 from jaxinfer.offload import Split, host_places, split
@@ -34,6 +36,7 @@ from jaxinfer.quant import Parts, QuantisedMatrix
 from jaxinfer.roofline import LAYER_S, shard
 from jaxinfer.sharding import shardings
 from jaxinfer.sizing import MemoryPlan, device_memory, plan_memory
+from jaxinfer.state import differences
 
 if TYPE_CHECKING:
     from checkpoints.gguf.reader import Gguf
@@ -48,6 +51,41 @@ DISPATCH_S, MOST_STEPS, GPU_BYTES_PER_S = 0.008, 16, 3e12
 LINK_BYTES_PER_S = 5e10  # from the host's memory
 # Stages stand idle at the beginning and the end of each dispatch: a fifth of the time, with these.
 STAGED_STEPS = 4
+# Options that processes need not agree about: paths of each machine.
+OWN_OPTIONS = ("event_log", "compilation_cache")
+# What is not done over several processes, and what it must be there.
+ONE_PROCESS = {"data_parallel_size": 1, "device_weight_bytes": None, "speculative": None}
+
+
+def agree(link: Link | None, config: ModelConfig, options: EngineOptions) -> None:
+    """Refuses processes that would not run the same programs on the same model.
+
+    Raises:
+        ValueError: an option that is not for several processes.
+        JaxinferError: one differs from the first; names it, and what differs.
+    """
+    if link is None:
+        return
+    for name, expected in ONE_PROCESS.items():
+        if (value := getattr(options, name)) != expected:
+            raise ValueError(f"{name}={value!r}: expected {expected} with {link.count} processes")
+    mine = {
+        "versions": {name: metadata.version(name) for name in ("jaxinfer", "jax", "jaxlib")},
+        "model": asdict(config),
+        "options": {k: v for k, v in asdict(options).items() if k not in OWN_OPTIONS},
+    }
+    first, *others = link.gather(mine)
+    problems = [
+        text
+        for process, other in enumerate(others, 1)
+        for text in differences("", first, other, ("process 0", f"process {process}"))
+    ]
+    if problems:
+        link.part()
+        raise JaxinferError(
+            f"the {link.count} processes do not agree: expected the same command on the same model "
+            "and versions\n  " + "\n  ".join(problems)
+        )
 
 
 def prepare_backend(options: EngineOptions) -> None:
@@ -102,6 +140,7 @@ def plan(
     buffers: int = 0,
     drafter: Drafter | None = None,
     meshes: Sequence[Mesh | None] = (None,),
+    link: Link | None = None,
 ) -> MemoryPlan:
     """Divides the memory of the default device, or of each of several.
 
@@ -113,6 +152,7 @@ def plan(
         host_weights, buffers: see `offload.Split`.
         drafter: what guesses tokens.
         meshes: see `make_meshes`.
+        link: to other processes, which plan at the same time.
 
     Raises:
         ValueError: `max_model_len` beyond what the model was made for.
@@ -123,9 +163,11 @@ def plan(
             f"max_model_len={options.max_model_len}: this model was made for sequences of up to "
             f"{config.max_position} tokens"
         )
-    named = [device for mesh in meshes if mesh is not None for device in mesh.devices.flat]
-    devices = named or [jax.devices()[0]]
-    limits, used = zip(*map(device_memory, devices), strict=True)
+    named = [device for mesh in meshes if mesh is not None for device in mesh.local_devices]
+    found = [device_memory(device) for device in named or [jax.devices()[0]]]
+    if link is not None:
+        found = [each for process in link.gather(found) for each in process]
+    limits, used = zip(*found, strict=True)
     limit, in_use = None if None in limits else min(limits), max(used)
     dtype = jnp.dtype(options.dtype)
     return plan_memory(

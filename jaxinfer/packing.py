@@ -1,8 +1,8 @@
 """What the host tells the device of a step, as one array: a transfer instead of some thirty.
 
-`pack` lays the leaves of a pytree of 32-bit numbers and flags one after the other; `unpack`, inside
-the compiled step, takes them apart again. How they lie is part of the packed value's type, so that
-a program compiled for one layout takes no other.
+`flatten` lays the leaves of a pytree of 32-bit numbers and flags one after the other; `unpack`,
+inside the compiled step, takes them apart again. How they lie is part of the packed value's type,
+so that a program compiled for one layout takes no other.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax import lax
+
+from jaxinfer.parallel import put
 
 FLAG = np.dtype(bool)
 WORDS = {np.dtype(t) for t in (np.int32, np.uint32, np.float32)}
@@ -39,7 +41,18 @@ jax.tree_util.register_dataclass(Packed, data_fields=["words"], meta_fields=["la
 
 
 def pack(tree: Any, place: jax.sharding.Sharding | None = None) -> Packed:
-    """A pytree of NumPy arrays and scalars, on its way to the device, or to `place`.
+    """`flatten`, on its way to the device, or to `place`."""
+    return send(flatten(tree), place)
+
+
+def send(packed: Packed, place: jax.sharding.Sharding | None = None) -> Packed:
+    """What is on the host, on its way to the device, or to `place`."""
+    # What NumPy arrays a compiled program is given, it waits for: the transfer is asked for here.
+    return Packed(put(packed.words, place), packed.layout)
+
+
+def flatten(tree: Any) -> Packed:
+    """A pytree of NumPy arrays and scalars, on the host.
 
     Raises:
         ValueError: a leaf that is not bool, int32, uint32 or float32.
@@ -47,12 +60,11 @@ def pack(tree: Any, place: jax.sharding.Sharding | None = None) -> Packed:
     leaves, structure = jax.tree.flatten(tree)
     arrays = [np.asarray(leaf) for leaf in leaves]
     layout = Layout(structure, tuple((x.shape, x.dtype) for x in arrays))
-    # What NumPy arrays a compiled program is given, it waits for: the transfer is asked for here.
-    return Packed(jax.device_put(np.concatenate([_words(x) for x in arrays]), place), layout)
+    return Packed(np.concatenate([_words(x) for x in arrays]), layout)
 
 
 def unpack(packed: Packed) -> Any:
-    """The pytree of which `pack` made this, of device arrays."""
+    """The pytree of which `flatten` made this, of device arrays."""
     leaves, at = [], 0
     for shape, dtype in packed.layout.leaves:
         size = math.prod(shape)

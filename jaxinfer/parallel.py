@@ -30,16 +30,22 @@ REPLICAS = "data_parallel_size"
 
 
 def replica_meshes(size: int, stages: int = 1, replicas: int = 1) -> tuple[Mesh | None, ...]:
-    """The devices of each replica, of those of this process as they are numbered.
+    """The devices of each replica, of those of all processes as they are numbered.
 
     Along the axis `tensor`, or, of several stages, along `stage` and `tensor`: neighbours are in
     one stage, and stages of one replica follow each other. None: one device, of one replica alone.
 
     Raises:
-        ValueError: there are fewer devices.
+        ValueError: there are fewer devices; or several processes, and more devices.
     """
-    devices, each = jax.local_devices(), size * stages
-    has = f"this process has {len(devices)} device(s) ({devices[0].device_kind})"
+    devices, each, processes = jax.devices(), size * stages, jax.process_count()
+    who = "this process has" if processes == 1 else f"{processes} processes have"
+    has = f"{who} {len(devices)} device(s) ({devices[0].device_kind})"
+    if processes > 1 and each != len(devices):
+        raise ValueError(
+            f"{TENSOR_SIZE}={size} * {STAGES}={stages}: {has}: expected {len(devices)}, so that "
+            "each has its part"
+        )
     if each > len(devices):
         asked = ((TENSOR_SIZE, size), (STAGES, stages))
         counts = " * ".join(f"{name}={n}" for name, n in asked if n > 1)
@@ -97,9 +103,23 @@ def copy_to(tree: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(copy, tree)
 
 
+def put(x: Any, place: Sharding | None) -> jax.Array:
+    """An array to where it is to lie; one of the host to devices of several processes, each of
+    which has the whole of it and places what its devices hold.
+
+    There `jax.device_put` would first compare it over all processes, by a collective.
+    """
+    if place is None or place.is_fully_addressable:
+        return jax.device_put(x, place)
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, place, lambda index: whole[index])
+
+
 def replicate(tree: Any, mesh: Mesh | None) -> Any:
     """Arrays, whole on every device of the mesh."""
-    return tree if mesh is None else jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+    if mesh is None:
+        return tree
+    return jax.tree.map(lambda x: put(x, NamedSharding(mesh, PartitionSpec())), tree)
 
 
 def new_cache(
@@ -157,10 +177,10 @@ def lay_out(params: Any, config: ModelConfig, mesh: Mesh, layers: Sequence[int] 
     declared = declared_on(config, mesh)
     places = host_places(declared, shardings(declared, mesh), layers)
 
-    def put(leaf: np.ndarray, place: Sharding) -> jax.Array:
-        return jax.block_until_ready(jax.device_put(leaf, place))
+    def placed(leaf: np.ndarray, place: Sharding) -> jax.Array:
+        return jax.block_until_ready(put(leaf, place))
 
-    return _each(params, config, declared, put, places)
+    return _each(params, config, declared, placed, places)
 
 
 def _each(

@@ -361,6 +361,7 @@ class StepCompiler:
         mesh: devices along one axis, or along that of stages and another; each runs the step on
             its part of what is split. Of one device: that one, with the program of one. None: the
             default device.
+        compiled: called when steps have been compiled, before they run.
 
     Attributes:
         options: of the compiler.
@@ -375,8 +376,9 @@ class StepCompiler:
         platform: str,
         drafter: Drafter | None = None,
         mesh: Mesh | None = None,
+        compiled: Callable[[], None] = lambda: None,
     ) -> None:
-        self._config, self._drafter = config, drafter
+        self._config, self._drafter, self._done = config, drafter, compiled
         self._mesh = None if mesh is None or mesh.size == 1 else mesh
         self.everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         self.options: dict[str, Any] = INVARIANT_OPTIONS if invariant and platform == "gpu" else {}
@@ -421,6 +423,7 @@ class StepCompiler:
             found = [(key, pool.submit(self._finish, key, low)) for key, low in lowered]
             for key, compiled in found:
                 self._compiled[key, penalised] = compiled.result()
+        self._done()
         self.compile_seconds += time.perf_counter() - begin
 
     def run(
@@ -444,6 +447,7 @@ class StepCompiler:
             begin = time.perf_counter()
             lowered = self._lower(key, params, cache, seq, plan, tables, draft)
             self._compiled[lookup] = self._finish(key, lowered)
+            self._done()
             self.compile_seconds += time.perf_counter() - begin
         return self._compiled[lookup](params, cache, seq, plan, tables, draft)
 

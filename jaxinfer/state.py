@@ -133,9 +133,9 @@ def check_fits(state: EngineState, model: Mapping[str, Any], limits: BatcherConf
         JaxinferError: another model; or, where pages were kept, other limits. Names what differs.
         CapacityError: a sequence is too long for the limits, or there are too many.
     """
-    problems = _differences("", state.model, dict(model))
+    problems = differences("", state.model, dict(model))
     if state.running is not None:
-        problems += _differences("limits", asdict(state.limits), asdict(limits))
+        problems += differences("limits", asdict(state.limits), asdict(limits))
     if problems:
         raise JaxinferError("the saved state does not fit this engine:\n  " + "\n  ".join(problems))
     most = min(limits.max_model_len, (limits.num_pages - 1) * limits.page_size)
@@ -151,16 +151,19 @@ def check_fits(state: EngineState, model: Mapping[str, Any], limits: BatcherConf
         )
 
 
-def _differences(path: str, saved: Any, here: Any) -> list[str]:
-    """Where two values of JSON types differ, in words."""
+def differences(
+    path: str, saved: Any, here: Any, names: tuple[str, str] = ("saved", "here")
+) -> list[str]:
+    """Where two values of JSON types differ, in words; `names`: what each of them is."""
     if isinstance(saved, dict) and isinstance(here, dict):
-        names = sorted(saved.keys() | here.keys())
-        pairs = [(f"{path}.{n}".strip("."), saved.get(n), here.get(n)) for n in names]
+        fields = sorted(saved.keys() | here.keys())
+        pairs = [(f"{path}.{n}".strip("."), saved.get(n), here.get(n)) for n in fields]
     elif isinstance(saved, list) and isinstance(here, list) and len(saved) == len(here):
         pairs = [(f"{path}[{i}]", a, b) for i, (a, b) in enumerate(zip(saved, here, strict=True))]
     else:
-        return [] if saved == here else [f"{path}: saved {saved!r}, here {here!r}"]
-    return [text for name, a, b in pairs for text in _differences(name, a, b)]
+        first, second = names
+        return [] if saved == here else [f"{path}: {first} {saved!r}, {second} {here!r}"]
+    return [text for name, a, b in pairs for text in differences(name, a, b, names)]
 
 
 # -- the device's part ---------------------------------------------------------------------------

@@ -45,7 +45,8 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "speculate": ({"jaxinfer.speculate", "jaxinfer.proposers"}, {"sampling"}),
     "batch": ({"jaxinfer.batch"}, {"cache", "sampling"}),
     "models": ({"jaxinfer.models"}, {"layers", "batch"}),
-    "packing": ({"jaxinfer.packing"}, set()),
+    "packing": ({"jaxinfer.packing"}, {"sharding"}),
+    "distributed": ({"jaxinfer.distributed"}, {"data"}),
     "hooks": ({"jaxinfer.hooks", "jaxinfer.hooked"}, {"models"}),
     "drafting": (
         {"jaxinfer.acceptance", "jaxinfer.drafting", "jaxinfer.windows"},
@@ -58,12 +59,13 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "engine": (
         {
             "jaxinfer.engine",
+            "jaxinfer.following",
             "jaxinfer.guesser",
             "jaxinfer.observe",
             "jaxinfer.replicas",
             "jaxinfer.state",
         },
-        {"plans", "controller"},
+        {"plans", "controller", "distributed"},
     ),
     "functional": ({"jaxinfer.functional"}, {"plans"}),
     "quantise": ({"jaxinfer.quantise", "jaxinfer.quality", "jaxinfer.skipping"}, {"models"}),

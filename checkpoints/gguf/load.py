@@ -18,6 +18,7 @@ from checkpoints.gguf.model import gguf_name, norm_offset, permuted, rows_in_ord
 from checkpoints.gguf.reader import BlockType, Gguf, GgufTensor, open_gguf, read_rows
 from checkpoints.load import flat_shardings, listed
 from checkpoints.load_matrices import EMBEDDING, module, put, unlike_stages
+from jaxinfer import parallel
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.weights import Piece, Weight
 from jaxinfer.quant import dequantise, take_rows
@@ -54,7 +55,8 @@ def load_gguf(
     ):
         rows = [_read(gguf, piece, dtype, head_dim) for piece in weight.pieces]
         if len(weight.shape) == 1:
-            params.append(jax.block_until_ready(jax.device_put(np.concatenate(rows), sharding)))
+            whole = parallel.put(np.concatenate(rows), sharding)
+            params.append(jax.block_until_ready(whole))
         else:
             params.append(put(rows, weight, sharding))
         done += size
