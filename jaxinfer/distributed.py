@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Event, Thread, Timer
@@ -85,6 +86,11 @@ def _number(name: str) -> int | None:
     return None if value is None else int(value)
 
 
+def leads() -> bool:
+    """Whether this is the controller, or the only process."""
+    return distributed.global_state.process_id == 0
+
+
 def connect() -> Link | None:
     """A link between the processes that jax has joined; None: there is one process alone.
 
@@ -121,7 +127,7 @@ class Link:
         made = self._client.key_value_increment(f"jaxinfer/{self.process}", 1)
         self._root = f"jaxinfer/llm{made}"
         self._sent, self._met = itertools.count(), itertools.count()
-        self._over = Event()
+        self._over, self._stopping = Event(), False
         Thread(target=self._watch, daemon=True).start()
         atexit.register(self.close)  # before jax takes its leave
 
@@ -146,7 +152,7 @@ class Link:
             JaxinferError: this is not the controller, or the link is closed.
         """
         self.check_leads()
-        if self._over.is_set():
+        if self._ended():
             raise JaxinferError("the processes of this LLM have parted")
         number = next(self._sent)
         header = json.dumps([name, told]).encode()
@@ -216,7 +222,7 @@ class Link:
     def close(self) -> None:
         """Lets the others go, if this is the controller; else it leaves them in the middle of
         their work, which is a failure. Nothing where the link is over."""
-        if self._over.is_set():
+        if self._ended():
             return
         if not self.leads:
             self.fail(JaxinferError("it left before process 0 closed its LLM"))
@@ -233,19 +239,27 @@ class Link:
 
         `running`: it may come of the death of another process, which a collective found out first.
         """
-        if self._over.is_set():
+        if self._ended():
             return
         what = f"{type(error).__name__}: {error}"
         if running and isinstance(error, ValueError | jax.errors.JaxRuntimeError):
             # XLA's. If another process has died, jax says which, and ends this one.
             _say(f"process {self.process} of {self.count}: {what}; did another process die?")
-            self._over.wait(HEARTBEAT_S + GRACE_S)
+            if self._over.wait(HEARTBEAT_S + GRACE_S) and self._ended():
+                return
         self._over.set()
         try:
             reason = f"process {self.process} of {self.count} failed: {what}"
             self._client.key_value_set(f"{self._root}/failed", reason)
         except jax.errors.JaxRuntimeError:  # another has failed before, or the service is gone
             pass
+
+    def _ended(self) -> bool:
+        """Whether the link is over. If that is because `_watch` ends this process, it does so
+        here: nothing else is to be said or undone."""
+        if self._stopping:
+            time.sleep(2 * GRACE_S)
+        return self._over.is_set()
 
     def _watch(self) -> None:
         """Ends this process when another one fails: it may wait for that one in a collective, which
@@ -258,6 +272,7 @@ class Link:
                 continue
             if self._over.is_set():
                 return
+            self._stopping = True
             self._over.set()
             _say(f"{reason}; process {self.process} stops")
             leave = Timer(GRACE_S, os._exit, (1,))

@@ -54,7 +54,7 @@ STAGED_STEPS = 4
 # Options that processes need not agree about: paths of each machine.
 OWN_OPTIONS = ("event_log", "compilation_cache")
 # What is not done over several processes, and what it must be there.
-ONE_PROCESS = {"data_parallel_size": 1, "device_weight_bytes": None, "speculative": None}
+ONE_PROCESS = {"data_parallel_size": 1, "device_weight_bytes": None}
 
 
 def agree(link: Link | None, config: ModelConfig, options: EngineOptions) -> None:

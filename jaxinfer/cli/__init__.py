@@ -16,7 +16,7 @@ import typer
 from typer.main import get_command
 
 from jaxinfer.cli.metrics import metrics_path, metrics_written
-from jaxinfer.cli.model import ModelOptions, describe, describe_sites, open_llm
+from jaxinfer.cli.model import ModelOptions, describe, describe_sites, follows, open_llm
 from jaxinfer.cli.options import (
     SAMPLING,
     DataParallel,
@@ -160,6 +160,8 @@ def generate(
         speculative, tensor_parallel_size, pipeline_parallel_size, data_parallel_size,
         device_weight_bytes,
     )  # fmt: skip
+    if follows(options):
+        return
     measured = metrics_path(metrics)
     if out:
         source = prompt_source(prompts, file, token_ids)
@@ -218,6 +220,8 @@ def chat(
         speculative=speculative, tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size, device_weight_bytes=device_weight_bytes,
     )  # fmt: skip
+    if follows(options):
+        return
     with open_llm(options) as llm:
         if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
             raise InvalidRequest(

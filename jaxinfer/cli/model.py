@@ -69,6 +69,20 @@ def open_llm(
         raise typer.BadParameter(str(error)) from error
 
 
+def follows(options: ModelOptions) -> bool:
+    """Where a model is to be shared and jax's variables, or a cluster, tell of several processes:
+    joins them, and in all but the first does as the first does, to its end. Returns whether it did.
+    """
+    if options.tensor_parallel_size * options.pipeline_parallel_size == 1:
+        return False
+    from jaxinfer import distributed
+
+    if not distributed.start() or distributed.leads():
+        return False
+    with open_llm(options) as llm:
+        return llm.follow()
+
+
 def choose_dtype(options: ModelOptions) -> Literal["float32", "bfloat16", "float16"]:
     """Starts JAX, and settles `auto` by the device that it found."""
     # JAX reads this once, when it starts. This process is ours, so it may be set.
