@@ -128,7 +128,8 @@ class Link:
         self._root = f"jaxinfer/llm{made}"
         self._sent, self._met = itertools.count(), itertools.count()
         self._over, self._stopping = Event(), False
-        Thread(target=self._watch, daemon=True).start()
+        self._watcher = Thread(target=self._watch, daemon=True)
+        self._watcher.start()
         atexit.register(self.close)  # before jax takes its leave
 
     @property
@@ -164,11 +165,11 @@ class Link:
         for number in itertools.count():
             header, _, payload = self._wait_for(self._place(number)).partition(b"\0")
             self._catch_up(number)
-            message = Message(*json.loads(header), payload)
-            if message.name == "close":
+            name, told = json.loads(header)
+            if name == "close":
                 self._over.set()
                 return
-            yield message
+            yield Message(name, told, payload)
 
     def _place(self, number: int) -> str:
         return f"{self._root}/messages/{number // WINDOW}/{number}"
@@ -221,18 +222,22 @@ class Link:
 
     def close(self) -> None:
         """Lets the others go, if this is the controller; else it leaves them in the middle of
-        their work, which is a failure. Nothing where the link is over."""
-        if self._ended():
-            return
-        if not self.leads:
-            self.fail(JaxinferError("it left before process 0 closed its LLM"))
-            return
-        self.send("close")
-        self._over.set()
+        their work, which is a failure. Nothing more where the link is over."""
+        if not self._ended():
+            if self.leads:
+                self.send("close")
+                self.part()
+            else:
+                self.fail(JaxinferError("it left before process 0 closed its LLM"))
+        self._watcher.join()  # a thread in XLA's code while Python ends would abort the process
 
-    def part(self) -> None:
-        """No process needs to be told any more: all know."""
+    def part(self, reason: str = "") -> None:
+        """Ends the link for all processes; with a reason, those that do not know of it stop."""
         self._over.set()
+        try:
+            self._client.key_value_set(f"{self._root}/over", reason)
+        except jax.errors.JaxRuntimeError:  # another was first, or the service is gone
+            pass
 
     def fail(self, error: BaseException, *, running: bool = False) -> None:
         """Stops all other processes, which say why. This one is to end too; jax stops it if not.
@@ -247,12 +252,7 @@ class Link:
             _say(f"process {self.process} of {self.count}: {what}; did another process die?")
             if self._over.wait(HEARTBEAT_S + GRACE_S) and self._ended():
                 return
-        self._over.set()
-        try:
-            reason = f"process {self.process} of {self.count} failed: {what}"
-            self._client.key_value_set(f"{self._root}/failed", reason)
-        except jax.errors.JaxRuntimeError:  # another has failed before, or the service is gone
-            pass
+        self.part(f"process {self.process} of {self.count} failed: {what}")
 
     def _ended(self) -> bool:
         """Whether the link is over. If that is because `_watch` ends this process, it does so
@@ -266,11 +266,11 @@ class Link:
         nothing else interrupts."""
         while not self._over.is_set():
             try:
-                reason = self._client.blocking_key_value_get(f"{self._root}/failed", POLL_MS)
+                reason = self._client.blocking_key_value_get(f"{self._root}/over", POLL_MS)
             except jax.errors.JaxRuntimeError:
                 self._over.wait(0.01)  # nobody has; or the service is gone, and jax ends this one
                 continue
-            if self._over.is_set():
+            if self._over.is_set() or not reason:
                 return
             self._stopping = True
             self._over.set()

@@ -45,6 +45,6 @@ def follow(engine: Engine, link: Link) -> None:
 
 
 def _key(told: Mapping[str, Any]) -> StepKey:
-    """A key that was told as JSON."""
-    found = {name: tuple(x) if isinstance(x, list) else x for name, x in told.items()}
+    """A key that was told as JSON, which has lists for tuples."""
+    found: dict[str, Any] = {n: tuple(x) if isinstance(x, list) else x for n, x in told.items()}
     return StepKey(**found)

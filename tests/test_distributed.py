@@ -27,7 +27,16 @@ from jaxinfer.distributed import ADDRESS, COUNT, PROCESS
 from jaxinfer.engine import Engine
 from jaxinfer.loading import agree
 from jaxinfer.models.weights import declare
-from tests.test_tensor_parallel import CONFIG, HF, PROMPTS, ROOT, note_error, tokens_of, weights
+from tests.test_tensor_parallel import (
+    CONFIG,
+    GREEDY,
+    HF,
+    PROMPTS,
+    ROOT,
+    note_error,
+    tokens_of,
+    weights,
+)
 
 NOTICED_S = 10  # within which the death of a process ends the others
 RUNNING = "running"
@@ -69,19 +78,19 @@ def serve(folder: Path, process: int, **options: Any) -> None:
 
 
 def stages(folder: Path, process: int) -> None:
-    """Two stages, that speculate, and are warmed up; all processes end when the first does."""
+    """Two stages, that are warmed up, and speculate; all processes end when the first does."""
+    found = {}
     with make(folder, tensor_parallel_size=1, pipeline_parallel_size=2) as llm:
-        if llm.follow():
-            return
-        assert llm.warm_up().unequal == ()
-        found = {"tokens": tokens_of(llm)}
+        if not llm.follow():
+            assert llm.warm_up([GREEDY]).unequal == ()
+            found["tokens"] = tokens_of(llm)
     how = "lookup,tokens=2,adapt=false"
     with make(folder, tensor_parallel_size=1, pipeline_parallel_size=2, speculative=how) as llm:
-        if llm.follow():
-            return
-        found["guessed"] = tokens_of(llm)
-        assert llm.metrics.summary().acceptance is not None
-    (folder / f"found{jax.process_count()}").write_text(json.dumps(found))
+        if not llm.follow():
+            found["guessed"] = tokens_of(llm)
+            assert llm.metrics.summary().acceptance is not None
+    if found:
+        (folder / f"found{jax.process_count()}").write_text(json.dumps(found))
 
 
 def disagree(folder: Path, process: int) -> None:
