@@ -16,7 +16,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Event, Thread, Timer
 from typing import Any, NamedTuple
 
@@ -27,8 +27,8 @@ from jaxinfer.errors import JaxinferError
 
 ADDRESS, COUNT, PROCESS = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 
-# A process that dies is noticed within so long: the issue of a larger one is a longer wait for
-# nothing. jax's own threads send the beats, whatever the process computes or compiles.
+# Without a sign of life for so long a process counts as dead. Threads of XLA's send them, whatever
+# the process computes or compiles.
 HEARTBEAT_S = 6
 INITIALISE_S = 300  # until all processes have started
 JOIN_S = 600  # until all have come to the same place of the program
@@ -234,10 +234,8 @@ class Link:
     def part(self, reason: str = "") -> None:
         """Ends the link for all processes; with a reason, those that do not know of it stop."""
         self._over.set()
-        try:
+        with suppress(jax.errors.JaxRuntimeError):  # another was first, or the service is gone
             self._client.key_value_set(f"{self._root}/over", reason)
-        except jax.errors.JaxRuntimeError:  # another was first, or the service is gone
-            pass
 
     def fail(self, error: BaseException, *, running: bool = False) -> None:
         """Stops all other processes, which say why. This one is to end too; jax stops it if not.
