@@ -47,8 +47,8 @@ class Message(NamedTuple):
 
 
 def start() -> bool:
-    """Joins this process with those that jax's variables, or a cluster that jax knows (Slurm, Open
-    MPI, Kubernetes), tell of; must come before anything is computed. After
+    """Joins this process with those that the variables above, or a cluster that jax knows (Slurm,
+    Open MPI, Kubernetes), tell of; must come before anything is computed. After
     `jax.distributed.initialize` it does nothing.
 
     Returns:
@@ -58,11 +58,13 @@ def start() -> bool:
         JaxinferError: the variables are incomplete, or no numbers.
     """
     if not jax.distributed.is_initialized():
-        address = os.environ.get(ADDRESS)
-        found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
-            address, _number(COUNT), _number(PROCESS), None, None, INITIALISE_S
-        )
-        address, count, process, devices = found
+        address, count, process = os.environ.get(ADDRESS), _number(COUNT), _number(PROCESS)
+        devices, given = None, None not in (address, count, process)
+        if not given:
+            found = clusters.ClusterEnv.auto_detect_unset_distributed_params(
+                address, count, process, None, None, INITIALISE_S
+            )
+            address, count, process, devices = found
         if address is not None and (count is None or process is None):
             raise JaxinferError(f"{ADDRESS}={address}: expected {COUNT} and {PROCESS} with it")
         if address is None and (count, process) != (None, None):
@@ -73,6 +75,7 @@ def start() -> bool:
             raise JaxinferError(f"{PROCESS}={process}: expected 0 to {count - 1}, one for each")
         jax.distributed.initialize(
             address, count, process, devices,
+            cluster_detection_method="deactivate" if given else None,
             initialization_timeout=INITIALISE_S, heartbeat_timeout_seconds=HEARTBEAT_S,
             shutdown_timeout_seconds=SHUTDOWN_S,
         )  # fmt: skip
