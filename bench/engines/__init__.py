@@ -145,4 +145,4 @@ def check(request: Request, output: Output) -> None:
     if any(b < a for a, b in zip(output.times, output.times[1:], strict=False)):
         raise ValueError("the times of tokens go back")
     if output.times[0] < request.due:
-        raise ValueError(f"a token came at {output.times[0]} s, before its request at {request.due}")
+        raise ValueError(f"a token came at {output.times[0]} s, its request at {request.due} s")

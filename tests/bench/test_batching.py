@@ -15,7 +15,7 @@ from bench import batching, host, measuring, outcome, parts, soak_requests, thro
 from bench.inside import Preemptions
 from bench.record import Record, Run
 from bench.soak_requests import Ask
-from bench.workloads import FULL, TINY, Gap
+from bench.workloads import FULL, TINY
 from jaxinfer.types import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 
@@ -64,14 +64,6 @@ def test_everything_fits_the_models_length(scale: workloads.Scale) -> None:
 
 def test_static_batches_take_as_long_as_their_longest() -> None:
     assert workloads.longest_of_batches([1, 5, 2, 2, 9], 2) == 5 + 2 + 9
-
-
-def test_gaps_between_tokens_are_those_that_a_client_sees() -> None:
-    gap = Gap(due=1.0, times=(1.5, 2.5, 4.5), counts=(2, 1, 3))
-    assert gap.ttft == 0.5
-    assert gap.itl == [0.0, 1.0, 2.0, 0.0, 0.0]
-    assert gap.tpot == 3.0 / 5
-    assert Gap(0.0, (1.0,), (1,)).tpot is None
 
 
 def test_ratios_are_of_the_same_requests() -> None:
