@@ -139,8 +139,11 @@ def latency(model: Model, batch: int, prompt: int, lengths: tuple[int, int]) -> 
     short, long = lengths
 
     def draw(seed: int) -> Calls:
-        return [fixed(2 * seed + i, batch, prompt, n, model.vocab_size)
-                for i, n in enumerate(lengths)]  # fmt: skip
+        return [
+            [r._replace(room=prompt + long)
+             for r in fixed(2 * seed + i, batch, prompt, n, model.vocab_size)]
+            for i, n in enumerate(lengths)
+        ]  # fmt: skip
 
     def measure(calls: Calls, got: Sequence[Got]) -> Figures:
         step = (got[1].seconds - got[0].seconds) / (long - short)
@@ -229,7 +232,7 @@ def throughput(model: Model, dataset: str, sizes: Sizes) -> Case:
         return [listed(model, dataset, sizes, seed)]
 
     equal = dataset.startswith("random:")
-    name = dataset.removeprefix("random:").replace(":", "x")
+    name = f"{dataset.removeprefix('random:').replace(':', 'x')}-{sizes.num_prompts}"
     return Case(
         "throughput", name, draw, measure, frozenset() if equal else frozenset({RAGGED}),
         detail={"dataset": dataset, "num_prompts": sizes.num_prompts},
@@ -289,7 +292,7 @@ def speculative(model: Model, sizes: Sizes, kind: str) -> Case:
 
     def twice(request: Request) -> Request:
         ids: Prompt = request.prompt
-        return request._replace(prompt=ids + ids)
+        return request._replace(prompt=ids + ids, room=0)
 
     return replace(
         base, workload="speculative", name=kind, work={}, needs=frozenset({SPECULATIVE}),

@@ -126,7 +126,9 @@ class Harness:
 
     def add(self, found: list[Record]) -> None:
         """Adds records, what follows from them, and the versions that engines told of."""
-        found = [*found, *figures.shares(found, self.run.ceilings)]
+        found = [
+            *found, *figures.shares(found, self.run.ceilings), *figures.over_hf(found)
+        ]  # fmt: skip
         self.run = parts.add(self.run, found)
         told = {
             name: version

@@ -17,6 +17,7 @@ from bench.record import Record
 from bench.serving import Stream
 from bench.sessions import Event, Failure, Took, Trial
 
+BAR_CASE = "lognormal-128"  # of the bar over HF transformers' continuous batching
 CERTAIN = 0.99  # share of tokens that must agree where nothing is rounded to 16 bits
 HEADLINES = {
     "latency": "ms_per_step", "quantised": "ms_per_step", "prefill": "ttft_ms",
@@ -147,6 +148,19 @@ def _memory(model: str, took: Took) -> list[Record]:
         for name, value in took.memory._asdict().items()
         if value is not None
     ]
+
+
+def over_hf(records: Sequence[Record]) -> list[Record]:
+    """`throughput.MODEL.over_hf_continuous` of the list's beginning, as `bars.toml` has it."""
+    rates = {r.name: r.value for r in records if r.name.endswith(".out_tok_s") and r.value}
+    found = []
+    for name, theirs in rates.items():
+        ours = name.replace(".hf-continuous.", ".jaxinfer.")
+        if f".throughput.{BAR_CASE}.hf-continuous." in name and ours in rates:
+            ratio = rates[ours] / theirs
+            bar = f"throughput.{name.split('.')[1]}.over_hf_continuous"
+            found.append(Record(bar, ratio, "ratio", {ours: rates[ours], name: theirs}))
+    return found
 
 
 def shares(records: Sequence[Record], ceilings: Mapping[str, float]) -> list[Record]:

@@ -25,7 +25,6 @@ class Scale:
             are preempted.
         requests: of the lognormal list; `shrink` divides its lengths.
         static_rows, static_requests: a batch of static batching, and the first requests so served.
-        first: the first requests, that HF transformers serve too.
         serve_seconds: how long requests arrive.
         prefix, suffix, prefix_requests, prefix_tokens: tokens that all prompts begin with, most
             tokens after them, prompts, and output tokens of each.
@@ -49,7 +48,6 @@ class Scale:
     shrink: int = 1
     static_rows: int = 32
     static_requests: int = 128
-    first: int = 128
     serve_seconds: float = 30.0
     prefix: int = 2000
     suffix: int = 128
@@ -71,7 +69,7 @@ FULL = Scale()
 TINY = Scale(
     rows=16, max_model_len=160, page_size=8, kv_cache_bytes=96 << 11, few_rows=16, few_tokens=64,
     soak_rows=16, soak_cache_bytes=96 << 11, requests=24, shrink=32,
-    static_rows=4, static_requests=8, first=8, serve_seconds=0.5, prefix=60, suffix=8,
+    static_rows=4, static_requests=8, serve_seconds=0.5, prefix=60, suffix=8,
     prefix_requests=6, prefix_tokens=4, prefix_control=3, steady=(4, 32), sampled=(4, 16),
     short=9, long=41, soak_prompt=24, soak_tokens=16, soak_longest=64, scored=(8, 120),
     scoring_tokens=64,

@@ -19,11 +19,13 @@ SPECULATIVE = "speculative"  # guesses tokens, with a draft model or by looking 
 
 class Request(NamedTuple):
     """One prompt of token ids. `max_tokens`: so many are made, whatever they are. `due`: seconds
-    after the call's beginning at which it arrives."""
+    after the call's beginning at which it arrives. `room`: tokens for which a static cache is made
+    at least, so that calls of several lengths can share one."""
 
     prompt: list[int]
     max_tokens: int
     due: float = 0.0
+    room: int = 0
 
 
 class Output(NamedTuple):

@@ -68,7 +68,7 @@ class _Steps:
         self._step = step
         self._decode = step
         if static:
-            self._decode = torch.compile(step, mode=COMPILE_MODE, fullgraph=True)
+            self._decode = torch.compile(step, mode=COMPILE_MODE, fullgraph=True, dynamic=False)
 
     def prefill(self, ids: Any, length: int) -> Any:
         size = len(ids), length

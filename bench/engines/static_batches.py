@@ -17,6 +17,9 @@ from bench.engines import Memory, Options, Output, Request
 from bench.load import status_bytes
 
 
+SIZES = 64  # of batches and caches, each compiled for itself
+
+
 class Steps(Protocol):
     """A model with room for one batch.
 
@@ -37,6 +40,7 @@ def start(options: Options) -> str:
     parts.check_platform(device)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
+    torch._dynamo.config.recompile_limit = SIZES
     if device == "cuda":
         torch.cuda.set_per_process_memory_fraction(options.memory_share)
     return device
@@ -101,11 +105,12 @@ class StaticBatches:
         return most
 
     def generate(self, requests: Sequence[Request]) -> list[Output]:
-        sizes = {(len(r.prompt), r.max_tokens) for r in requests}
+        sizes = {(len(r.prompt), r.max_tokens, r.room) for r in requests}
         if len(sizes) != 1 or any(r.due for r in requests):
             raise ValueError("static batches: requests must be of equal lengths, and all there")
-        ((prompt, new),) = sizes
-        rows, outputs = self.rows(len(requests), prompt + new), []
+        ((prompt, new, room),) = sizes
+        length = max(prompt + new, room)
+        rows, outputs = self.rows(len(requests), length), []
         if self.device == "cuda":
             torch.cuda.synchronize()
         mark, seconds = timer(self.device)
@@ -113,7 +118,7 @@ class StaticBatches:
             own = requests[at : at + rows]
             # The last batch is filled up: another size would be compiled anew.
             filled = [*own, *[own[-1]] * (rows - len(own))]
-            found, marks = self._batch(filled, prompt + new, new, mark)
+            found, marks = self._batch(filled, length, new, mark)
             times = [seconds(m) for m in marks]
             outputs += [Output(ids, times) for ids in found[: len(own)]]
         return outputs

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # noqa: N812  # pyright: ignore[reportMissingImports]
 from safetensors.torch import load_file
+from torch import nn  # pyright: ignore[reportMissingImports]
 
 from bench.engines import Engine, Options
 from bench.engines.static_batches import StaticBatches, allocated, sample, start
@@ -34,14 +35,6 @@ class Config(NamedTuple):
     D: int
     eps: float
     rotations: Tensor
-
-
-class Cache(NamedTuple):
-    """Keys and values of every layer, [B, K, S, D]; position of the next token, int64 [1]."""
-
-    keys: list[Tensor]
-    values: list[Tensor]
-    position: Tensor
 
 
 def read_config(hf: dict[str, Any]) -> Config:
@@ -73,8 +66,9 @@ def _rotations(rope: dict[str, Any], width: int) -> Tensor:
     return angles * (kept + (1 - kept) / rope["factor"])
 
 
-def read_weights(checkpoint: Path, layers: int, device: str, dtype: Any) -> dict[str, Any]:
-    """Every tensor on the device; matrices with the same input are one."""
+def read_weights(checkpoint: Path, layers: int, device: str, dtype: Any) -> nn.Module:
+    """Every tensor on the device, as buffers, whose places a CUDA graph may rely on; matrices with
+    the same input are one."""
     found: dict[str, Tensor] = {}
     for path in sorted(checkpoint.glob("*.safetensors")):
         found |= {k: v.to(dtype) for k, v in load_file(path, device=device).items()}
@@ -82,11 +76,11 @@ def read_weights(checkpoint: Path, layers: int, device: str, dtype: Any) -> dict
     def fused(prefix: str, *names: str) -> Tensor:
         return torch.cat([found.pop(f"{prefix}.{name}_proj.weight") for name in names])
 
-    made: list[dict[str, Tensor]] = []
+    made = []
     for i in range(layers):
         at = f"model.layers.{i}"
         attention, mlp = f"{at}.self_attn", f"{at}.mlp"
-        made.append({
+        made.append(_holder({
             "qkv": fused(attention, "q", "k", "v"),
             "out": found.pop(f"{attention}.o_proj.weight"),
             "up": fused(mlp, "gate", "up"),
@@ -95,40 +89,55 @@ def read_weights(checkpoint: Path, layers: int, device: str, dtype: Any) -> dict
             "mlp_norm": found.pop(f"{at}.post_attention_layernorm.weight"),
             "q_norm": found.pop(f"{attention}.q_norm.weight", None),
             "k_norm": found.pop(f"{attention}.k_norm.weight", None),
-        })  # fmt: skip
+            "keys": None,
+            "values": None,
+        }))  # fmt: skip
     embed = found["model.embed_tokens.weight"]
     head = found.get("lm_head.weight", embed)
-    return {"embed": embed, "head": head, "norm": found["model.norm.weight"], "layers": made}
+    position = torch.zeros(1, device=device, dtype=torch.int64)
+    model = _holder(
+        {"embed": embed, "head": head, "norm": found["model.norm.weight"], "position": position}
+    )
+    model.layers = nn.ModuleList(made)
+    return model
 
 
-def forward(c: Config, weights: dict[str, Any], ids: Tensor, cache: Cache) -> Tensor:
+def _holder(tensors: dict[str, Tensor | None]) -> nn.Module:
+    made = nn.Module()
+    for name, tensor in tensors.items():
+        made.register_buffer(name, tensor)
+    return made
+
+
+def forward(c: Config, model: Any, ids: Tensor) -> Tensor:
     """Logits [B, V] after the last of `ids` [B, T]. One token each is decode; more are a prompt,
-    from position 0 on. Writes the cache, and moves its position."""
+    from position 0 on. Writes keys and values, [B, K, S, D] of each layer, and moves `position`,
+    int64 [1], that of the next token."""
     B, T = ids.shape
-    x = F.embedding(ids, weights["embed"])
-    positions = cache.position + torch.arange(T, device=ids.device)
+    x = F.embedding(ids, model.embed)
+    positions = model.position + torch.arange(T, device=ids.device)
     angles = positions[:, None].float() * c.rotations
     turn = angles.cos(), angles.sin()
-    for w, keys, values in zip(weights["layers"], cache.keys, cache.values, strict=True):
-        h = _norm(x, w["norm"], c.eps)
-        q, k, v = F.linear(h, w["qkv"]).split([c.H * c.D, c.K * c.D, c.K * c.D], -1)
+    for w in model.layers:
+        h = _norm(x, w.norm, c.eps)
+        q, k, v = F.linear(h, w.qkv).split([c.H * c.D, c.K * c.D, c.K * c.D], -1)
         q, k, v = (t.view(B, T, -1, c.D) for t in (q, k, v))
-        if w["q_norm"] is not None:
-            q, k = _norm(q, w["q_norm"], c.eps), _norm(k, w["k_norm"], c.eps)
+        if w.q_norm is not None:
+            q, k = _norm(q, w.q_norm, c.eps), _norm(k, w.k_norm, c.eps)
         q, k = _rotate(q, turn).transpose(1, 2), _rotate(k, turn).transpose(1, 2)
         v = v.transpose(1, 2)
-        keys.index_copy_(2, positions, k)
-        values.index_copy_(2, positions, v)
+        w.keys.index_copy_(2, positions, k)
+        w.values.index_copy_(2, positions, v)
         if T == 1:
-            y = _grouped(q.reshape(B, c.K, c.H // c.K, c.D), keys, values, positions)
+            y = _grouped(q.reshape(B, c.K, c.H // c.K, c.D), w.keys, w.values, positions)
         else:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             y = y.transpose(1, 2)
-        x = x + F.linear(y.reshape(B, T, c.H * c.D), w["out"])
-        gate, up = F.linear(_norm(x, w["mlp_norm"], c.eps), w["up"]).chunk(2, -1)
-        x = x + F.linear(F.silu(gate) * up, w["down"])
-    cache.position.add_(T)
-    return F.linear(_norm(x[:, -1], weights["norm"], c.eps), weights["head"])
+        x = x + F.linear(y.reshape(B, T, c.H * c.D), w.out)
+        gate, up = F.linear(_norm(x, w.mlp_norm, c.eps), w.up).chunk(2, -1)
+        x = x + F.linear(F.silu(gate) * up, w.down)
+    model.position.add_(T)
+    return F.linear(_norm(x[:, -1], model.norm, c.eps), model.head)
 
 
 def _grouped(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
@@ -157,48 +166,33 @@ def load(checkpoint: Path, options: Options) -> Engine:
     hf = json.loads((checkpoint / "config.json").read_text())
     config = read_config(hf)
     config = config._replace(rotations=config.rotations.to(device))
-    dtype = getattr(torch, options.dtype)
-    weights = read_weights(checkpoint, config.L, device, dtype)
-    steps = _Steps(config, weights, options, device, dtype)
+    model = read_weights(checkpoint, config.L, device, getattr(torch, options.dtype))
+    steps = _Steps(config, model, options.temperature)
     return StaticBatches(steps, options, device, allocated(device))
 
 
 class _Steps:
-    def __init__(
-        self, c: Config, weights: dict[str, Any], options: Options, device: str, dtype: Any
-    ) -> None:
-        self.c, self.device, self.dtype = c, device, dtype
-        self.token = 2 * c.L * c.K * c.D * dtype.itemsize
-        self.cache: Cache | None = None
+    def __init__(self, c: Config, model: nn.Module, temperature: float) -> None:
+        self.c, self.model = c, model
+        self.token = 2 * c.L * c.K * c.D * model.embed.itemsize
         self.size: tuple[int, int] | None = None  # of the cache: rows, tokens
 
-        def run(ids: Tensor, cache: Cache) -> Tensor:
-            return sample(forward(c, weights, ids, cache), options.temperature)
+        def run(ids: Tensor) -> Tensor:
+            return sample(forward(c, model, ids), temperature)
 
         # A prompt is long enough to hide its launches, and its sizes vary: no graphs.
         self._prefill = torch.compile(run, dynamic=True, fullgraph=True)
-        self._decode = torch.compile(run, mode="reduce-overhead", fullgraph=True)
+        self._decode = torch.compile(run, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def prefill(self, ids: Tensor, length: int) -> Tensor:
         if self.size != (len(ids), length):
-            self.cache, self.size = None, (len(ids), length)
+            self.size = len(ids), length
             shape = len(ids), self.c.K, length, self.c.D
-
-            def zeros() -> list[Tensor]:
-                empty = [
-                    torch.zeros(shape, device=self.device, dtype=self.dtype)
-                    for _ in range(self.c.L)
-                ]
-                for tensor in empty:  # at the same place at every call: no copies into a graph
-                    torch._dynamo.mark_static_address(tensor)
-                return empty
-
-            position = torch.zeros(1, device=self.device, dtype=torch.int64)
-            torch._dynamo.mark_static_address(position)
-            self.cache = Cache(zeros(), zeros(), position)
-        assert self.cache is not None
-        self.cache.position.zero_()
-        return self._prefill(ids, self.cache)
+            for layer in self.model.layers:
+                layer.keys, layer.values = None, None  # the old ones make room first
+                layer.keys, layer.values = (self.model.embed.new_zeros(shape) for _ in range(2))
+        self.model.position.zero_()
+        return self._prefill(ids)
 
     def step(self, tokens: Tensor) -> Tensor:
-        return self._decode(tokens, self.cache)
+        return self._decode(tokens)
