@@ -16,7 +16,6 @@ from bench import parts
 from bench.engines import Memory, Options, Output, Request
 from bench.load import status_bytes
 
-
 SIZES = 64  # of batches and caches, each compiled for itself
 
 
