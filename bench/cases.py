@@ -100,7 +100,7 @@ SHORT = Sizes(
     num_prompts=128, datasets=("lognormal", "random:128:128"), burstiness=(1.0,),
 )  # fmt: skip
 SMOKE = Sizes(
-    batch_sizes=(1, 2), input_lens=(16,), output_lens=(3, 11), prefill_lens=(32,), num_prompts=6,
+    batch_sizes=(1, 2), input_lens=(16,), output_lens=(3, 35), prefill_lens=(32,), num_prompts=6,
     datasets=("lognormal", "random:8:4"), request_rates=(40.0,), burstiness=(1.0, 0.25), shrink=32,
 )  # fmt: skip
 

@@ -23,6 +23,7 @@ from bench.serving import Stream
 USABLE = 0.92  # of the device's memory, by all engines of a group
 SPARE_BYTES = 4 << 30  # of an engine, beside its weights and its keys and values
 MOST_WARM = 3  # calls that may compile, before what is timed
+TRIES = 3  # at a repeat, before times that make no sense are a failure
 CALL_S = 600.0
 SEED = 5000
 
@@ -210,13 +211,16 @@ def _once(client: Client, case: Case, seed: int, turn: tuple[int, int]) -> Trial
     Raises:
         EngineError: a call failed, or its times make no sense.
     """
-    calls = case.draw(seed)
-    replies = _ask(client, calls)
-    got = [Got(reply.outputs, reply.seconds) for reply in replies]
-    try:
-        figures = case.measure(calls, got)
-    except ValueError as error:
-        raise EngineError(str(error)) from error
-    compiled = sum(reply.compiled for reply in replies)
-    seen = cases.streams(calls, got)
-    return Trial(client.name, case, turn, figures, replies[-1].outputs, seen, compiled)
+    calls, senseless = case.draw(seed), None
+    for _ in range(TRIES):
+        replies = _ask(client, calls)
+        got = [Got(reply.outputs, reply.seconds) for reply in replies]
+        try:
+            figures = case.measure(calls, got)
+        except ValueError as error:  # a machine that was busy with something else
+            senseless = error
+            continue
+        compiled = sum(reply.compiled for reply in replies)
+        seen = cases.streams(calls, got)
+        return Trial(client.name, case, turn, figures, replies[-1].outputs, seen, compiled)
+    raise EngineError(f"{TRIES} times: {senseless}")

@@ -22,7 +22,7 @@ class Engine:
 
         async def pieces():
             for n in range(1, sampling_params["max_new_tokens"] - (input_ids[0] == 14) + 1):
-                await asyncio.sleep(0.001)
+                await asyncio.sleep(0.003)
                 ids = [(sum(input_ids) + i) % 97 for i in range(n)]
                 yield {"output_ids": ids, "meta_info": {"completion_tokens": n}}
 

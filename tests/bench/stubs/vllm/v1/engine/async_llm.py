@@ -42,6 +42,6 @@ class AsyncLLM:
             raise RuntimeError("a prompt that begins with 13")
         count = sampling_params.max_tokens - (ids[0] == 14)
         for start in range(0, count, 2):  # two tokens come together
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.003)
             new = [(sum(ids) + i) % 97 for i in range(start, min(start + 2, count))]
             yield RequestOutput(request_id, [CompletionOutput(0, "", new)], start + 2 >= count)
