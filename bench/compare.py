@@ -18,30 +18,33 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench import cases, ceilings, figures, parts, record, report, serving, sessions, shapes, timing
-from bench.cases import FULL, SHORT, SMOKE, Case, Model, Sizes
-from bench.engines import ENGINES, SPECULATIVE, Options, Request
-from bench.engines.client import Client, EngineError, Missing
+from bench import (
+    cases,
+    ceilings,
+    figures,
+    parts,
+    record,
+    report,
+    sessions,
+    shapes,
+    startup,
+    timing,
+)
+from bench.cases import Case
+from bench.compare_options import FIXED, MIXED, parse
+from bench.engines import ENGINES, SPECULATIVE, Options
 from bench.parts import Part
 from bench.record import Record, Run
 from bench.sessions import Failure, Session, Trial
+from bench.sizes import Model, Sizes
 
-FIXED, MIXED = ("latency", "prefill"), ("throughput", "serve")
-WORKLOADS = (*FIXED, *MIXED, "memory", "startup", "quantised", "speculative")
-USUAL = (*FIXED, *MIXED, "memory", "startup")
 DEMO = record.ROOT / "checkpoints" / "demo" / "target"
 GUESS_ROOM = 16  # tokens beyond the longest request, for guesses
-START_TOKENS = 16  # of the first request: long enough to need the decode step too
-# Programs compiled before are kept in these, by one engine or another.
-CACHES = (
-    "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH",
-    "VLLM_CACHE_ROOT", "JAX_COMPILATION_CACHE_DIR",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,11 @@ class Checkpoint:
     @property
     def bytes(self) -> int:
         return sum(file.stat().st_size for file in self.path.glob("*.safetensors"))
+
+    @property
+    def kv_token(self) -> int:
+        """Bytes of keys and values of one."""
+        return timing.kv_bytes(self.model.config, self.model.width)
 
 
 def find_checkpoint(name: str, folder: Path, dtype: str) -> tuple[Checkpoint, list[Part]]:
@@ -78,8 +86,14 @@ def find_checkpoint(name: str, folder: Path, dtype: str) -> tuple[Checkpoint, li
     return Checkpoint(called, written, Model(config, weight, width)), [part]
 
 
-def make_sessions(args: argparse.Namespace, sizes: Sizes, checkpoint: Checkpoint) -> list[Session]:
-    """Of the workloads asked for, but for `startup` and `quantised`; those of one kind share."""
+def make_sessions(
+    args: argparse.Namespace, sizes: Sizes, checkpoint: Checkpoint, memory: int | None
+) -> list[Session]:
+    """Of the workloads asked for, but for `startup` and `quantised`.
+
+    Those of one kind share a session; but cases that need so much memory that fewer engines fit
+    have one of their own. `memory`: of the device, None where any number of engines fits.
+    """
 
     def session(own: list[Case], **options: Any) -> Session:
         longest = cases.longest(own) + (GUESS_ROOM if options.get("speculative") else 0)
@@ -102,7 +116,7 @@ def make_sessions(args: argparse.Namespace, sizes: Sizes, checkpoint: Checkpoint
     if args.smoke:  # all of it in one
         kinds = (((*FIXED, *MIXED, "memory"), False),)
     for names, mixed in kinds:
-        if own := wanted(names):
+        for own in _by_fit(wanted(names), args, checkpoint, memory):
             found.append(session(own, warm_up=mixed, prefix_caching=mixed))
     if "speculative" in args.workloads:
         kind = "lookup" if args.speculative == "lookup" else "draft"
@@ -110,6 +124,23 @@ def make_sessions(args: argparse.Namespace, sizes: Sizes, checkpoint: Checkpoint
             case = cases.speculative(checkpoint.model, sizes, name)
             found.append(session([case], speculative=how))
     return found
+
+
+def _by_fit(
+    own: Sequence[Case], args: argparse.Namespace, checkpoint: Checkpoint, memory: int | None
+) -> Iterator[list[Case]]:
+    """The cases for which most engines fit first. One whose batch fits no device is left out, with
+    a line; lists of requests may wait for room."""
+    by: dict[int, list[Case]] = {}
+    for case in own:
+        fit = sessions.fitting([case], args.max_num_seqs, checkpoint.kv_token, memory,
+                               checkpoint.bytes, len(args.engines))  # fmt: skip
+        if not fit and case.workload in FIXED:
+            print(f"[{case.workload} {case.name}] left out: it does not fit this device")
+        else:
+            by.setdefault(max(1, fit), []).append(case)
+    for fit in sorted(by, reverse=True):
+        yield by[fit]
 
 
 class Harness:
@@ -147,8 +178,8 @@ class Harness:
             engines = [name for name in engines if SPECULATIVE in ENGINES[name].can]
         if self.late() or not engines:
             return
-        kv_token = timing.kv_bytes(checkpoint.model.config, checkpoint.model.width)
-        fit = sessions.fitting(session, kv_token, memory, checkpoint.bytes, len(engines))
+        fit = sessions.fitting(session.cases, session.options.max_num_seqs, checkpoint.kv_token,
+                               memory, checkpoint.bytes, len(engines))  # fmt: skip
         groups = sessions.make_groups(engines, min(fit, args.together or fit))
         names = sorted({case.workload for case in session.cases})
         print(f"[{' '.join(names)}] groups: {groups}", flush=True)
@@ -170,51 +201,11 @@ class Harness:
         for name in self.args.engines:
             if self.late():
                 return
-            found = list(start_records(name, checkpoint, self.args, prompt))
+            options = Options(dtype=self.args.dtype, extra=self.args.engine_args.get(name, {}))
+            of = checkpoint.name, checkpoint.path, checkpoint.model.vocab_size
+            found = list(startup.measure(name, *of, options, prompt))
             self.missing |= {name for r in found if r.name.endswith(".runs")}
             self.add(found)
-
-
-def start_records(
-    name: str, checkpoint: Checkpoint, args: argparse.Namespace, prompt: int
-) -> Iterator[Record]:
-    """`.cold_s` and `.warm_s`, from the start of the process to its first token.
-
-    The detail has the time to the last of `START_TOKENS`, and until the weights were loaded. Files
-    are in the page cache either way.
-    """
-    (request,) = cases.fixed(1, 1, prompt, START_TOKENS, checkpoint.model.vocab_size)
-    options = Options(
-        dtype=args.dtype, max_num_seqs=1, max_model_len=prompt + START_TOKENS,
-        extra=args.engine_args.get(name, {}),
-    )  # fmt: skip
-    case = Case("startup", f"in{prompt}", lambda _: [[request]], lambda calls, got: {})
-    stem, detail = (f(checkpoint.name, case, name) for f in (figures.stem, figures.described))
-    with tempfile.TemporaryDirectory(prefix="bench-cache-") as folder:
-        env = {variable: str(Path(folder) / variable) for variable in CACHES}
-        for kind in ("cold", "warm"):
-            try:
-                seconds, stages = _start(name, checkpoint.path, options, env, request)
-            except Missing as error:
-                yield Record(f"{stem}.runs", 0, "", detail | {"why": str(error)})
-                return
-            except EngineError as error:
-                told = detail | {"output_tail": error.tail}
-                yield Record(f"{stem}.{kind}.failed", None, "", told, str(error))
-                return
-            yield Record(f"{stem}.{kind}_s", round(seconds, 3), "s", detail | stages)
-            print(f"  startup {name} {kind}: {seconds:.1f} s", flush=True)
-
-
-def _start(
-    name: str, path: Path, options: Options, env: dict[str, str], request: Request
-) -> tuple[float, dict[str, float]]:
-    with Client(name, path, options, env) as client:
-        loaded = client.wait()
-        reply = client.generate([request], sessions.CALL_S)
-        times = [reply.began + t - client.began for t in reply.outputs[0].times]
-        stages = {"loaded_s": loaded - client.began, "last_token_s": times[-1]}
-        return times[0], {stage: round(s, 3) for stage, s in stages.items()}
 
 
 def _gpu_memory(run: Run) -> int | None:
@@ -232,78 +223,6 @@ def _tell(event: sessions.Event) -> None:
             print(f"  {where}{event.engine}: NOT RUN: {event.error}", flush=True)
 
 
-def _list(convert: Callable[[str], Any]) -> Callable[[str], tuple]:
-    return lambda text: tuple(convert(word) for word in text.split(","))
-
-
-def _one_of(known: tuple[str, ...]) -> Callable[[str], str]:
-    def check(word: str) -> str:
-        if word not in known:
-            raise ValueError(f"{word!r}: expected one of {', '.join(known)}")
-        return word
-
-    return check
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """See the module's head; sizes that are not given are those of the preset."""
-    made = argparse.ArgumentParser(description="jaxinfer beside PyTorch engines")
-    made.add_argument("--model", help="a shape, such as llama-3.1-8b; demo; or a directory")
-    made.add_argument("--engines", type=_list(_one_of(tuple(ENGINES))), default=tuple(ENGINES),
-                      help="the first is what others are compared with")  # fmt: skip
-    made.add_argument("--workloads", type=_list(_one_of(WORKLOADS)), default=USUAL)
-    preset = made.add_mutually_exclusive_group()
-    preset.add_argument("--short", action="store_true", help="under 8 minutes on one GPU")
-    preset.add_argument("--smoke", action="store_true", help="the demo model, tiny sizes")
-    made.add_argument("--batch-size", dest="batch_sizes", type=_list(int))
-    made.add_argument("--input-len", dest="input_lens", type=_list(int), help="of latency")
-    made.add_argument("--output-len", dest="output_lens", type=_list(int), help="SHORT,LONG")
-    made.add_argument("--prefill-len", dest="prefill_lens", type=_list(int))
-    made.add_argument("--num-prompts", type=int)
-    made.add_argument("--dataset-name", dest="datasets", type=_list(str))
-    made.add_argument("--request-rate", dest="request_rates", type=_list(float))
-    made.add_argument("--burstiness", type=_list(float), help="1: Poisson; less: bursts")
-    made.add_argument("--goodput", nargs="+", help="limits in ms: ttft:250 tpot:40")
-    made.add_argument("--num-iters", type=int, help="repeats of every case")
-    made.add_argument("--dtype", choices=("bfloat16", "float16", "float32"))
-    made.add_argument("--temperature", type=float, default=0.0)
-    made.add_argument("--max-num-seqs", type=int, default=256)
-    made.add_argument("--quantization", type=_list(str), default=("int4",), help="of `quantised`")
-    made.add_argument("--speculative", default="lookup", help="or a draft model's directory")
-    made.add_argument("--engine-args", type=json.loads, default={}, help='{"jaxinfer": {…}}')
-    made.add_argument("--together", type=int, help="engines loaded at once; as many as fit")
-    made.add_argument("--minutes", type=float, help="what would begin later is left out")
-    made.add_argument("--readme", action="store_true", help="rewrite README's table")
-    made.add_argument("--out", type=Path, default=record.RESULTS)
-    return made
-
-
-def parse(words: list[str] | None = None) -> tuple[argparse.Namespace, Sizes]:
-    """Options, with what the preset decides, and the sizes."""
-    parser = make_parser()
-    args = parser.parse_args(words)
-    preset = SMOKE if args.smoke else SHORT if args.short else FULL
-    names = ("batch_sizes", "input_lens", "output_lens", "prefill_lens", "num_prompts", "datasets",
-             "request_rates", "burstiness")  # fmt: skip
-    given = {name: value for name in names if (value := getattr(args, name)) is not None}
-    try:
-        if args.goodput:
-            given["goodput"] = serving.parse_limits(args.goodput)
-        sizes = replace(preset, **given)
-        for dataset in sizes.datasets:
-            cases.listed(Model({"vocab_size": 2}), dataset, replace(sizes, num_prompts=1), 0)
-        if len(sizes.output_lens) != 2 or not 0 < sizes.output_lens[0] < sizes.output_lens[1]:
-            raise ValueError(f"--output-len {sizes.output_lens}: expected SHORT,LONG, growing")
-        if unknown := set(args.engine_args) - set(ENGINES):
-            raise ValueError(f"--engine-args of {', '.join(unknown)}: no such engine")
-    except ValueError as error:
-        parser.error(str(error))
-    args.model = args.model or ("demo" if args.smoke else "llama-3.2-1b")
-    args.dtype = args.dtype or ("float32" if args.smoke else "bfloat16")
-    args.num_iters = args.num_iters or (2 if args.smoke else 3)
-    return args, sizes
-
-
 def main(words: list[str] | None = None) -> Run:
     args, sizes = parse(words)
     run = record.start(parts.command_line("bench.compare"))
@@ -316,7 +235,7 @@ def main(words: list[str] | None = None) -> Run:
         )
         if "startup" in args.workloads:
             harness.run_startup(checkpoint, min(1024, max(sizes.input_lens)))
-        for session in make_sessions(args, sizes, checkpoint):
+        for session in make_sessions(args, sizes, checkpoint, _gpu_memory(run)):
             harness.run_session(session, checkpoint)
         for kind in args.quantization if "quantised" in args.workloads else ():
             other, writing = find_checkpoint(f"{args.model}:{kind}", Path(folder), args.dtype)

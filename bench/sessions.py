@@ -99,10 +99,19 @@ def make_groups(engines: Sequence[str], fit: int) -> list[list[str]]:
     return [[first, *others[i : i + step]] for i in range(0, len(others), step)]
 
 
-def fitting(session: Session, kv_token: int, memory: int | None, weights: int, engines: int) -> int:
+def fitting(
+    own: Sequence[Case],
+    max_num_seqs: int,
+    kv_token: int,
+    memory: int | None,
+    weights: int,
+    engines: int,
+) -> int:
     """How many engines fit: by weights, by keys and values of what runs at once, and spare bytes.
 
     Args:
+        own: cases.
+        max_num_seqs: requests that run at once, at most.
         kv_token: bytes of keys and values of a token.
         memory: of the device; None: any number fits.
         weights: bytes of the checkpoint.
@@ -110,8 +119,8 @@ def fitting(session: Session, kv_token: int, memory: int | None, weights: int, e
     """
     if memory is None:
         return engines
-    held = cases.concurrent_tokens(session.cases, session.options.max_num_seqs)
-    return max(1, min(engines, int(USABLE * memory / (weights + held * kv_token + SPARE_BYTES))))
+    held = cases.concurrent_tokens(own, max_num_seqs)
+    return min(engines, int(USABLE * memory / (weights + held * kv_token + SPARE_BYTES)))
 
 
 def run(

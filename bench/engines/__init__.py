@@ -15,6 +15,7 @@ RAGGED = "ragged"  # prompts, or outputs, of different lengths in one call
 ARRIVALS = "arrivals"  # requests that come while others run
 QUANTISED = "quantised"  # checkpoints in compressed-tensors' format
 SPECULATIVE = "speculative"  # guesses tokens, with a draft model or by looking back
+ALL = frozenset({RAGGED, ARRIVALS, QUANTISED, SPECULATIVE})
 
 
 class Request(NamedTuple):
@@ -112,8 +113,7 @@ class Adapter:
 
 ENGINES: dict[str, Adapter] = {
     "jaxinfer": Adapter(
-        "bench.engines.jaxinfer", "jax",
-        frozenset({RAGGED, ARRIVALS, QUANTISED, SPECULATIVE}), torch=False, versions=("jax",),
+        "bench.engines.jaxinfer", "jax", ALL, torch=False, versions=("jax",)
     ),
     "torch-compile": Adapter("bench.engines.torch_compile", "torch"),
     "hf-static": Adapter(
@@ -128,14 +128,8 @@ ENGINES: dict[str, Adapter] = {
         "bench.engines.hf_continuous", "transformers", frozenset({RAGGED, ARRIVALS}),
         versions=("torch", "transformers"),
     ),
-    "vllm": Adapter(
-        "bench.engines.vllm", "vllm", frozenset({RAGGED, ARRIVALS, QUANTISED, SPECULATIVE}),
-        versions=("torch", "vllm"),
-    ),
-    "sglang": Adapter(
-        "bench.engines.sglang", "sglang", frozenset({RAGGED, ARRIVALS, QUANTISED, SPECULATIVE}),
-        versions=("torch", "sglang"),
-    ),
+    "vllm": Adapter("bench.engines.vllm_async", "vllm", ALL, versions=("torch", "vllm")),
+    "sglang": Adapter("bench.engines.sglang_offline", "sglang", ALL, versions=("torch", "sglang")),
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ def load_model(checkpoint: Path, options: Options, device: str, **how: Any) -> A
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=dtype, local_files_only=True, **how
     )
-    return model.to(device).eval()
+    return model.eval().to(device)
 
 
 def random_model(config: dict[str, Any], device: str, dtype: Any, std: float = 0.02) -> Any:

@@ -10,12 +10,24 @@ from typing import Any
 
 import pytest
 
-from bench import cases, compare, diff, figures, parts, record, report, sessions, timing
-from bench.cases import SMOKE, Got, Model
+from bench import (
+    cases,
+    compare,
+    compare_options,
+    diff,
+    figures,
+    parts,
+    record,
+    report,
+    sessions,
+    timing,
+)
+from bench.cases import Got
 from bench.engines import RAGGED, Memory, Options, Output, Request
 from bench.engines.client import EngineError, Missing, Reply
 from bench.record import Record, Run
 from bench.sessions import Failure, Session, Took, Trial
+from bench.sizes import SMOKE, Model
 from tests.bench.test_engines import DEMO, STUBS
 
 TINY = Model({
@@ -90,7 +102,7 @@ def test_the_work_of_a_step_is_counted_from_any_config() -> None:
 def test_an_unknown_dataset_is_refused() -> None:
     for name in ("sharegpt", "random:5", "random:5:x", "random:0:5"):
         with pytest.raises((ValueError, SystemExit)):
-            compare.parse(["--dataset-name", name])
+            compare_options.parse(["--dataset-name", name])
 
 
 # -- turns ----------------------------------------------------------------------------------------
@@ -119,7 +131,7 @@ def test_as_many_engines_share_a_device_as_fit() -> None:
     session = one_case(max_num_seqs=2)
     held = 2 * (4 + 6)  # tokens
     fits = [
-        sessions.fitting(session, kv, memory, weights, 5)
+        sessions.fitting(session.cases, 2, kv, memory, weights, 5)
         for kv, memory, weights in (
             (0, 80 << 30, 16 << 30),
             (1 << 30, 80 << 30, 16 << 30),
@@ -127,6 +139,8 @@ def test_as_many_engines_share_a_device_as_fit() -> None:
         )
     ]
     assert fits == [3, 1, 5]
+    huge = sessions.fitting(session.cases, 2, 10 << 30, 80 << 30, 16 << 30, 5)
+    assert huge == 0
     assert cases.concurrent_tokens(session.cases, 2) == held
     assert cases.concurrent_tokens(session.cases, 1) == held // 2
 
@@ -387,7 +401,7 @@ def test_figures_of_different_devices_are_not_compared(tmp_path: Path) -> None:
 )
 def test_options_are_checked_before_anything_runs(words: list[str]) -> None:
     with pytest.raises(SystemExit):
-        compare.parse(words)
+        compare_options.parse(words)
 
 
 def test_a_small_run_of_jaxinfer_beside_a_stub(
@@ -432,3 +446,25 @@ def test_start_is_timed_with_and_without_programs_on_disk(
     assert warm.value
     assert cold.detail["loaded_s"] < cold.value < cold.detail["last_token_s"]
     assert found["compare.demo.startup.in16.vllm.runs"].value == 0
+
+
+def test_cases_that_leave_room_for_fewer_engines_have_a_session_of_their_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args, sizes = compare_options.parse(
+        ["--workloads", "latency,throughput,prefill", "--num-prompts", "9"]
+    )
+    checkpoint, writing = compare.find_checkpoint("llama-3.1-8b", tmp_path, "bfloat16")
+    assert [part.args[1] for part in writing] == ["write"]
+    made = compare.make_sessions(args, sizes, checkpoint, 80 << 30)
+    names = [[case.name for case in session.cases] for session in made]
+    fixed = [case for own in names for case in own if case.startswith(("b", "in"))]
+    assert len(fixed) == len(set(fixed)) == 4 * 4 + 3 - 1
+    assert "latency b64.in32768] left out" in capsys.readouterr().out
+    for session in made:
+        assert session.options.max_model_len == cases.longest(session.cases)
+        mixed = session.cases[0].workload == "throughput"
+        assert session.options.warm_up == mixed
+    assert compare.find_checkpoint("demo", tmp_path, "float32")[1] == []
+    with pytest.raises(ValueError, match="unknown shape"):
+        compare.find_checkpoint("gpt", tmp_path, "bfloat16")
