@@ -96,41 +96,29 @@ class Adapter:
 
     Attributes:
         module: with `load`.
-        package: that must be installed.
+        packages: that must be installed; their versions are part of the result, and torch's.
         can: of RAGGED, ARRIVALS, QUANTISED, SPECULATIVE.
         torch: runs under `BENCH_TORCH_PYTHON`, where that names another interpreter.
         how: arguments of `load` beside the checkpoint and the options.
-        versions: packages whose versions are part of the result.
     """
 
     module: str
-    package: str
+    packages: tuple[str, ...]
     can: frozenset[str] = frozenset()
     torch: bool = True
     how: dict[str, Any] = field(default_factory=dict)
-    versions: tuple[str, ...] = ("torch",)
 
 
+HF = ("torch", "transformers")
 ENGINES: dict[str, Adapter] = {
-    "jaxinfer": Adapter(
-        "bench.engines.jaxinfer", "jax", ALL, torch=False, versions=("jax",)
-    ),
-    "torch-compile": Adapter("bench.engines.torch_compile", "torch"),
-    "hf-static": Adapter(
-        "bench.engines.hf", "transformers", how={"static": True},
-        versions=("torch", "transformers"),
-    ),
-    "hf-eager": Adapter(
-        "bench.engines.hf", "transformers", how={"static": False},
-        versions=("torch", "transformers"),
-    ),
-    "hf-continuous": Adapter(
-        "bench.engines.hf_continuous", "transformers", frozenset({RAGGED, ARRIVALS}),
-        versions=("torch", "transformers"),
-    ),
-    "vllm": Adapter("bench.engines.vllm_async", "vllm", ALL, versions=("torch", "vllm")),
-    "sglang": Adapter("bench.engines.sglang_offline", "sglang", ALL, versions=("torch", "sglang")),
-}  # fmt: skip
+    "jaxinfer": Adapter("bench.engines.jaxinfer", ("jax",), ALL, torch=False),
+    "torch-compile": Adapter("bench.engines.torch_compile", ("torch", "safetensors")),
+    "hf-static": Adapter("bench.engines.hf", HF, how={"static": True}),
+    "hf-eager": Adapter("bench.engines.hf", HF, how={"static": False}),
+    "hf-continuous": Adapter("bench.engines.hf_continuous", HF, frozenset({RAGGED, ARRIVALS})),
+    "vllm": Adapter("bench.engines.vllm_async", ("vllm",), ALL),
+    "sglang": Adapter("bench.engines.sglang_offline", ("sglang",), ALL),
+}
 
 
 def check(request: Request, output: Output) -> None:

@@ -64,9 +64,10 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     adapter = ENGINES[name]
-    if util.find_spec(adapter.package) is None:
-        print(json.dumps({"missing": f"{adapter.package} is not installed"}), file=answers)
+    if missing := [package for package in adapter.packages if util.find_spec(package) is None]:
+        print(json.dumps({"missing": f"{missing[0]} is not installed"}), file=answers)
         return
+    told = (*adapter.packages, *(("torch",) if adapter.torch else ()))
     engine: Engine | None = None
 
     def start() -> dict[str, Any]:
@@ -74,7 +75,7 @@ def main() -> None:
         module = importlib.import_module(adapter.module)
         given = Options(**json.loads(options))
         engine = module.load(Path(checkpoint), given, **adapter.how)
-        return {"ready": time.time(), "versions": versions(adapter.versions)}
+        return {"ready": time.time(), "versions": versions(told)}
 
     print(json.dumps(guarded(start)), file=answers)
     if engine is None:
