@@ -226,6 +226,8 @@ def _tell(event: sessions.Event) -> None:
 def main(words: list[str] | None = None) -> Run:
     args, sizes = parse(words)
     run = record.start(parts.command_line("bench.compare"))
+    if args.readme:
+        report.check_device(run)
     harness = Harness(args, run, record.path_for(run, "compare", args.out))
     with tempfile.TemporaryDirectory(prefix="bench-model-") as folder:
         checkpoint, writing = find_checkpoint(args.model, Path(folder), args.dtype)

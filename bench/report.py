@@ -227,6 +227,12 @@ def write(run: Run, path: Path, anchors: Path = ANCHORS) -> list[Path]:
     return [path, text, *(file for picture, file in named.items() if draw(run, picture, file))]
 
 
+def check_device(run: Run) -> None:
+    """Raises ValueError for a CPU, whose figures README does not show."""
+    if run.device["kind"] == "cpu":
+        raise ValueError("README shows figures of a GPU; these are of a CPU")
+
+
 def rewrite_readme(
     run: Run, readme: Path = README, images: Path = IMAGES, anchors: Path = ANCHORS
 ) -> None:
@@ -235,8 +241,7 @@ def rewrite_readme(
     Raises:
         ValueError: the run is of a CPU, or README has no markers. Nothing has been written.
     """
-    if run.device["kind"] == "cpu":
-        raise ValueError("README shows figures of a GPU; these are of a CPU")
+    check_device(run)
     before, begin, rest = readme.read_text().partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

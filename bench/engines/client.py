@@ -56,7 +56,7 @@ class Client:
         self, name: str, checkpoint: Path, options: Options, env: Mapping[str, str] | None = None
     ) -> None:
         """Starts the process, and does not wait for it: see `wait`."""
-        self.name, self.versions = name, {}
+        self.name, self.versions, self._checkpoint = name, {}, checkpoint
         self._log = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115
         self._unread = b""
         words = ["-m", "bench.engines.worker", name, str(checkpoint), encode(options)]
@@ -136,9 +136,13 @@ class Client:
         line, _, self._unread = b"".join(pieces).partition(b"\n")
         answer = json.loads(line)
         if "error" in answer:
-            raise EngineError(answer["error"], parts.without_paths(answer["tail"]))
+            raise EngineError(self._published(answer["error"]), self._published(answer["tail"]))
         return answer
 
     def _tail(self) -> str:
         self._log.seek(0)
-        return parts.without_paths(self._log.read())[-parts.ERROR_CHARS :]
+        return self._published(self._log.read())[-parts.ERROR_CHARS :]
+
+    def _published(self, text: str) -> str:
+        """Results are published: where this machine keeps things is nobody's business."""
+        return parts.without_paths(text.replace(str(self._checkpoint), self._checkpoint.name))

@@ -352,6 +352,10 @@ def test_readme_takes_no_figures_of_a_cpu_and_needs_its_markers(tmp_path: Path, 
     with pytest.raises(ValueError, match="figures of a GPU" if cpu else "README.md has no"):
         report.rewrite_readme(run, readme, tmp_path)
     assert readme.read_text() == before
+    if cpu and record.device()["kind"] == "cpu":  # before anything is measured
+        with pytest.raises(ValueError, match="figures of a GPU"):
+            compare.main(["--smoke", "--readme", "--out", str(tmp_path / "none")])
+        assert not (tmp_path / "none").exists()
 
 
 def test_the_real_readme_has_the_markers() -> None:

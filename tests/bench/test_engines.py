@@ -59,6 +59,15 @@ def test_what_an_engine_does_wrong_is_told_and_it_goes_on(name: str, stubs: None
             client.generate([Request([1], 2)], 60)
 
 
+def test_an_error_does_not_say_where_the_checkpoint_lies(tmp_path: Path) -> None:
+    with (
+        Client("jaxinfer", tmp_path / "nothing", SMALL) as client,
+        pytest.raises(EngineError, match="'nothing': does not exist") as error,
+    ):
+        client.wait()
+    assert str(tmp_path) not in f"{error.value}{error.value.tail}"
+
+
 def test_an_option_that_the_engine_has_not_is_an_error(stubs: None) -> None:
     with (
         Client("vllm", DEMO, Options(extra={"colour": "red"})) as client,
