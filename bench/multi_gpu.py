@@ -172,7 +172,7 @@ def same(settings: list[dict[str, Any]]) -> Iterator[Record]:
 
 
 def links(count: int) -> Iterator[Record]:
-    """Microseconds of an exchange of [rows, 4096] bf16 on `count` GPUs, one of many in a program."""
+    """Microseconds of an exchange of [rows, 4096] bf16 on `count` GPUs, in a program of many."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import PartitionSpec as P
