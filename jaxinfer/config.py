@@ -122,6 +122,7 @@ class BatcherConfig:
             must be read for all to end soon. It knows limits, not where sequences really end.
         prefix_caching: pages of prompts that begin alike are computed once.
         max_guesses: most tokens that are guessed for a row in one step.
+        host_slots: pages for which the host's memory has room; see `tier`.
     """
 
     num_pages: int
@@ -135,6 +136,7 @@ class BatcherConfig:
     policy: Policy = "continuous"
     prefix_caching: bool = True
     max_guesses: int = 0
+    host_slots: int = 0
 
     def most_steps(self, guesses: int) -> int:
         """Decode steps of one dispatch, at most. Those that guess take about twice as long, and

@@ -22,6 +22,7 @@ from jaxinfer.batcher import (
     Cancel,
     Finished,
     Guess,
+    Move,
     Preempt,
     Progress,
     Refuse,
@@ -96,7 +97,17 @@ class Device:
         self.luck = itertools.cycle(luck)
         self.owner, self.length, self.active = [None] * M, [0] * M, [False] * M
         self.pages = [np.empty(0, int)] * M
-        self.slots = {}
+        self.slots, self.far = {}, {}  # of the device; and whole pages, by slots of the host
+
+    def move(self, action):
+        """What is stored is what the dispatches before have left; it is all there before loads."""
+        places = range(self.config.page_size)
+        assert len(set(action.stores[:, 1].tolist())) == len(action.stores)
+        for page, slot in action.stores.tolist():
+            assert 0 <= slot < self.config.host_slots
+            self.far[slot] = [self.slots[page, at] for at in places]
+        for slot, page in action.loads.tolist():
+            self.slots |= {(page, at): token for at, token in enumerate(self.far[slot])}
 
     def run(self, action):
         """Tokens that the action produces, by sequence. All is written before anything is read."""
@@ -193,6 +204,7 @@ class Host:
         self.needed = {}  # id -> the most pages that it has needed in its row
         self.to_release, self.unseen, self.preempted = set(), set(), set()
         self.again, self.any_row = set(), 0
+        self.moved = [0, 0]  # pages, to the host and back
 
     def submit(self, sequences):
         rows, keys, ranks = [], [], []
@@ -256,6 +268,10 @@ class Host:
                 self.refused.add(action.id)
             elif isinstance(action, Preempt):
                 self.preempt(action.id, rows)
+            elif isinstance(action, Move):
+                assert len(action.stores) or len(action.loads)
+                self.device.move(action)
+                self.moved = [self.moved[0] + len(action.stores), self.moved[1] + len(action.loads)]
             else:
                 self.check_action(action)
                 self.in_flight.append((action, self.device.run(action)))
@@ -453,6 +469,7 @@ configs = st.builds(
     max_waiting=st.sampled_from([1, 3, PLENTY]),
     policy=st.sampled_from(["continuous", "static", "makespan"]),
     max_guesses=st.sampled_from([0, 1, 2, 5]),
+    host_slots=st.sampled_from([0, 1, 4, 20]),
 )
 
 
@@ -517,6 +534,7 @@ guessing = st.builds(
     max_waiting=st.just(PLENTY),
     policy=st.sampled_from(["continuous", "makespan"]),
     max_guesses=st.integers(1, 4),
+    host_slots=st.sampled_from([0, 3]),
 )
 talkative = submissions(st.integers(1, 4), st.integers(8, 40), [0.5, 1.0], [0, 5], most=3)
 turns = st.lists(
