@@ -436,6 +436,11 @@ class Host:
         assert (chunk.pages > 0).all()
         self.read[chunk.id] = chunk.stop
 
+    def turn(self):
+        for _ in range(3):
+            self.schedule()
+            self.observe()
+
     def drain(self):
         """To the end, two dispatches ahead, as the engine."""
         for _ in range(10_000):
@@ -553,6 +558,48 @@ turns = st.lists(
 @given(config=guessing, first=talkative, operations=turns, luck=luck)
 def test_any_history_of_guesses(config, first, operations, luck):
     live(config, [("submit", first), *operations], luck)
+
+
+# Pages for a prompt or two, and prompts that begin like those before the last: so they leave the
+# device, and come back.
+leaving = st.builds(
+    BatcherConfig,
+    num_pages=st.integers(6, 14),
+    page_size=st.sampled_from([1, 2]),
+    max_num_seqs=st.integers(1, 3),
+    max_model_len=st.just(16),
+    max_num_batched_tokens=st.integers(5, 12),
+    max_chunks=st.integers(1, 3),
+    max_steps=st.just(2),
+    max_waiting=st.just(PLENTY),
+    policy=st.sampled_from(["continuous", "makespan"]),
+    max_guesses=st.sampled_from([0, 0, 2]),
+    host_slots=st.sampled_from([1, 3, 8, 40]),
+)
+long = submissions(st.integers(4, 12), st.integers(1, 4), [0.0, 1.0], [5, 8, 12], most=3)
+visits = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), long),
+        st.tuples(st.just("submit"), long),
+        st.tuples(st.just("cancel"), st.integers(0, 9)),
+        st.tuples(st.just("turn")),
+    ),
+    min_size=4,
+    max_size=12,
+)
+
+
+@settings(max_examples=max(settings().max_examples, 100))
+@given(config=leaving, operations=visits, luck=luck)
+def test_any_history_of_pages_that_leave(config, operations, luck):
+    live(config, operations, luck)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000)
+@given(config=leaving, operations=visits, luck=luck)
+def test_many_histories_of_pages_that_leave(config, operations, luck):
+    live(config, operations, luck)
 
 
 @pytest.mark.slow

@@ -59,6 +59,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
             "jaxinfer.engine",
             "jaxinfer.guesser",
             "jaxinfer.observe",
+            "jaxinfer.page_copies",
             "jaxinfer.replicas",
             "jaxinfer.state",
         },

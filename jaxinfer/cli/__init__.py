@@ -26,6 +26,7 @@ from jaxinfer.cli.options import (
     GpuMemory,
     Json,
     KvCacheDtypeOption,
+    KvHostBytes,
     MaxModelLen,
     MaxTokens,
     MinP,
@@ -116,6 +117,7 @@ def generate(
     tensor_parallel_size: TensorParallel = 1,
     data_parallel_size: DataParallel = 1,
     device_weight_bytes: DeviceWeightBytes = None,
+    kv_host_bytes: KvHostBytes = 0,
     n: Annotated[int, typer.Option(help="Samples a prompt.", rich_help_panel=SAMPLING)] = 1,
     max_tokens: MaxTokens = 128,
     min_tokens: Annotated[
@@ -155,7 +157,7 @@ def generate(
     )  # fmt: skip
     options = ModelOptions(
         model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype, event_log,
-        speculative, tensor_parallel_size, data_parallel_size, device_weight_bytes,
+        speculative, tensor_parallel_size, data_parallel_size, device_weight_bytes, kv_host_bytes,
     )  # fmt: skip
     measured = metrics_path(metrics)
     if out:
@@ -195,6 +197,7 @@ def chat(
     speculative: SpeculativeOption = None,
     tensor_parallel_size: TensorParallel = 1,
     device_weight_bytes: DeviceWeightBytes = None,
+    kv_host_bytes: KvHostBytes = 0,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -212,7 +215,7 @@ def chat(
     options = ModelOptions(
         model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype,
         speculative=speculative, tensor_parallel_size=tensor_parallel_size,
-        device_weight_bytes=device_weight_bytes,
+        device_weight_bytes=device_weight_bytes, kv_host_bytes=kv_host_bytes,
     )  # fmt: skip
     with open_llm(options) as llm:
         if llm.tokenizer is None or not llm.tokenizer.has_chat_template:
