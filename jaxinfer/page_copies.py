@@ -166,6 +166,6 @@ def _scatter(cache: PagedCache, pages: Array, group: tuple[Page, ...]) -> PagedC
     if new.scales is not None:
         k_scales, v_scales = put(_scales(cache), new.scales)
         cache = cache._replace(k_scales=k_scales, v_scales=v_scales)
-    if new.tokens is not None:
+    if cache.tokens is not None:
         cache = cache._replace(tokens=cache.tokens.at[pages].set(new.tokens.T))
     return cache

@@ -75,9 +75,7 @@ def create(num_pages: int, host_slots: int = 0) -> PagePool:
     return _sealed(PagePool(holders, num_pages - 1, spare, queue, 0, none, none, none, host))
 
 
-def allocate(
-    pool: PagePool, count: int, keys: np.ndarray = NO_KEYS
-) -> tuple[PagePool, np.ndarray]:
+def allocate(pool: PagePool, count: int, keys: np.ndarray = NO_KEYS) -> tuple[PagePool, np.ndarray]:
     """Grants `count` pages, int32 [count], each with one holder. What they remembered is lost, or
     goes to the host.
 

@@ -29,7 +29,7 @@ class MemoryPlan:
     Attributes:
         weights: the parameters that lie on the device.
         host_weights: those on the host, which every step copies to the device; see `offload`.
-        cache: the KV pages on the device, `num_pages` of `page_size` tokens, the trash page included.
+        cache: the KV pages, `num_pages` of `page_size` tokens, the trash page included.
         steps: kept free for the compiled steps' own needs.
         max_model_len: longest sequence, in tokens.
         host_cache: KV pages on the host, `host_pages`; see `tier`.
