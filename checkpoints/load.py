@@ -29,6 +29,7 @@ from checkpoints.load_matrices import (
     load_matrix,
     module,
     read_tensor,
+    unlike_stages,
 )  # fmt: skip
 from checkpoints.safetensors_reader import Checkpoint, open_checkpoint, read_rows
 from jaxinfer.errors import CheckpointError
@@ -123,7 +124,11 @@ def check(
     formats: Formats | None = None,
 ) -> None:
     """Raises one `CheckpointError` that lists whatever keeps `weights` from being read."""
-    tensors, formats = checkpoint.tensors, formats or {}
+    tensors, formats, weights = checkpoint.tensors, formats or {}, list(weights)
+
+    def kind(piece: Piece) -> str:
+        return formats[module(piece)].name if module(piece) in formats else "dense"
+
     wanted: dict[str, Field] = {}
     for weight in weights:
         for piece in weight.pieces:
@@ -140,6 +145,7 @@ def check(
         listed("missing", missing),
         listed("not part of the model", unused),
         listed("of another shape or dtype", filter(None, (fault(t, f) for t, f in found))),
+        listed("stored otherwise in the next stage of a pipeline", unlike_stages(weights, kind)),
     ]
     if any(problems):
         raise CheckpointError(

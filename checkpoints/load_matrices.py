@@ -7,7 +7,7 @@ dequantised and rounded anew.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -26,6 +26,7 @@ from jaxinfer.quant import (
     join_rows,
     join_shards,
     partition,
+    stack_stages,
     take_rows,
 )  # fmt: skip
 
@@ -66,6 +67,22 @@ def fields_of(piece: Piece, kind: Format) -> dict[str, Field]:
     if K % 2:
         raise CheckpointError(f"{piece.name}: {kind.name} of an odd number of columns, {K}")
     return {f"{module(piece)}.{suffix}": f for suffix, f in kind.fields(N, K).items()}
+
+
+def unlike_stages(weights: Iterable[Weight], kind: Callable[[Piece], str]) -> list[str]:
+    """What is of one kind in a stage of a pipeline and of another in the next, which a program that
+    all stages run does not allow.
+
+    Args:
+        kind: how a piece is stored.
+    """
+    found = []
+    for weight in weights:
+        count = len(weight.pieces) // weight.stages
+        for piece, other in zip(weight.pieces, weight.pieces[count:], strict=False):
+            if kind(piece) != kind(other):
+                found.append(f"{piece.name} {kind(piece)}, {other.name} {kind(other)}")
+    return found
 
 
 def fault(tensor: Tensor, wanted: Field) -> str:
@@ -109,34 +126,40 @@ def load_matrix(
         CheckpointError: contents that are no such matrix, or a split that its groups do not allow.
     """
     rows = [_read(checkpoint, piece, formats, dtype) for piece in weight.pieces]
-    return put(joined(rows, sharding), weight, sharding)
+    return put(rows, weight, sharding)
 
 
-def joined(pieces: Sequence[Any], sharding: jax.sharding.Sharding) -> Any:
-    """The matrix of a weight's pieces, which are declared for as many shards as it is split in."""
+def put(pieces: Sequence[Any], weight: Weight, sharding: jax.sharding.Sharding) -> Any:
+    """The matrix of a weight's pieces on its devices, split as the dense `weight` would be by
+    `sharding`, for as many shards as which it is declared.
+
+    Raises:
+        CheckpointError: its groups do not allow it, or it is stored otherwise in another stage.
+    """
+    shards, count = shards_of(sharding) // weight.stages, len(pieces) // weight.stages
+    stages = [pieces[i : i + count] for i in range(0, len(pieces), count)]
     # What is not fused is one piece, however it is split.
-    return join_rows(pieces) if len(pieces) == 1 else join_shards(pieces, shards_of(sharding))
+    each = [join_rows(one) if count == 1 else join_shards(one, shards) for one in stages]
+    places = shardings_of(each[0], weight, sharding)
+    try:
+        matrix = each[0] if weight.stages == 1 else stack_stages(each)
+    except ValueError as error:
+        names = ", ".join(piece.name for piece in weight.pieces[::count])
+        raise CheckpointError(f"{names}: {error}") from None
+    return jax.block_until_ready(jax.device_put(matrix, places))
 
 
 def shards_of(sharding: jax.sharding.Sharding) -> int:
     """Into how many different parts a weight is split."""
     if not isinstance(sharding, NamedSharding):
         return 1
-    return math.prod(sharding.mesh.shape[axis] for axis in sharding.spec if isinstance(axis, str))
-
-
-def put(matrix: Any, weight: Weight, sharding: jax.sharding.Sharding) -> Any:
-    """An array or matrix on its devices, split as the dense `weight` would be by `sharding`.
-
-    Raises:
-        CheckpointError: its groups do not allow it.
-    """
-    places = shardings_of(matrix, weight, sharding)
-    return jax.block_until_ready(jax.device_put(matrix, places))
+    axes = (axis if isinstance(axis, tuple) else (axis,) for axis in sharding.spec)
+    return math.prod(sharding.mesh.shape[name] for axis in axes for name in axis if name)
 
 
 def shardings_of(matrix: Any, weight: Weight, sharding: jax.sharding.Sharding) -> Any:
-    """Where each array of a matrix lies; see `quant.partition`. Of an array: `sharding`.
+    """Where each array of a matrix, that of one stage, lies; see `quant.partition`. Of an array:
+    `sharding`.
 
     Raises:
         CheckpointError: its groups do not allow the split.
@@ -145,12 +168,17 @@ def shardings_of(matrix: Any, weight: Weight, sharding: jax.sharding.Sharding) -
         return sharding
     if not isinstance(sharding, NamedSharding):
         return jax.tree.map(partial(place_of, sharding), matrix)
-    mesh = sharding.mesh
+    rows, columns = (*sharding.spec, None, None)[:2]
+    stage = None
+    if weight.stages > 1:
+        stage, *inner = rows if isinstance(rows, tuple) else (rows,)
+        rows = tuple(inner) or None
+    shards = shards_of(sharding) // weight.stages
     try:
-        specs = partition(matrix, PartitionSpec(*sharding.spec), shards_of(sharding))
+        specs = partition(matrix, PartitionSpec(rows, columns), shards, stage)
     except ValueError as error:
         raise CheckpointError(f"{weight.pieces[0].name}: {error}") from None
-    kind = sharding.memory_kind
+    mesh, kind = sharding.mesh, sharding.memory_kind
     return jax.tree.map(
         lambda x, spec: place_of(NamedSharding(mesh, spec, memory_kind=kind), x), matrix, specs
     )

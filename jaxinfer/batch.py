@@ -224,7 +224,7 @@ def decoding(seq: SeqState, plan: Plan) -> tuple[Array, Array]:
     return rows, seq.active[rows] & (plan.rows < M)
 
 
-def note_steps(tokens: Array, seq: SeqState, plan: Plan, sampled: Array) -> Array:
+def note_steps(tokens: Array, seq: SeqState, plan: Plan, sampled: Array) -> Array | None:
     """`PagedCache.tokens` after several decode steps, in one write: one in each step takes longer
     than all else that a small model's step does for speculation.
 

@@ -89,8 +89,10 @@ def join_layers(layers: list[Pools], tokens: jax.Array | None = None) -> PagedCa
     return PagedCache(k, v, *scales, tokens=tokens)
 
 
-def note_tokens(tokens: jax.Array, kv_index: jax.Array, new: jax.Array) -> jax.Array:
+def note_tokens(tokens: jax.Array | None, kv_index: jax.Array, new: jax.Array) -> jax.Array | None:
     """`PagedCache.tokens` with tokens `new` in the slots `kv_index`, of the same shape."""
+    if tokens is None:
+        return None
     return tokens.reshape(-1).at[kv_index].set(new).reshape(tokens.shape)
 
 

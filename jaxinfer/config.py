@@ -241,6 +241,7 @@ class EngineOptions:
     seed: int = 0
     invariant: bool = True
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
     page_size: int = 32
     max_num_batched_tokens: int | None = None
@@ -261,10 +262,8 @@ class EngineOptions:
         }.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected one of {accepted}")
-        at_least_one = (
-            "max_num_seqs", "max_waiting", "page_size", "tensor_parallel_size",
-            "data_parallel_size",
-        )  # fmt: skip
+        sizes = ("tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size")
+        at_least_one = ("max_num_seqs", "max_waiting", "page_size", *sizes)
         optional = (
             "max_num_batched_tokens", "max_steps", "max_model_len", "kv_cache_bytes",
             "device_weight_bytes",

@@ -10,7 +10,7 @@ Letters: M rows of state, R rows of a step, k guesses, P pages a row, V vocabula
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -22,9 +22,11 @@ from jaxinfer import proposers, sampling
 from jaxinfer.batch import Drafting, Plan, SeqState, decoding
 from jaxinfer.cache import PagedCache
 from jaxinfer.config import BatcherConfig, ModelConfig, Speculative
-from jaxinfer.models.decoder import DEFAULT_ATTENTION, AttentionOptions, Params, forward
-from jaxinfer.parallel import new_cache, replicate
+from jaxinfer.models.decoder import DEFAULT_ATTENTION, AttentionOptions, Params
+from jaxinfer.parallel import new_cache, replicate, stage_config
+from jaxinfer.pipeline import forward
 from jaxinfer.speculate import Accepted, Drawing, Proposer, State, newest, step
+from jaxinfer.types import Axis
 from jaxinfer.windows import Pages, model_forward, text_at, unread
 
 
@@ -44,6 +46,16 @@ class Drafter:
     def reads_text(self) -> bool:
         """Whether it needs `PagedCache.tokens`."""
         return self.how.method != "skip"
+
+
+def of_stage(drafter: Drafter | None, config: ModelConfig, mesh: Mesh | None) -> Drafter | None:
+    """What guesses, as each stage of a pipeline computes it: with its own layers."""
+    if drafter is None:
+        return None
+    each = stage_config(config, mesh).num_layers
+    how = replace(drafter.how, skip=tuple(i for i in drafter.how.skip if i < each))
+    model = drafter.model
+    return Drafter(how, None if model is None else stage_config(model, mesh))
 
 
 def init_drafting(
@@ -70,7 +82,7 @@ def speculate_rows(
     attention: AttentionOptions,
     drawing: Drawing,
     top: int | None,
-    axis: str | None = None,
+    axis: Axis = None,
 ) -> tuple[PagedCache, SeqState, Accepted]:
     """From one token to k + 1 for every row of `plan.rows` that runs; [R] of each in what is
     accepted. Rows of which the draft has too much to read get one.
@@ -80,7 +92,7 @@ def speculate_rows(
         config: of the target.
         pages: columns of the page table to look at; they must cover all that may be written.
         drawing, top: see `speculate.step`. Its `axis` is chosen here.
-        axis: mesh axis of tensor parallelism when run under `shard_map`.
+        axis: mesh axes when run under `shard_map`.
     """
     whole = drawing.random or top is not None or drafter.how.rule == "rejection"
     drawing = drawing._replace(axis=None if whole else axis)
@@ -137,7 +149,7 @@ def speculate_rows(
 def catch_up(
     draft: Params, cache: PagedCache, seq: SeqState, plan: Plan, *,
     drafter: Drafter, tokens: int, pages: int, attention: AttentionOptions,
-    axis: str | None = None,
+    axis: Axis = None,
 ) -> SeqState:  # fmt: skip
     """The draft reads what it has not seen of `plan.rows`, the first of them first, `tokens` at
     most; but for the newest token of each."""
@@ -165,7 +177,7 @@ def proposer(
     config: ModelConfig,
     attention: AttentionOptions = DEFAULT_ATTENTION,
     *,
-    axis: str | None = None,
+    axis: Axis = None,
     whole: bool = True,
 ) -> Proposer:
     """What guesses, with weights by the names `target` and `draft`.

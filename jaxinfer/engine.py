@@ -21,7 +21,7 @@ from jaxinfer.buckets import make_buckets
 from jaxinfer.cache import PagedCache
 from jaxinfer.config import BatcherConfig, ModelConfig
 from jaxinfer.controller import Costs
-from jaxinfer.drafting import Drafter, init_drafting
+from jaxinfer.drafting import Drafter, init_drafting, of_stage
 from jaxinfer.errors import JaxinferError
 from jaxinfer.guesser import Guesser, catch_up_key, catch_up_plan
 from jaxinfer.hooked import LOGITS, HookTables
@@ -40,7 +40,7 @@ from jaxinfer.observe import (
 from jaxinfer.packing import pack
 from jaxinfer.page_copies import PageCopies
 from jaxinfer.pages import page_keys, pages_for
-from jaxinfer.parallel import device_bytes, new_cache, replicate
+from jaxinfer.parallel import device_bytes, new_cache, replicate, sizes, stage_config
 from jaxinfer.plans import (
     Kind,
     SequenceSpec,
@@ -81,8 +81,8 @@ class Engine:
         drafter: what guesses tokens, `limits.max_guesses` at most; None: nothing does.
         draft: weights of the drafter's model, if it has one.
         costs: see `controller`; with a drafter.
-        mesh: devices of tensor parallelism, over which `params` and `draft` are split
-            (`parallel.lay_out`), or the one that they lie on; None: the default device.
+        mesh: devices over which `params` and `draft` are split (`parallel.lay_out`), or the one
+            that they lie on; None: the default device.
     """
 
     def __init__(
@@ -108,8 +108,9 @@ class Engine:
         self._buckets = make_buckets(limits, gpu=platform == "gpu")
         self._table_width = pages_for(limits.max_model_len, limits.page_size)
         self.compiler = StepCompiler(
-            config, invariant=invariant, platform=platform, drafter=drafter, mesh=mesh
-        )
+            stage_config(config, mesh), invariant=invariant, platform=platform,
+            drafter=of_stage(drafter, config, mesh), mesh=mesh,
+        )  # fmt: skip
         self._drafter, self._draft = drafter, draft
         self._guesser = None
         if drafter is not None:
@@ -390,7 +391,7 @@ class Engine:
     def _described(self) -> dict[str, Any]:
         return describe(
             self._params, self.config, kv_dtype=self._dtype, invariant=self._invariant,
-            shards=1 if self._mesh is None else self._mesh.size,
+            parallel=sizes(self._mesh),
         )  # fmt: skip
 
     @property
@@ -475,7 +476,9 @@ class Engine:
             if not key.chunks:
                 said(read, probe)
             following = said(key, probe._replace(tokens=longer) if key.chunks else probe)
-            written = (np.asarray(x[probe.pages]) for x in (self._cache.k[-1], self._cache.v[-1]))
+            # From the end: of the last layer of the last stage.
+            pages = probe.pages - self.limits.num_pages
+            written = (np.asarray(x[pages]) for x in (self._cache.k[-1], self._cache.v[-1]))
             found[key] = b"".join([following.tobytes(), *(x.tobytes() for x in written)])
         return found
 

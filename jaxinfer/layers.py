@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 
 from jaxinfer.quant import Matrix, matmul
+from jaxinfer.types import Axis
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -80,7 +81,7 @@ def down(hidden: jax.Array, layer: dict[str, Any], axis: str | None = None) -> j
 
 
 @jax.named_scope("embed")
-def embed(table: jax.Array, tokens: jax.Array, axis: str | None = None) -> jax.Array:
+def embed(table: jax.Array, tokens: jax.Array, axis: Axis = None) -> jax.Array:
     """Rows of the embedding table [V, E] (this shard's rows of it under `axis`)."""
     if axis is None:
         return table[tokens]
@@ -90,7 +91,7 @@ def embed(table: jax.Array, tokens: jax.Array, axis: str | None = None) -> jax.A
 
 
 @jax.named_scope("output")
-def unembed(table: Matrix, hidden: jax.Array, axis: str | None = None) -> jax.Array:
+def unembed(table: Matrix, hidden: jax.Array, axis: Axis = None) -> jax.Array:
     """hidden [..., E] → logits [..., V], gathered over the shards under `axis`."""
     logits = linear(hidden, table)
     return logits if axis is None else lax.all_gather(logits, axis, axis=-1, tiled=True)

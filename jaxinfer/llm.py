@@ -34,6 +34,7 @@ from jaxinfer.loading import (
     batcher_config,
     check_dense,
     check_params,
+    has_quantised,
     load_weights,
     make_meshes,
     model_config,
@@ -49,7 +50,7 @@ from jaxinfer.models.sites import widths
 from jaxinfer.models.weights import abstract_params, declare
 from jaxinfer.observe import DISPATCHES_AHEAD
 from jaxinfer.offload import host_places, lies, place_of
-from jaxinfer.parallel import arrange, copy_to, device_bytes, lay_out, reading_mesh
+from jaxinfer.parallel import arrange, copy_to, device_bytes, lay_out, reading_mesh, said
 from jaxinfer.quant import pack_params
 from jaxinfer.replicas import Replicas
 from jaxinfer.requests import (
@@ -124,15 +125,17 @@ class LLM:
         invariant: a request's tokens do not depend on what it is batched with (ADR 003).
         tensor_parallel_size: devices that share every layer, the first of this process; it must
             divide heads, MLP and vocabulary. Other degrees give other bits (docs/parallel.md).
-        data_parallel_size: replicas of the model, of `tensor_parallel_size` devices each, that
-            share the requests; sizes are those of each, but for `max_waiting`. It changes no token.
+        pipeline_parallel_size: stages that hold the layers in turn, each on as many devices as
+            share a layer; it must divide the layers, and both together the vocabulary.
+        data_parallel_size: replicas of the model, of as many devices each, that share the requests;
+            sizes are those of each, but for `max_waiting`. It changes no token.
         page_size: tokens a page of the cache.
         max_num_batched_tokens: most tokens of one step: one for each sequence that decodes, and as
             much of prompts as that leaves; longer ones are read in chunks. None: 2048, or twice
             `max_num_seqs`.
         max_steps: most decode steps in one dispatch, while nothing waits. Tokens then come in
             groups of so many. None: 1, and more for small models on a GPU, whose steps take less
-            time than the host needs to prepare one.
+            time than the host needs to prepare one; 4 with stages, which then stand idle less.
         max_waiting: queue bound; more requests at once raise QueueFull.
         policy: `continuous` fills rows as they become free; `static` runs whole batches;
             `makespan` has many requests that are there at once end sooner, by beginning with those
@@ -174,6 +177,7 @@ class LLM:
         seed: int = 0,
         invariant: bool = True,
         tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
         data_parallel_size: int = 1,
         page_size: int = 32,
         max_num_batched_tokens: int | None = None,
@@ -193,7 +197,8 @@ class LLM:
             gpu_memory_utilization=gpu_memory_utilization, kv_cache_bytes=kv_cache_bytes,
             device_weight_bytes=device_weight_bytes, kv_host_bytes=kv_host_bytes,
             kv_cache_dtype=kv_cache_dtype, seed=seed, invariant=invariant,
-            tensor_parallel_size=tensor_parallel_size, data_parallel_size=data_parallel_size,
+            tensor_parallel_size=tensor_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size, data_parallel_size=data_parallel_size,
             page_size=page_size, max_num_batched_tokens=max_num_batched_tokens, max_steps=max_steps,
             max_waiting=max_waiting, policy=policy, prefix_caching=prefix_caching,
             response_cache=response_cache, event_log=event_log,
@@ -221,8 +226,8 @@ class LLM:
         if draft is not None:
             draft = settled(draft, params, config, tokenizer)
         given = _shapes(params) if mesh is None else abstract_params(config, jnp.dtype(dtype))
-        if jax.tree.structure(given) != jax.tree.structure(params):
-            given = None  # quantised, and split: not laid out anew in memory
+        if mesh is not None and has_quantised(params):
+            given = None  # split: not laid out anew in memory
         self._start(params, config, tokenizer, options, draft, guessing, given, meshes, owned=True)
 
     @classmethod
@@ -239,8 +244,8 @@ class LLM:
         """An LLM over weights that are in memory already (a tree of `models.weights.declare`).
 
         Takes the options of `LLM`. The weights' dtype must be `dtype`. `draft`: a model that
-        guesses, in memory already, for `speculative="draft"`. With `tensor_parallel_size` weights
-        are dense, and whole as for one device: each device is given a copy of its part.
+        guesses, in memory already, for `speculative="draft"`. On several devices weights are
+        dense, and whole as for one device: each device is given a copy of its part.
 
         Raises:
             CheckpointError: `params` is not the tree of `config` and `dtype`; lists what differs.
@@ -259,7 +264,7 @@ class LLM:
         if draft is not None:
             check_params(*draft, dtype)
         if mesh is not None:
-            check_dense([params, draft and draft[0]], mesh.size)
+            check_dense([params, draft and draft[0]], mesh)
         self = cls.__new__(cls)
         split = split_given(params, config, chosen, mesh)
         given, guessing = _shapes(params), None
@@ -310,13 +315,14 @@ class LLM:
         limits = batcher_config(config, options, memory, drafter)
         kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)
         self._event_log = open(options.event_log, "w") if options.event_log else None  # noqa: SIM115
+        stages = options.pipeline_parallel_size  # they read theirs one after the other
         engines = [
             Engine(
                 own, config, limits, dtype=kv_dtype, invariant=options.invariant,
                 event_log=self._event_log, drafter=drafter, draft=guess,
                 costs=None if drafter is None else costs(
-                    config, drafter, draft_bytes=others,
-                    weight_bytes=round(read_bytes(memory)) - others,
+                    config, drafter, draft_bytes=stages * others,
+                    weight_bytes=stages * (round(read_bytes(memory)) - others),
                     gpu=jax.devices()[0].platform == "gpu", devices=options.tensor_parallel_size,
                 ),
                 mesh=mesh,
@@ -367,8 +373,8 @@ class LLM:
         """The model's weights, on the device, or some on the host: see `offload`. They are not to
         be donated to anything.
 
-        With `tensor_parallel_size` they are those of `declare(config, tensor_parallel_size)`; with
-        `data_parallel_size` those of the first replica.
+        On several devices they are those of `declare(config, tensor_parallel_size,
+        pipeline_parallel_size)`; with `data_parallel_size` those of the first replica.
 
         Raises:
             JaxinferError: the LLM has been closed.
@@ -681,8 +687,8 @@ class LLM:
 
         Args:
             params: a tree like that of the model, in its dtype; arrays on the device, which are
-                taken as they are, or NumPy arrays. With `tensor_parallel_size` they are whole, and
-                dense, as for one device.
+                taken as they are, or NumPy arrays. On several devices they are whole, and dense, as
+                for one device.
             version: name of the weights, which results carry as `params_version`; None: the number
                 after the one before.
             in_flight: `drain` lets all requests finish first, `abort` fails them.
@@ -696,10 +702,9 @@ class LLM:
             raise ValueError(f"in_flight={in_flight!r}: expected 'drain' or 'abort'")
         version = next_version(self.params_version, version)
         if self._given is None:
+            how = said(self._mesh) or f"device_weight_bytes={self._options.device_weight_bytes}"
             raise CheckpointError(
-                "quantised weights are not updated where tensor_parallel_size="
-                f"{self._options.tensor_parallel_size} splits them, or device_weight_bytes="
-                f"{self._options.device_weight_bytes} has some on the host: expected dense ones; "
+                f"quantised weights with {how} are not updated: expected dense ones; "
                 "make another LLM of the directory"
             )
         check_params(params, self.config, jnp.dtype(self._options.dtype), like=self._given)
@@ -712,7 +717,7 @@ class LLM:
             self.pump()
         try:
             if self._mesh is not None:  # dense, and whole
-                params = arrange(params, self.config, self._mesh.size)
+                params = arrange(params, self.config, self._mesh)
             self.engine.update_params(
                 pack_params(params, jnp.dtype(self._options.dtype), consume=False)
             )
@@ -831,9 +836,7 @@ class LLM:
     def _check_one_device(self, field: str) -> None:
         """Raises InvalidRequest where several devices share the model: each sees a part of it."""
         if self._mesh is not None:
-            raise InvalidRequest(
-                f"not with tensor_parallel_size={self._mesh.size}: expected 1", field=field
-            )
+            raise InvalidRequest(f"not with {said(self._mesh)}: expected 1", field=field)
 
     def _encode(self, prompt: Any) -> Any:
         """Token ids of text; what is not text is taken for token ids, and checked later."""

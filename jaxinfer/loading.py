@@ -28,8 +28,8 @@ from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import abstract_params, declare
 from jaxinfer.offload import Split, host_places, split
 from jaxinfer.page_copies import STAGED
-from jaxinfer.parallel import device_share, replica_meshes
-from jaxinfer.placement import can_split, degrees
+from jaxinfer.parallel import declared_on, device_share, replica_meshes, said
+from jaxinfer.placement import can_split, check_stages, degrees
 from jaxinfer.progress import loading_bar
 from jaxinfer.quant import Parts, QuantisedMatrix
 from jaxinfer.roofline import LAYER_S, shard
@@ -47,6 +47,8 @@ DEFAULT_BATCHED_TOKENS = 2048
 # A dispatch takes the host up to some 3 ms; it should keep the device busy for longer than that.
 DISPATCH_S, MOST_STEPS, GPU_BYTES_PER_S = 0.008, 16, 3e12
 LINK_BYTES_PER_S = 5e10  # from the host's memory
+# Stages stand idle at the beginning and the end of each dispatch: a fifth of the time, with these.
+STAGED_STEPS = 4
 
 
 def prepare_backend(options: EngineOptions) -> None:
@@ -64,23 +66,31 @@ def make_meshes(config: ModelConfig, options: EngineOptions) -> tuple[Mesh | Non
 
     Raises:
         ValueError: there are fewer than asked for, or so many cannot share the model; says which
-            degrees work.
+            degrees work. Or some layers of stages are to lie on the host.
     """
-    size = options.tensor_parallel_size
-    check_degree(config, size, "this model")
-    return replica_meshes(size, options.data_parallel_size)
+    o = options
+    if o.pipeline_parallel_size > 1 and o.device_weight_bytes is not None:
+        raise ValueError(
+            f"device_weight_bytes={o.device_weight_bytes}: stages would read their layers from the "
+            f"host for each part of a step: expected None with pipeline_parallel_size="
+            f"{o.pipeline_parallel_size}"
+        )
+    check_degrees(config, o, "this model")
+    return replica_meshes(o.tensor_parallel_size, o.pipeline_parallel_size, o.data_parallel_size)
 
 
-def check_degree(config: ModelConfig, size: int, name: str) -> None:
-    """Raises ValueError unless `size` devices can share the model, which the message calls `name`;
-    it says which degrees work."""
-    if size == 1 or can_split(config, size):
-        return
-    raise ValueError(
-        f"tensor_parallel_size={size}: {name} has {config.num_heads} heads, {config.num_kv_heads} "
-        f"KV heads, {config.intermediate_size} columns in the MLP and {config.vocab_size} tokens, "
-        f"which must be shared out evenly; what works: {', '.join(map(str, degrees(config)))}"
-    )
+def check_degrees(config: ModelConfig, options: EngineOptions, name: str) -> None:
+    """Raises ValueError unless as many devices and stages as `options` say can share the model,
+    which the message calls `name`; it says which degrees work."""
+    size, stages = options.tensor_parallel_size, options.pipeline_parallel_size
+    if size > 1 and not can_split(config, size):
+        raise ValueError(
+            f"tensor_parallel_size={size}: {name} has {config.num_heads} heads, "
+            f"{config.num_kv_heads} KV heads, {config.intermediate_size} columns in the MLP and "
+            f"{config.vocab_size} tokens, which must be shared out evenly; what works: "
+            f"{', '.join(map(str, degrees(config)))}"
+        )
+    check_stages(config, size, stages, f"pipeline_parallel_size={stages}: {name}")
 
 
 def plan(
@@ -174,8 +184,8 @@ def _host_pages(
 
 def _local(config: ModelConfig, options: EngineOptions) -> ModelConfig:
     """What one device computes and keeps, but for logits: a step may gather them."""
-    size = options.tensor_parallel_size
-    return replace(shard(config, size, 1), vocab_size=config.vocab_size)
+    size, count = options.tensor_parallel_size, options.pipeline_parallel_size
+    return replace(shard(config, size, count), vocab_size=config.vocab_size)
 
 
 def _guessing(drafter: Drafter | None, options: EngineOptions) -> dict[str, int]:
@@ -207,6 +217,8 @@ def batcher_config(
         # How many decode steps of one row keep the device busy for this long.
         least = read_bytes(memory) / GPU_BYTES_PER_S + config.num_layers * LAYER_S
         steps = max(1, min(MOST_STEPS, int(DISPATCH_S / least))) if gpu else 1
+        if options.pipeline_parallel_size > 1:
+            steps = STAGED_STEPS
     return BatcherConfig(
         num_pages=memory.num_pages,
         page_size=memory.page_size,
@@ -294,7 +306,7 @@ def load_weights(
     from checkpoints.model_store import is_saved_model, restore_model
 
     source = open_source(source)
-    weights = declare(config, 1 if mesh is None else mesh.size)
+    weights = declared_on(config, mesh)
     places = None if mesh is None else shardings(weights, mesh)
     if layers:
         places = host_places(weights, places, layers)
@@ -308,7 +320,7 @@ def load_weights(
         if mesh is not None:
             raise CheckpointError(
                 f"{source}: a model that jaxinfer saved has its matrices fused for one device: "
-                f"tensor_parallel_size={mesh.size} needs safetensors or GGUF"
+                f"{said(mesh)} needs safetensors or GGUF"
             )
         return restore_model(source, weights, dtype=dtype)
     # What a checkpoint may hold beside the weights: constants, and the tied matrix once more.
@@ -408,8 +420,7 @@ def check_params(
     """
     if like is None:
         want = _described(abstract_params(config, dtype))
-        whole = lambda leaf: isinstance(leaf, QUANTISED)  # noqa: E731
-        have = _described(params, whole)
+        have = _described(params, _is_quantised)
     else:
         want, have = _described(like), _described(params)
     problems = [
@@ -424,19 +435,28 @@ def check_params(
         )
 
 
-def check_dense(params: Any, shards: int) -> None:
+def check_dense(params: Any, mesh: Mesh) -> None:
     """Raises CheckpointError if a matrix is quantised, which is not laid out anew in memory."""
-    found = jax.tree.leaves_with_path(params, is_leaf=lambda x: isinstance(x, QUANTISED))
+    found = jax.tree.leaves_with_path(params, is_leaf=_is_quantised)
     names = [
         f"{jax.tree_util.keystr(path, simple=True, separator='/')} ({_describe(leaf)})"
         for path, leaf in found
-        if isinstance(leaf, QUANTISED)
+        if _is_quantised(leaf)
     ]
     if names:
         raise CheckpointError(
-            f"tensor_parallel_size={shards} with quantised matrices in memory, such as {names[0]}: "
+            f"{said(mesh)} with quantised matrices in memory, such as {names[0]}: "
             "expected dense ones; quantised models are split when they are read from disk"
         )
+
+
+def has_quantised(params: Any) -> bool:
+    """Whether some matrix is."""
+    return any(map(_is_quantised, jax.tree.leaves(params, is_leaf=_is_quantised)))
+
+
+def _is_quantised(leaf: Any) -> bool:
+    return isinstance(leaf, QUANTISED)
 
 
 def _described(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> dict[str, str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import batched
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ class Page(NamedTuple):
     """What a page holds in all L layers, keys and then values.
 
     Attributes:
-        kv: [2 L, kv_heads, page_size, head_dim].
+        kv: [2 L, kv_heads, page_size, head_dim]; of a pipeline, one stage's behind the other's.
         scales: float32 [2 L, kv_heads, page_size]; where each token has its own, else None.
         tokens: int32 [page_size]; where the cache keeps them, else None.
     """
@@ -104,7 +104,7 @@ class PageCopies:
     def _places(self, kind: str | None = None) -> Page:
         """Where a page lies: split as in the cache, in this memory of the devices or their own."""
         cache = self._cache
-        heads = cache.k[0].sharding  # of the second axis: a page's arrays have the heads there too
+        heads = cache.k[0].sharding  # a page's arrays have layers and heads in the same places
         if kind is not None:
             heads = heads.with_memory_kind(kind)
         text = None
@@ -115,16 +115,22 @@ class PageCopies:
     @cached_property
     def _programs(self) -> tuple[Any, Any]:
         """`_gather` and `_scatter`, compiled."""
-        cache, group = self._cache, (self._places(),) * GROUP
+        cache, place = self._cache, self._cache.k[0].sharding
+        gather, scatter, group = _gather, _scatter, (self._places(),) * GROUP
+        if isinstance(place, NamedSharding):  # each device copies its part
+            specs = jax.tree.map(lambda x: x.sharding.spec, cache)
+            some = jax.tree.map(lambda place: place.spec, group)
+            split = partial(jax.shard_map, mesh=place.mesh, check_vma=False)
+            gather = split(gather, in_specs=(specs, PartitionSpec()), out_specs=some)
+            scatter = split(scatter, in_specs=(specs, PartitionSpec(), some), out_specs=specs)
         pages = jax.ShapeDtypeStruct((GROUP,), jnp.int32, sharding=self._everywhere)
-        gather = jax.jit(_gather, out_shardings=group).lower(cache, pages)
+        lowered = jax.jit(gather).lower(cache, pages)
         near = jax.tree.map(
             lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-            gather.out_info, group,
+            lowered.out_info, group,
         )  # fmt: skip
-        places = jax.tree.map(lambda x: x.sharding, cache)
-        scatter = jax.jit(_scatter, donate_argnums=0, out_shardings=places)
-        return gather.compile(), scatter.lower(cache, pages, near).compile()
+        put = jax.jit(scatter, donate_argnums=0).lower(cache, pages, near)
+        return lowered.compile(), put.compile()
 
 
 def _scaled(cache: PagedCache) -> bool:

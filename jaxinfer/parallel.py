@@ -1,8 +1,9 @@
-"""Several devices while the engine runs: which they are, and how what they hold is laid out.
+"""Several devices while the engine runs: which, and how what they hold is laid out.
 
-Under tensor parallelism weights and KV heads are split, everything else is whole on every device
-(ADR 011). One device is no mesh at all: what is made for `None` is what was made before there were
-any meshes. Only a replica of several (ADR 013) names its one device, by a mesh of that size.
+Weights and the KV cache are split, by heads over the devices that share a layer (ADR 011) and by
+layers over the stages of a pipeline (ADR 012); everything else is whole on every device. One device
+is no mesh at all: what is made for `None` is what was made before there were any meshes. Only a
+replica of several (ADR 013) names its one device, by a mesh of that size.
 """
 
 from __future__ import annotations
@@ -10,55 +11,49 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from jaxinfer.cache import PagedCache, init_cache
 from jaxinfer.config import ModelConfig
-from jaxinfer.models.weights import Weight, declare
+from jaxinfer.models.weights import Piece, Weight, declare
 from jaxinfer.offload import host_places, local_bytes, on_host
-from jaxinfer.sharding import TENSOR, shardings
+from jaxinfer.sharding import STAGE, TENSOR, degree, shardings
+
+# Options of `LLM`.
+TENSOR_SIZE, STAGES = "tensor_parallel_size", "pipeline_parallel_size"
+REPLICAS = "data_parallel_size"
 
 
-def tensor_mesh(size: int) -> Mesh | None:
-    """The first `size` devices of this process, along the axis `tensor`; None for one device.
+def replica_meshes(size: int, stages: int = 1, replicas: int = 1) -> tuple[Mesh | None, ...]:
+    """The devices of each replica, of those of this process as they are numbered.
 
-    Raises:
-        ValueError: there are fewer.
-    """
-    if size == 1:
-        return None
-    devices = jax.local_devices()
-    if size > len(devices):
-        raise ValueError(
-            f"tensor_parallel_size={size}: this process has {len(devices)} device(s) "
-            f"({devices[0].device_kind}): expected 1 to {len(devices)}"
-        )
-    return Mesh(np.array(devices[:size]), (TENSOR,))
-
-
-def replica_meshes(size: int, replicas: int) -> tuple[Mesh | None, ...]:
-    """The devices of each replica: of those of this process, replica i has [i * size, (i + 1) *
-    size). One replica alone: see `tensor_mesh`.
+    Along the axis `tensor`, or, of several stages, along `stage` and `tensor`: neighbours are in
+    one stage, and stages of one replica follow each other. None: one device, of one replica alone.
 
     Raises:
         ValueError: there are fewer devices.
     """
-    first, devices = tensor_mesh(size), jax.local_devices()
-    if replicas == 1:
-        return (first,)
-    if replicas * size > len(devices):
+    devices, each = jax.local_devices(), size * stages
+    has = f"this process has {len(devices)} device(s) ({devices[0].device_kind})"
+    if each > len(devices):
+        asked = ((TENSOR_SIZE, size), (STAGES, stages))
+        counts = " * ".join(f"{name}={n}" for name, n in asked if n > 1)
+        raise ValueError(f"{counts}: {has}: expected 1 to {len(devices)}")
+    if each * replicas > len(devices):
         raise ValueError(
-            f"data_parallel_size={replicas}: replicas of tensor_parallel_size={size} need "
-            f"{replicas * size} devices, this process has {len(devices)} "
-            f"({devices[0].device_kind}): expected 1 to {len(devices) // size}"
+            f"{REPLICAS}={replicas}: replicas of {each} device(s) need {replicas * each}, {has}: "
+            f"expected 1 to {len(devices) // each}"
         )
-    starts = range(0, replicas * size, size)
-    return tuple(Mesh(np.array(devices[at : at + size]), (TENSOR,)) for at in starts)
+    if each * replicas == 1:
+        return (None,)
+    shape, axes = ((size,), (TENSOR,)) if stages == 1 else ((stages, size), (STAGE, TENSOR))
+    chosen = np.array(devices[: each * replicas]).reshape(replicas, *shape)
+    return tuple(Mesh(own, axes) for own in chosen)
 
 
 def reading_mesh(meshes: Sequence[Mesh | None]) -> Mesh | None:
@@ -66,6 +61,27 @@ def reading_mesh(meshes: Sequence[Mesh | None]) -> Mesh | None:
     one device."""
     first = meshes[0]
     return None if first is None or first.size == 1 else first
+
+
+def sizes(mesh: Mesh | None) -> dict[str, int]:
+    """By the names of `LLM`'s options, how a model is shared out; without those that are 1."""
+    found = {TENSOR_SIZE: degree(mesh, TENSOR), STAGES: degree(mesh, STAGE)}
+    return {name: n for name, n in found.items() if n > 1}
+
+
+def said(mesh: Mesh | None) -> str:
+    """`sizes` in words."""
+    return ", ".join(f"{name}={n}" for name, n in sizes(mesh).items())
+
+
+def stage_config(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
+    """The model of which each stage is one: with the layers of one, which are alike in all."""
+    return replace(config, layers=config.layers[: config.num_layers // degree(mesh, STAGE)])
+
+
+def declared_on(config: ModelConfig, mesh: Mesh | None) -> Any:
+    """`models.weights.declare` for the devices of a mesh."""
+    return declare(config, degree(mesh, TENSOR), degree(mesh, STAGE))
 
 
 def copy_to(tree: Any, mesh: Mesh | None) -> Any:
@@ -95,38 +111,42 @@ def new_cache(
     mesh: Mesh | None,
     with_tokens: bool = False,
 ) -> PagedCache:
-    """`cache.init_cache`, split over the mesh by KV heads.
+    """`cache.init_cache`, split over the mesh by KV heads, and by layers over its stages.
 
     Fewer KV heads than devices are held several times: head h of the returned arrays is what
-    `declare(config, n)` gives its shard, model's head h * num_kv_heads // n.
+    `declare(config, n)` gives its shard, model's head h * num_kv_heads // n. Each array has the
+    pages of one layer of every stage, one stage's behind the other's.
     """
-    make = partial(
-        init_cache, cache_config(config, mesh), num_pages, page_size, kv_dtype,
-        with_tokens=with_tokens,
-    )  # fmt: skip
+    stages = degree(mesh, STAGE)
+
+    def make() -> PagedCache:
+        made = init_cache(cache_config(config, mesh), stages * num_pages, page_size, kv_dtype)
+        text = jnp.zeros((num_pages, page_size), jnp.int32) if with_tokens else None
+        return made._replace(tokens=text)
+
     if mesh is None:
         return make()
-    heads = NamedSharding(mesh, PartitionSpec(None, TENSOR))
+    split = NamedSharding(mesh, PartitionSpec(STAGE if stages > 1 else None, TENSOR))
     whole = NamedSharding(mesh, PartitionSpec())
-    places = jax.tree.map(lambda _: heads, jax.eval_shape(make))
+    places = jax.tree.map(lambda _: split, jax.eval_shape(make))
     if with_tokens:
         places = places._replace(tokens=whole)
     return jax.jit(make, out_shardings=places)()  # nothing is ever whole on one device
 
 
 def cache_config(config: ModelConfig, mesh: Mesh | None) -> ModelConfig:
-    """The model with as many KV heads as the cache of all devices together holds."""
-    shards = 1 if mesh is None else mesh.size
-    return replace(config, num_kv_heads=max(config.num_kv_heads, shards))
+    """A stage of the model with as many KV heads as the cache of all devices together holds."""
+    heads = max(config.num_kv_heads, degree(mesh, TENSOR))
+    return replace(stage_config(config, mesh), num_kv_heads=heads)
 
 
-def arrange(params: Any, config: ModelConfig, shards: int) -> Any:
-    """The tree of `declare(config)` as one of `declare(config, shards)`, on the host.
+def arrange(params: Any, config: ModelConfig, mesh: Mesh) -> Any:
+    """The tree of `declare(config)` as one of `declared_on(config, mesh)`, on the host.
 
-    Fused matrices get their rows in another order, some several times: they are copied. The others
-    are as they were.
+    Fused matrices get their rows in another order, some several times, and layers of several stages
+    become one: they are copied. The others are as they were.
     """
-    return _each(params, config, shards, lambda leaf: leaf)
+    return _each(params, config, declared_on(config, mesh), lambda leaf: leaf)
 
 
 def lay_out(params: Any, config: ModelConfig, mesh: Mesh, layers: Sequence[int] = ()) -> Any:
@@ -134,32 +154,37 @@ def lay_out(params: Any, config: ModelConfig, mesh: Mesh, layers: Sequence[int] 
 
     `layers`: of which the matrices are to lie on the host; see `offload`.
     """
-    declared = declare(config, mesh.size)
+    declared = declared_on(config, mesh)
     places = host_places(declared, shardings(declared, mesh), layers)
 
     def put(leaf: np.ndarray, place: Sharding) -> jax.Array:
         return jax.block_until_ready(jax.device_put(leaf, place))
 
-    return _each(params, config, mesh.size, put, places)
+    return _each(params, config, declared, put, places)
 
 
 def _each(
-    params: Any, config: ModelConfig, shards: int, use: Callable[..., Any], *others: Any
+    params: Any, config: ModelConfig, declared: Any, use: Callable[..., Any], *others: Any
 ) -> Any:
-    """`use` of every weight, its rows in order, and of what `others` have in its place."""
+    """`use` of every weight as `declared`, and of what `others` have in its place."""
+    found: dict[str, tuple[Any, int]] = {}  # by name on disk: the leaf, and where it begins there
 
-    def one(leaf: Any, whole: Weight, split: Weight, *rest: Any) -> Any:
-        host = np.asarray(leaf)
-        return use(host if whole.pieces == split.pieces else host[_rows(whole, split)], *rest)
+    def note(leaf: Any, whole: Weight) -> None:
+        first = 0
+        for piece in whole.pieces:
+            found[piece.name] = leaf, first
+            first += piece.stop - piece.start
 
-    return jax.tree.map(one, params, declare(config), declare(config, shards), *others)
+    def rows(piece: Piece) -> np.ndarray:
+        leaf, first = found[piece.name]
+        return np.asarray(leaf)[first + piece.start : first + piece.stop]
 
+    def one(weight: Weight, *rest: Any) -> Any:
+        parts = [rows(piece) for piece in weight.pieces]
+        return use(parts[0] if len(parts) == 1 else np.concatenate(parts), *rest)
 
-def _rows(whole: Weight, split: Weight) -> np.ndarray:
-    """Which row of `whole` each row of `split` is; both are fused from whole tensors on disk."""
-    lengths = [piece.stop - piece.start for piece in whole.pieces]
-    first = dict(zip((p.name for p in whole.pieces), np.cumsum([0, *lengths[:-1]]), strict=True))
-    return np.concatenate([first[p.name] + np.arange(p.start, p.stop) for p in split.pieces])
+    jax.tree.map(note, params, declare(config))
+    return jax.tree.map(one, declared, *others)
 
 
 def device_bytes(tree: Any) -> int:
@@ -171,7 +196,7 @@ def device_share(config: ModelConfig, mesh: Mesh | None) -> float:
     """Of a dense model's weights, the part that each device holds: norms and some biases whole."""
     if mesh is None:
         return 1.0
-    declared = declare(config, mesh.size)
+    declared = declared_on(config, mesh)
     places: list[Sharding] = jax.tree.leaves(shardings(declared, mesh))
     mine = sum(
         math.prod(place.shard_shape(weight.shape))

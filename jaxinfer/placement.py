@@ -148,8 +148,7 @@ def check_setting(config: ModelConfig, setting: Setting) -> None:
             f" that {config.num_kv_heads} KV heads are shared out to evenly; nearest that works:"
             f" {min(works, key=lambda n: abs(n - s.tp))} (of {', '.join(map(str, works))})"
         )
-    if s.pp > config.num_layers:
-        raise ValueError(f"pp={s.pp}: expected at most {config.num_layers}, one layer a stage")
+    check_stages(config, s.tp, s.pp, f"pp={s.pp}")
 
 
 def can_split(config: ModelConfig, tp: int) -> bool:
@@ -162,6 +161,28 @@ def can_split(config: ModelConfig, tp: int) -> bool:
 def degrees(config: ModelConfig) -> list[int]:
     """All numbers of GPUs for which `can_split` holds, ascending."""
     return [n for n in range(1, HOST_GPUS + 1) if can_split(config, n)]
+
+
+def can_stage(config: ModelConfig, tp: int, pp: int) -> bool:
+    """Whether `pp` stages of `tp` devices can run one program, each of its own layers."""
+    if pp == 1:
+        return True
+    each, rest = divmod(config.num_layers, pp)
+    alike = all(config.layers[i] == config.layers[i % each] for i in range(pp * each))
+    return not rest and alike and config.vocab_size % (tp * pp) == 0
+
+
+def check_stages(config: ModelConfig, tp: int, pp: int, asked: str) -> None:
+    """Raises ValueError unless `can_stage`; it says what was `asked`, and what works."""
+    if can_stage(config, tp, pp):
+        return
+    works = [n for n in range(1, config.num_layers + 1) if can_stage(config, tp, n)]
+    raise ValueError(
+        f"{asked}: expected stages that share {config.num_layers} layers evenly, each with the "
+        f"same windows and position embeddings in the same order, and of {tp} device(s), all of "
+        f"which share {config.vocab_size} tokens evenly; nearest that works: "
+        f"{min(works, key=lambda n: abs(n - pp))} (of {', '.join(map(str, works))})"
+    )
 
 
 def memory_of(config: ModelConfig, setting: Setting) -> Memory:
@@ -186,7 +207,7 @@ def stage_rows(setting: Setting) -> int:
 
 
 def stage_step(config: ModelConfig, setting: Setting) -> Step:
-    """What one GPU of the fullest stage does in a decode step, of its `stage_rows`."""
+    """What one GPU of a stage does in a decode step, of its `stage_rows`."""
     return decode_step(
         shard(config, setting.tp, setting.pp),
         setting.stored,
@@ -199,8 +220,7 @@ def stage_step(config: ModelConfig, setting: Setting) -> Step:
 def decode_time(config: ModelConfig, setting: Setting) -> tuple[float, StepTime]:
     """Seconds between two tokens of a sequence, and where those of one stage go.
 
-    The batch is cut into `pp` parts that go through the stages one behind the other; the slowest
-    stage, with the output projection, sets the pace.
+    The batch is cut into `pp` parts that go through the stages one behind the other.
     """
     step = stage_step(config, setting)
     stage = step_time(step, setting.gpu, setting.stored, kv_dtype=setting.kv_name, tp=setting.tp)
@@ -246,7 +266,7 @@ def search(config: ModelConfig, setting: Setting, *, most: int = MOST_GPUS) -> S
 def _layouts(config: ModelConfig, setting: Setting, gpus: int) -> Iterator[Setting]:
     for tp in range(1, min(gpus, HOST_GPUS) + 1):
         pp, rest = divmod(gpus, tp)
-        if not rest and pp <= config.num_layers and can_split(config, tp):
+        if not rest and can_split(config, tp) and can_stage(config, tp, pp):
             yield replace(setting, tp=tp, pp=pp)
 
 

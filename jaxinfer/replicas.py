@@ -66,6 +66,10 @@ class Replicas:
         return self.engines[0].params
 
     @property
+    def cache_bytes(self) -> int:
+        return self.engines[0].cache_bytes
+
+    @property
     def metrics(self) -> Together:
         return Together([engine.metrics for engine in self.engines])
 

@@ -154,15 +154,14 @@ class StepTime:
 
 def shard(config: ModelConfig, tp: int, pp: int) -> ModelConfig:
     """What the fullest of `tp * pp` GPUs holds, as a config of its own. KV heads that do not go
-    round are held twice. A stage of several holds one vocabulary matrix at most."""
+    round are held twice. All of them share the vocabulary."""
     return replace(
         config,
-        vocab_size=config.vocab_size // tp,
+        vocab_size=config.vocab_size // (tp * pp),
         intermediate_size=config.intermediate_size // tp,
         num_heads=config.num_heads // tp,
         num_kv_heads=max(1, config.num_kv_heads // tp),
         layers=config.layers[: math.ceil(config.num_layers / pp)],
-        tie_embeddings=config.tie_embeddings or pp > 1,
     )
 
 

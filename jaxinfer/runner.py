@@ -26,9 +26,12 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.drafting import Drafter, catch_up, speculate_rows
 from jaxinfer.hooked import change_logits, changes, faults, hook_up
 from jaxinfer.hooks import Hook, Rows, wanted_sites
-from jaxinfer.models.decoder import NO_CHANGE, AttentionOptions, Params, forward, logits
+from jaxinfer.models.decoder import NO_CHANGE, AttentionOptions, Params, logits
 from jaxinfer.packing import Packed, pack, unpack
+from jaxinfer.pipeline import decode, forward
+from jaxinfer.sharding import mesh_axes
 from jaxinfer.speculate import Drawing
+from jaxinfer.types import Axis
 from pallas_kernels.paged_attention import Backend
 
 logger = logging.getLogger(__name__)
@@ -121,13 +124,13 @@ def run_step(
     config: ModelConfig,
     key: StepKey,
     drafter: Drafter | None = None,
-    axis: str | None = None,
+    axis: Axis = None,
 ) -> tuple[PagedCache, SeqState, Sampled]:
     """One dispatch: what `plan` says, in the shapes that `key` says.
 
-    `tables`: of its hooks; `draft`: weights of the drafter's model; `axis`: mesh axis of tensor
-    parallelism when run under `shard_map`, where weights and caches are this shard's part and all
-    else is whole.
+    `tables`: of its hooks; `draft`: weights of the drafter's model; `axis`: mesh axes when run
+    under `shard_map`, where weights and caches are this device's part and all else is whole; under
+    those of a pipeline `config` has the layers of one stage.
 
     Of several decode steps all `key.steps` are computed, those without a row to run too: a loop
     that ends early would make the host wait for the device at every look, and then the device for
@@ -142,6 +145,13 @@ def run_step(
             attention=AttentionOptions(key.backend, key.invariant), axis=axis,
         )  # fmt: skip
         return cache, seq, Sampled(jnp.zeros((0, 0), jnp.int32), None, None, {}, None)
+    if isinstance(axis, tuple) and not key.tokens and not key.guesses:
+        return decode(
+            params, config, cache, seq, plan,
+            partial(_sampled, params, config=config, key=key, axis=axis),
+            steps=key.steps, pages=key.pages, page_size=key.page_size,
+            attention=AttentionOptions(key.backend, key.invariant), axis=axis,
+        )  # fmt: skip
     one = partial(_step, tables=tables, config=config, key=key, axis=axis)
     if key.guesses:
         assert drafter is not None
@@ -190,7 +200,7 @@ def _guessing(
     drafter: Drafter,
     config: ModelConfig,
     key: StepKey,
-    axis: str | None,
+    axis: Axis,
 ) -> tuple[PagedCache, SeqState, Sampled]:
     """From one token to `key.guesses` + 1 of every row that decodes."""
     cache, seq, accepted = speculate_rows(
@@ -214,10 +224,9 @@ def _step(
     tables: tuple[Any, ...],
     config: ModelConfig,
     key: StepKey,
-    axis: str | None,
+    axis: Axis,
 ) -> tuple[PagedCache, SeqState, Sampled]:
     """A token of every row that decodes, and of every prompt that is complete with this step."""
-    M = seq.active.shape[0]
     T = key.tokens or max(key.rows, MIN_ROWS)
     batch = assemble(seq, plan, tokens=T, pages=key.pages, page_size=key.page_size)
     sampled_at, scores = batch.logit_rows, None
@@ -238,18 +247,56 @@ def _step(
         scores = _score(params, config, hidden, plan.chunks.targets, top=key.score, axis=axis)
         hidden = hidden[sampled_at]
 
-    row, length, wanted, done = _outcome(seq, plan)
+    def change(raw: Array, how: sampling.SamplingRows, outcome: _Outcome) -> tuple[Array, Any]:
+        if hooked is None:
+            return raw, None
+        at = sampled_at[: len(raw)]
+        seen = {site: out.activations[site][at] for site in wanted_sites(key.hooks)}
+        rows = Rows(how, outcome.length, batch.tokens[at], seen)
+        changed, unfit = change_logits(hooked, raw, rows)
+        return changed, faults(hooked, unfit & outcome.wanted, outcome.done, outcome.length)
+
+    seq, sampled = _sampled(
+        params, seq, plan, hidden, config=config, key=key, axis=axis, change=change
+    )
+    captured = {site: out.activations[site] for site in key.capture}
+    return cache, seq, sampled._replace(scores=scores, captured=captured)
+
+
+class _Outcome(NamedTuple):
+    """Of the R rows that decode and the Q prompts: the row, the length that it has after this step,
+    whether a token is wanted of it, and whether its state changes. [R + Q] each."""
+
+    row: Array
+    length: Array
+    wanted: Array
+    done: Array
+
+
+def _sampled(
+    params: Params,
+    seq: SeqState,
+    plan: Plan,
+    hidden: Array,
+    *,
+    config: ModelConfig,
+    key: StepKey,
+    axis: Axis,
+    change: Callable[..., tuple[Array, Any]] = lambda raw, *_: (raw, None),
+) -> tuple[SeqState, Sampled]:
+    """The next tokens of the R rows that decode and the Q prompts of a plan, whose last hidden
+    states are the first of `hidden` […, E]; and the state with them.
+
+    `change`: from logits, how each is sampled and its `_Outcome`, to other logits and `faults`.
+    """
+    M = seq.active.shape[0]
+    row, length, wanted, done = outcome = _outcome(seq, plan)
     rows = jnp.minimum(row, M - 1)
     view = jax.tree.map(lambda x: x[rows], (seq.rows, seq.penalties))
     # The likeliest token is found shard by shard, without the others' logits.
     whole = key.random or key.top is not None
-    raw, found = logits(params, config, hidden, axis=axis if whole else None)[: len(row)], None
-    changed = raw
-    if hooked is not None:
-        at = sampled_at[: len(row)]
-        seen = {site: out.activations[site][at] for site in wanted_sites(key.hooks)}
-        changed, unfit = change_logits(hooked, raw, Rows(view[0], length, batch.tokens[at], seen))
-        found = faults(hooked, unfit & wanted, done, length)
+    raw = logits(params, config, hidden, axis=axis if whole else None)[: len(row)]
+    changed, found = change(raw, view[0], outcome)
     token = sampling.sample(
         changed, view[0], length, view[1], truncated=key.truncated, random=key.random,
         axis=None if whole else axis,
@@ -265,23 +312,20 @@ def _step(
     logprobs = None
     if key.top is not None:
         logprobs = sampling.token_logprobs(raw, token, top=key.top)
-    captured = {site: out.activations[site] for site in key.capture}
-    return cache, seq, Sampled(jnp.where(wanted, token, -1), logprobs, scores, captured, found)
+    return seq, Sampled(jnp.where(wanted, token, -1), logprobs, None, {}, found)
 
 
-def _outcome(seq: SeqState, plan: Plan) -> tuple[Array, Array, Array, Array]:
-    """Of the R rows that decode and the Q prompts: the row, the length that it has after this step,
-    whether a token is wanted of it, and whether its state changes. [R + Q] each."""
+def _outcome(seq: SeqState, plan: Plan) -> _Outcome:
     M = seq.active.shape[0]
     row = jnp.asarray(plan.rows)
     at, active = decoding(seq, plan)
     length = seq.lengths[at] + 1
     if plan.chunks is None:
-        return row, length, active, active
+        return _Outcome(row, length, active, active)
     chunks = plan.chunks
     real = chunks.row < M
     wanted = chunks.last & real & (chunks.length < chunks.limit)
-    return (
+    return _Outcome(
         jnp.concatenate([row, chunks.row]),
         jnp.concatenate([length, chunks.length]),
         jnp.concatenate([active, wanted]),
@@ -291,7 +335,7 @@ def _outcome(seq: SeqState, plan: Plan) -> tuple[Array, Array, Array, Array]:
 
 def _score(
     params: Params, config: ModelConfig, hidden: Array, targets: Array, *, top: int,
-    axis: str | None,
+    axis: Axis,
 ) -> sampling.Logprobs:  # fmt: skip
     """Log-probabilities of `targets` [C] given hidden [C, E], a block of logits at a time."""
     C, E = hidden.shape
@@ -309,14 +353,14 @@ class StepCompiler:
     """Compiles steps ahead of time and keeps them.
 
     Args:
-        config: the model.
+        config: the model, or each stage of it.
         invariant: compile so that a row's bits do not depend on the batch (costs nothing much;
             see ADR 003).
         platform: `gpu` or `cpu`; the options are XLA's for GPUs.
         drafter: what guesses, in steps that do.
-        mesh: devices of tensor parallelism, along one axis; each runs the step on its part of
-            what is split. Of one device: that one, with the program of one. None: the default
-            device.
+        mesh: devices along one axis, or along that of stages and another; each runs the step on
+            its part of what is split. Of one device: that one, with the program of one. None: the
+            default device.
 
     Attributes:
         options: of the compiler.
@@ -417,7 +461,7 @@ class StepCompiler:
             return run_step(
                 params, cache, seq, unpack(plan), tables, draft,
                 config=self._config, key=key, drafter=self._drafter,
-                axis=None if mesh is None else mesh.axis_names[0],
+                axis=mesh_axes(mesh),
             )  # fmt: skip
 
         run = step

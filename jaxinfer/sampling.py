@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from jaxinfer.types import MAX_STOP_IDS, SamplingParams
+from jaxinfer.types import MAX_STOP_IDS, Axis, SamplingParams
 from pallas_kernels.threshold import threshold
 
 Field = Any  # on the device an Array; on the host NumPy, one row at a time, without the axis S
@@ -121,7 +121,7 @@ def sample(
     *,
     truncated: bool,
     random: bool,
-    axis: str | None = None,
+    axis: Axis = None,
 ) -> Array:
     """Draws one token a row.
 
@@ -136,7 +136,7 @@ def sample(
         penalties: None where no row is penalised.
         truncated: static; whether any row truncates. Rows that do not are the same either way.
         random: static; whether any row has a temperature. Greedy rows are the same either way.
-        axis: mesh axis over which the columns are split, where `random` is False: `logits` are
+        axis: mesh axes over which the columns are split, where `random` is False: `logits` are
             this shard's, the penalties whole, and every shard gets the tokens of whole rows.
 
     Returns:
@@ -176,7 +176,7 @@ def _allowed(
     rows: SamplingRows,
     positions: Array,
     penalties: PenaltyState | None,
-    axis: str | None = None,
+    axis: Axis = None,
 ) -> Array:
     """Float32 logits with stops held back and penalties, without NaN."""
     first = None if axis is None else lax.axis_index(axis) * logits.shape[1]
@@ -190,7 +190,7 @@ def _allowed(
     return jnp.nan_to_num(x, nan=-jnp.inf, posinf=LARGEST_LOGIT, neginf=-jnp.inf)
 
 
-def _likeliest(x: Array, axis: str | None) -> Array:
+def _likeliest(x: Array, axis: Axis) -> Array:
     """The column of each row's largest value, int32 [S]; of equals the lowest. See `sample`."""
     best = jnp.argmax(x, axis=-1).astype(jnp.int32)
     if axis is None:

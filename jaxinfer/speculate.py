@@ -28,6 +28,7 @@ from jax import Array
 from jaxinfer import sampling
 from jaxinfer.config import Rule
 from jaxinfer.sampling import Logprobs, PenaltyState, SamplingRows
+from jaxinfer.types import Axis
 
 COIN, RESIDUAL = 1, 2  # purposes of noise: whether a guess is taken; what is drawn instead
 
@@ -41,7 +42,7 @@ class Drawing(NamedTuple):
 
     truncated: bool
     random: bool
-    axis: str | None = None
+    axis: Axis = None
 
 
 class Proposal(NamedTuple):

@@ -17,7 +17,7 @@ from jaxinfer.controller import Costs
 from jaxinfer.drafting import Drafter
 from jaxinfer.errors import CheckpointError
 from jaxinfer.loading import (
-    check_degree,
+    check_degrees,
     load_weights,
     model_config,
     open_source,
@@ -25,6 +25,7 @@ from jaxinfer.loading import (
 )  # fmt: skip
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import count_params
+from jaxinfer.parallel import said
 from jaxinfer.progress import layers_bar
 from jaxinfer.quant import pack_params
 from jaxinfer.skipping import choose_layers
@@ -124,8 +125,9 @@ def prepare(
 
     Raises:
         ValueError: a draft of another vocabulary or too short a context, that the devices cannot
-            share, or none at all; layers that the model does not have, or that are to be chosen
-            where several devices share the model; more guesses than a sequence has room for.
+            share, or none at all; layers that the model does not have, that are not alike in all
+            stages, or that are to be chosen where several devices share the model; more guesses
+            than a sequence has room for.
         CheckpointError, UnsupportedModel: of the draft.
     """
     from jaxinfer.hub import resolve_model
@@ -144,17 +146,17 @@ def prepare(
             "is for the method 'draft' without a name"
         )
     if how.method == "skip":
-        _check_skipped(how, config)
+        _check_skipped(how, config, options.pipeline_parallel_size)
     if how.text is not None and mesh is not None:
         raise ValueError(
             f"speculative: text={how.text!r}: layers are chosen on one device only: name them "
-            f"(skip=4-9), or leave out tensor_parallel_size={mesh.size}"
+            f"(skip=4-9), or leave out {said(mesh)}"
         )
     if how.method != "draft":
         return Draft(Drafter(how), None, 0)
     if given is not None:
         _check_draft(given[1], config, longest, "the draft given")
-        check_degree(given[1], options.tensor_parallel_size, "the draft given")
+        check_degrees(given[1], options, "the draft given")
         return Draft(Drafter(how, given[1]), None, 0)
     if how.draft is None:
         raise ValueError("speculative: method 'draft' needs a model: draft=MODEL")
@@ -164,7 +166,7 @@ def prepare(
     except CheckpointError as error:
         raise CheckpointError(f"the draft: {error}") from error
     _check_draft(model, config, longest, f"the draft {how.draft!r}")
-    check_degree(model, options.tensor_parallel_size, f"the draft {how.draft!r}")
+    check_degrees(model, options, f"the draft {how.draft!r}")
     size = weight_bytes(source, model, jnp.dtype(options.dtype), mesh)
     return Draft(Drafter(how, model), source, size)
 
@@ -182,7 +184,7 @@ def _check_draft(draft: ModelConfig, config: ModelConfig, longest: int, name: st
         )
 
 
-def _check_skipped(how: Speculative, config: ModelConfig) -> None:
+def _check_skipped(how: Speculative, config: ModelConfig, stages: int) -> None:
     unknown = [i for i in how.skip if not 0 <= i < config.num_layers]
     most = config.num_layers - 1
     if how.text is not None and not Path(how.text).is_file():
@@ -191,6 +193,14 @@ def _check_skipped(how: Speculative, config: ModelConfig) -> None:
         raise ValueError(
             f"speculative: skip={how.skip}, count={how.count}: this model has layers 0 to {most}, "
             "of which at least one must stay"
+        )
+    each = config.num_layers // stages
+    own = {i % each for i in how.skip}
+    if stages > 1 and len(set(how.skip)) != stages * len(own):
+        such = "+".join(str(each * (stage + 1) - 1) for stage in range(stages))
+        raise ValueError(
+            f"speculative: skip={how.skip} with pipeline_parallel_size={stages}: each stage must "
+            f"do without the same of its {each} layers, and keep one: such as skip={such}"
         )
 
 
@@ -247,7 +257,7 @@ def costs(
 
     Args:
         config: of the model.
-        weight_bytes, draft_bytes: of both models' weights on each of `devices`.
+        weight_bytes, draft_bytes: of both models' weights on each of `devices`, of all stages.
     """
     layer_s = GPU_LAYER_S if gpu else CPU_LAYER_S
     bytes_per_s, flops_per_s = GPU_SPEED if gpu else CPU_SPEED

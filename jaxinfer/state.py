@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import count, takewhile
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -88,12 +89,17 @@ class EngineState(NamedTuple):
 
 
 def describe(
-    params: Any, config: ModelConfig, *, kv_dtype: Any, invariant: bool, shards: int = 1
+    params: Any,
+    config: ModelConfig,
+    *,
+    kv_dtype: Any,
+    invariant: bool,
+    parallel: Mapping[str, int] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """What an engine's tokens depend on beside the request: JSON types.
 
     The weights are named by a digest of each array's name, shape, dtype and a checksum of its bits,
-    which the device computes.
+    which the device computes. `parallel`: see `parallel.sizes`.
     """
     sums = [
         (jax.tree_util.keystr(path), str(leaf.dtype), list(leaf.shape), _checksum(leaf))
@@ -101,8 +107,7 @@ def describe(
     ]
     text = json.dumps([[*rest, int(value)] for *rest, value in sums])
     # Another degree gives other bits. States of one device were written before it was noted.
-    parallel = {} if shards == 1 else {"tensor_parallel_size": shards}
-    return parallel | {
+    return dict(parallel) | {
         "config": json.loads(json.dumps(asdict(config))),
         "weights": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
         "kv_dtype": str(jnp.dtype(kv_dtype)),
@@ -166,10 +171,15 @@ def keep_running(
     scheduler: BatcherState, events: Sequence[Event], seq: SeqState, cache: PagedCache
 ) -> Running:
     """Host copies of what an engine needs to go on where it stands."""
-    pool = scheduler.pool
-    ids = kept(pool)
-    # Picked on the host: the cache may have left the device no room.
-    pages = jax.tree.map(lambda x: np.array(x) if x.ndim == 1 else np.asarray(x)[ids], cache)
+    ids, count = kept(scheduler.pool), len(scheduler.pool.holders)
+
+    def pick(x: jax.Array) -> np.ndarray:
+        # On the host: the cache may have left the device no room.
+        if x.ndim == 1:
+            return np.array(x)
+        return _by_stage(np.asarray(x), count)[:, ids].reshape(-1, *x.shape[1:])
+
+    pages = jax.tree.map(pick, cache)
     scheduler = with_host(scheduler, 0)  # what is on the host alone is not kept
     return Running(scheduler, tuple(events), jax.tree.map(np.array, seq), ids, pages)
 
@@ -182,6 +192,7 @@ def with_host(scheduler: BatcherState, slots: int) -> BatcherState:
 
 def put_pages(running: Running, cache: PagedCache) -> PagedCache:
     """The kept pages on the device, in place of `cache`, which is deleted."""
+    ids, count = running.page_ids, len(running.scheduler.pool.holders)
 
     def put(old: jax.Array, kept: np.ndarray) -> jax.Array:
         shape, dtype, place = old.shape, old.dtype, old.sharding
@@ -189,10 +200,15 @@ def put_pages(running: Running, cache: PagedCache) -> PagedCache:
         if len(shape) == 1:
             return jnp.array(kept, device=place)
         whole = np.zeros(shape, dtype)
-        whole[running.page_ids] = kept
+        _by_stage(whole, count)[:, ids] = _by_stage(kept, len(ids))
         return jnp.array(whole, device=place)
 
     return jax.tree.map(put, cache, running.pages)
+
+
+def _by_stage(x: np.ndarray, pages: int) -> np.ndarray:
+    """An array of a cache, of so many pages of each stage: a view with an axis of stages."""
+    return x.reshape(-1, pages, *x.shape[1:])
 
 
 # -- to and from plain data ----------------------------------------------------------------------

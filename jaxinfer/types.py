@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
     from jaxinfer.errors import JaxinferError
 
+# Mesh axes of what is split over devices: `tensor`, or (`stage`, `tensor`); None: one device.
+Axis = str | tuple[str, str] | None
+
 MAX_STOP_IDS = 32  # stop tokens checked on the device, the model's own included
 MODEL_STOP_IDS = 8  # of MAX_STOP_IDS, kept for the model's own
 MAX_TOP_LOGPROBS = 20

@@ -18,10 +18,12 @@ from jax import Array
 from jaxinfer.batch import MIN_ROWS, Batch, Ragged
 from jaxinfer.cache import TRASH_PAGE, PagedCache, init_cache, join_layers, split_layers
 from jaxinfer.config import ModelConfig
-from jaxinfer.models.decoder import DEFAULT_ATTENTION, AttentionOptions, Params, forward, logits
+from jaxinfer.models.decoder import DEFAULT_ATTENTION, AttentionOptions, Params, logits
 from jaxinfer.pages import pages_for
+from jaxinfer.pipeline import forward
 from jaxinfer.sampling import SamplingRows
 from jaxinfer.speculate import Forward, State
+from jaxinfer.types import Axis
 
 
 class Pages(NamedTuple):
@@ -42,7 +44,7 @@ def model_forward(
     attention: AttentionOptions = DEFAULT_ATTENTION,
     *,
     skip: Sequence[int] = (),
-    axis: str | None = None,
+    axis: Axis = None,
     whole: bool = True,
 ) -> Forward:
     """`speculate.Forward` of the model whose weights are `params[name]`; it keeps `Pages`.
@@ -51,7 +53,7 @@ def model_forward(
 
     Args:
         skip: layers that it does without; what it keeps of them stays as it is.
-        axis: mesh axis of tensor parallelism when run under `shard_map`.
+        axis: mesh axes when run under `shard_map`.
         whole: False: every shard has the logits of its part of the vocabulary.
     """
     layers = [i for i in range(config.num_layers) if i not in set(skip)]

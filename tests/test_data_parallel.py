@@ -347,8 +347,8 @@ def test_streams_from_asyncio(quick):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("devices", r"ValueError: data_parallel_size=9: .* 9 devices.* has 8 .*: expected 1 to 8"),
-        ("both", r"ValueError: data_parallel_size=3: .*size=4 need 12 devices.*: expected 1 to 2"),
+        ("devices", r"ValueError: data_parallel_size=9: .* need 9, .* has 8 .*: expected 1 to 8"),
+        ("both", r"ValueError: data_parallel_size=3: .* of 4 .* need 12, .*: expected 1 to 2"),
         ("tensor", r"ValueError: tensor_parallel_size=16: "),
         ("size", r"ValueError: data_parallel_size=0: expected an integer of at least 1"),
         ("log", r"ValueError: event_log='events.jsonl' with data_parallel_size=2: "),

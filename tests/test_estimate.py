@@ -247,7 +247,7 @@ def test_the_table_is_plausible(gpu):
         ({"utilization": 1.5}, "utilization=1.5: expected above 0"),
         ({"tp": 3}, r"tp=3: .* 8 KV heads .* nearest that works: 2 \(of 1, 2, 4, 8\)"),
         ({"tp": 16}, "tp=16: expected at most 8"),
-        ({"pp": 33}, "pp=33: expected at most 32"),
+        ({"pp": 33}, r"pp=33: .* share 32 layers evenly.* works: 32 \(of 1, 2, 4, 8, 16, 32\)"),
         ({"gpu": GPUS["t4"]}, "precision='bf16': t4 has no bfloat16; take fp16"),
     ],
 )

@@ -49,8 +49,9 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
     "hooks": ({"jaxinfer.hooks", "jaxinfer.hooked"}, {"models"}),
     "drafting": (
         {"jaxinfer.acceptance", "jaxinfer.drafting", "jaxinfer.windows"},
-        {"models", "sharding", "speculate", "pages"},
+        {"pipeline", "sharding", "speculate"},
     ),
+    "pipeline": ({"jaxinfer.pipeline"}, {"models", "pages"}),
     "runner": ({"jaxinfer.runner"}, {"hooks", "packing", "drafting"}),
     "plans": ({"jaxinfer.plans", "jaxinfer.warmup"}, {"runner", "batcher", "buckets"}),
     "controller": ({"jaxinfer.controller"}, set()),

@@ -27,7 +27,7 @@ from jaxinfer import LLM, SamplingParams, sampling
 from jaxinfer.backend import default_cache_directory, use_compilation_cache
 from jaxinfer.config import LayerConfig, ModelConfig
 from jaxinfer.models.weights import declare, init_params
-from jaxinfer.parallel import arrange, device_bytes, device_share, tensor_mesh
+from jaxinfer.parallel import arrange, declared_on, device_bytes, device_share, replica_meshes
 from jaxinfer.sharding import TENSOR, shardings
 
 ROOT = Path(__file__).parents[1]
@@ -86,6 +86,21 @@ def collectives(text: str) -> list[str]:
     return [f"{op} {shape}" for shape, op in re.findall(rf"= (\S+) ({names})(?:-start)?\(", text)]
 
 
+def note_error(found: dict[str, str], name: str, call: Callable[[], Any]) -> None:
+    try:
+        call()
+    except Exception as error:
+        found[name] = f"{type(error).__name__}: {error}"
+
+
+def bytes_on(device: Any) -> int:
+    """Of all arrays, what lies on a device."""
+    parts = (part.data for x in jax.live_arrays() for part in x.addressable_shards)
+    mine = (x for x in parts if x.devices() == {device})
+    # An array's part is an array of its own, of the same memory.
+    return sum({x.unsafe_buffer_pointer(): x.nbytes for x in mine}.values())
+
+
 # -- what the child finds -------------------------------------------------------------------------
 
 
@@ -112,7 +127,7 @@ def greedy(_: Path) -> dict[str, Any]:
 
 def sampled_rows(_: Path) -> dict[str, Any]:
     """`sampling.sample` on whole rows, and on rows split over 8 devices."""
-    mesh = tensor_mesh(8)
+    mesh = replica_meshes(8)[0]
     assert mesh is not None
     rng = np.random.default_rng(0)
     logits = rng.integers(-3, 4, (9, 64)).astype(np.float32)  # many equals
@@ -152,13 +167,7 @@ def sampled_rows(_: Path) -> dict[str, Any]:
 def errors(folder: Path) -> dict[str, str]:
     """What is refused, and in which words; none of it reads weights."""
     found = {}
-
-    def refuse(name: str, call: Callable[[], Any]) -> None:
-        try:
-            call()
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"
-
+    refuse = partial(note_error, found)
     lists = ([[1, 2]], GREEDY)
     tiny = replace(CONFIG, num_heads=2, num_kv_heads=1)
     text = folder / "text"
@@ -180,41 +189,37 @@ def errors(folder: Path) -> dict[str, str]:
     return found
 
 
-def streamed(folder: Path) -> dict[str, Any]:
+def streamed(
+    folder: Path, config: ModelConfig = CONFIG, size: int = 4, stages: int = 1
+) -> dict[str, Any]:
     """A checkpoint read onto 4 devices, and what lay on each of them meanwhile."""
     from checkpoints import load_params
     from checkpoints.write import write_hf
 
-    write_hf(folder / "model", weights(), declare(CONFIG), HF)
-    mesh = tensor_mesh(4)
+    whole = weights(config)
+    write_hf(folder / "model", whole, declare(config), HF)
+    mesh = replica_meshes(size, stages)[0]
     assert mesh is not None
-    declared, most = declare(CONFIG, 4), [0] * 4
-
-    def held(device: Any) -> int:
-        parts = (part.data for x in jax.live_arrays() for part in x.addressable_shards)
-        mine = (x for x in parts if x.devices() == {device})
-        # An array's part is an array of its own, of the same memory.
-        return sum({x.unsafe_buffer_pointer(): x.nbytes for x in mine}.values())
-
-    before = [held(device) for device in mesh.devices.flat]
+    declared, most = declared_on(config, mesh), [0] * mesh.size
+    before = [bytes_on(device) for device in mesh.devices.flat]
 
     def watch(*_: int) -> None:
         for i, device in enumerate(mesh.devices.flat):
-            most[i] = max(most[i], held(device) - before[i])
+            most[i] = max(most[i], bytes_on(device) - before[i])
 
     params = load_params(
         folder / "model", declared, dtype="float32", shardings=shardings(declared, mesh),
         progress=watch,
     )  # fmt: skip
-    want = arrange(weights(), CONFIG, 4)
+    want = arrange(whole, config, mesh)
     same = jax.tree.map(lambda a, b: bool((np.asarray(a) == b).all()), params, want)
-    whole = sum(x.nbytes for x in jax.tree.leaves(weights()))
+    total = sum(x.nbytes for x in jax.tree.leaves(whole))
     return {
         "same": all(jax.tree.leaves(same)),
         "most": most,
         "each": device_bytes(params),
-        "share": device_share(CONFIG, mesh) * whole,
-        "whole": whole,
+        "share": device_share(config, mesh) * total,
+        "whole": total,
     }
 
 
@@ -225,7 +230,7 @@ def quantised(_: Path) -> dict[str, Any]:
     from jaxinfer.models import families
     from jaxinfer.quant import QuantisedMatrix, dequantise
 
-    mesh = tensor_mesh(2)
+    mesh = replica_meshes(2)[0]
     assert mesh is not None
     goldens = ROOT / "tests" / "goldens"
 
@@ -257,7 +262,7 @@ def quantised(_: Path) -> dict[str, Any]:
         is_leaf = lambda x: not isinstance(x, dict | list)  # noqa: E731
         kept = sum(isinstance(x, QuantisedMatrix) for x in jax.tree.leaves(found, is_leaf=is_leaf))
         got = jax.tree.map(dense, found, is_leaf=is_leaf)
-        want = arrange(whole, config, 2)
+        want = arrange(whole, config, mesh)
         close = partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7)  # fused, or not
         jax.tree.map(close, got, want)
         return f"{kept} quantised, same"
@@ -281,7 +286,7 @@ def packed(_: Path) -> dict[str, float]:
     from jaxinfer.quant import Parts, QuantisedMatrix, Scheme, dequantise, matmul, partition
     from jaxinfer.quant.packing import pack_shards
 
-    mesh = tensor_mesh(2)
+    mesh = replica_meshes(2)[0]
     assert mesh is not None
     rng = np.random.default_rng(0)
     N, K = 256, 512
@@ -592,4 +597,4 @@ def test_speculation_changes_no_token(tmp_path):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), sys.argv[2:], PARTS)

@@ -17,7 +17,7 @@ from checkpoints.gguf.blocks import PLAIN, decode
 from checkpoints.gguf.model import gguf_name, norm_offset, permuted, rows_in_order
 from checkpoints.gguf.reader import BlockType, Gguf, GgufTensor, open_gguf, read_rows
 from checkpoints.load import flat_shardings, listed
-from checkpoints.load_matrices import EMBEDDING, joined, module, put
+from checkpoints.load_matrices import EMBEDDING, module, put, unlike_stages
 from jaxinfer.errors import CheckpointError
 from jaxinfer.models.weights import Piece, Weight
 from jaxinfer.quant import dequantise, take_rows
@@ -53,8 +53,10 @@ def load_gguf(
         leaves, flat_shardings(treedef, shardings), sizes, strict=True
     ):
         rows = [_read(gguf, piece, dtype, head_dim) for piece in weight.pieces]
-        matrix = joined(rows, sharding) if len(weight.shape) == 2 else np.concatenate(rows)
-        params.append(put(matrix, weight, sharding))
+        if len(weight.shape) == 1:
+            params.append(jax.block_until_ready(jax.device_put(np.concatenate(rows), sharding)))
+        else:
+            params.append(put(rows, weight, sharding))
         done += size
         if progress is not None:
             progress(done, sum(sizes))
@@ -108,6 +110,9 @@ def _check(gguf: Gguf, weights: list[Weight]) -> None:
             [f"{t.name} {[*t.shape]}, not {[*p.shape]}" for t, p in found if t.shape != p.shape],
         ),
     ]
+    if not any(problems):
+        kinds = unlike_stages(weights, lambda piece: gguf.tensors[_name(gguf, piece)].type.name)
+        problems.append(listed("stored otherwise in the next stage of a pipeline", kinds))
     if any(problems):
         raise CheckpointError(
             f"{gguf.path}: the metadata and the tensors do not agree.\n"

@@ -32,6 +32,7 @@ from jaxinfer.cli.options import (
     MinP,
     Model,
     Out,
+    PipelineParallel,
     RepetitionPenalty,
     Revision,
     Seed,
@@ -115,6 +116,7 @@ def generate(
     kv_cache_dtype: KvCacheDtypeOption = "auto",
     speculative: SpeculativeOption = None,
     tensor_parallel_size: TensorParallel = 1,
+    pipeline_parallel_size: PipelineParallel = 1,
     data_parallel_size: DataParallel = 1,
     device_weight_bytes: DeviceWeightBytes = None,
     kv_host_bytes: KvHostBytes = 0,
@@ -157,7 +159,8 @@ def generate(
     )  # fmt: skip
     options = ModelOptions(
         model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype, event_log,
-        speculative, tensor_parallel_size, data_parallel_size, device_weight_bytes, kv_host_bytes,
+        speculative, tensor_parallel_size, pipeline_parallel_size, data_parallel_size,
+        device_weight_bytes, kv_host_bytes,
     )  # fmt: skip
     measured = metrics_path(metrics)
     if out:
@@ -196,6 +199,7 @@ def chat(
     kv_cache_dtype: KvCacheDtypeOption = "auto",
     speculative: SpeculativeOption = None,
     tensor_parallel_size: TensorParallel = 1,
+    pipeline_parallel_size: PipelineParallel = 1,
     device_weight_bytes: DeviceWeightBytes = None,
     kv_host_bytes: KvHostBytes = 0,
     max_tokens: MaxTokens = 1024,
@@ -215,7 +219,8 @@ def chat(
     options = ModelOptions(
         model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype,
         speculative=speculative, tensor_parallel_size=tensor_parallel_size,
-        device_weight_bytes=device_weight_bytes, kv_host_bytes=kv_host_bytes,
+        pipeline_parallel_size=pipeline_parallel_size, device_weight_bytes=device_weight_bytes,
+        kv_host_bytes=kv_host_bytes,
     )  # fmt: skip
     with open_llm(options) as llm:
         if llm.tokenizer is None or not llm.tokenizer.has_chat_template:

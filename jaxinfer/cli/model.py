@@ -36,6 +36,7 @@ class ModelOptions:
     event_log: str | None = None
     speculative: str | None = None
     tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
     device_weight_bytes: int | None = None
     kv_host_bytes: int = 0
@@ -59,6 +60,7 @@ def open_llm(
             event_log=options.event_log,
             speculative=options.speculative,
             tensor_parallel_size=options.tensor_parallel_size,
+            pipeline_parallel_size=options.pipeline_parallel_size,
             data_parallel_size=options.data_parallel_size,
             device_weight_bytes=options.device_weight_bytes,
             kv_host_bytes=options.kv_host_bytes,

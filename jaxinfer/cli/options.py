@@ -46,6 +46,15 @@ TensorParallel = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+PipelineParallel = Annotated[
+    int,
+    typer.Option(
+        "--pipeline-parallel-size",
+        min=1,
+        help="Stages that hold the layers in turn; docs/parallel.md.",
+        rich_help_panel=MODEL,
+    ),
+]
 DataParallel = Annotated[
     int,
     typer.Option(

@@ -89,6 +89,7 @@ def _asked(
         "kv_cache_dtype": resolve_kv_dtype(options.kv_cache_dtype, dtype).name,
         "speculative": _decides(options.speculative),
         "tensor_parallel_size": options.tensor_parallel_size,
+        "pipeline_parallel_size": options.pipeline_parallel_size,
         "params": asdict(params),
         "prompts": extent.count,
         "prompts_digest": extent.digest,

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -29,6 +30,7 @@ from jaxinfer.layers import (
 from jaxinfer.models.sites import EMBED, FINAL_NORM, At, Change, layer_site, match, visit
 from jaxinfer.offload import BUFFERS, fetch, on_host
 from jaxinfer.rope import rope_frequencies
+from jaxinfer.types import Axis
 from pallas_kernels import rms_norm as norms
 from pallas_kernels.kv_quantise import Pools
 from pallas_kernels.paged_attention import (
@@ -127,33 +129,83 @@ def forward(
         change: by site, what to make of x [T, width] there; before it is captured.
     """
     pools = split_layers(cache)
-    others = "reference" if attention.backend == "reference" else "auto"
-    plans: Plans = {}
-
-    def attend(qkv: jax.Array, heads: Heads, index: int) -> jax.Array:
-        if change and qkv.dtype == jnp.float16:  # may overflow; see `hooked.LARGEST`
-            qkv = jnp.where(jnp.isfinite(qkv), qkv, 0)
-        with jax.named_scope("kv_write"):
-            q, pools[index] = qkv_write(pools[index], qkv, batch.kv_index, heads, backend=others)
-        with jax.named_scope("attention"):
-            return _attend(q, pools[index], batch, config, index, attention, plans)
-
     at, kept = visit(capture, change)
-    norm, sites = _norm(config, others), frozenset((*capture, *change))
-    ops = Ops(attend, norm, at, sites)
-    last = _decode(params, config, batch.tokens, batch.positions, ops, axis)
+    ops = _paged(config, batch, pools, attention, at, frozenset((*capture, *change)))
+    if change:
+        ops = ops._replace(attend=partial(_finite, ops.attend))
+    x = ops.at(EMBED, embedded(params, config, batch.tokens, axis))
+    last = _layers(params["layers"], config, x, batch.positions, ops, axis)
 
     def finish(stream: Residual) -> jax.Array:
-        return norm(stream.x, params["final_norm"], stream.delta)[1]
+        return ops.norm(stream.x, params["final_norm"], stream.delta)[1]
 
-    if FINAL_NORM in sites:
+    if FINAL_NORM in ops.sites:
         hidden = at(FINAL_NORM, finish(last))[batch.logit_rows]
     else:
         hidden = finish(jax.tree.map(lambda x: x[batch.logit_rows], last))
-    tokens = cache.tokens
-    if tokens is not None:
-        tokens = note_tokens(tokens, batch.kv_index, batch.tokens)
+    tokens = note_tokens(cache.tokens, batch.kv_index, batch.tokens)
     return StepOutput(hidden, kept), join_layers(pools, tokens)
+
+
+def forward_stage(
+    params: Params,
+    config: ModelConfig,
+    x: jax.Array,
+    batch: Batch,
+    cache: PagedCache,
+    *,
+    attention: AttentionOptions = DEFAULT_ATTENTION,
+    axis: str | None = None,
+) -> tuple[jax.Array, PagedCache]:
+    """The layers alone, those of one stage of a pipeline: the residual stream [T, E] before them →
+    after them. Arguments as of `forward`; text beside the pages stays as it is."""
+    pools = split_layers(cache)
+    ops = _paged(config, batch, pools, attention, visit((), NO_CHANGE)[0], frozenset())
+    last = _layers(params["layers"], config, x, batch.positions, ops, axis)
+    # The norm that follows would add the same, rounded alike.
+    after = last.x if last.delta is None else last.x + last.delta
+    return after, join_layers(pools, cache.tokens)
+
+
+def final_norm(
+    params: Params, config: ModelConfig, x: jax.Array, attention: AttentionOptions
+) -> jax.Array:
+    """What `forward` returns as hidden, of the residual stream [..., E] after all layers."""
+    return _norm(config, _others(attention))(x, params["final_norm"], None)[1]
+
+
+def _others(attention: AttentionOptions) -> Literal["auto", "reference"]:
+    """The backend of the other ops."""
+    return "reference" if attention.backend == "reference" else "auto"
+
+
+def _paged(
+    config: ModelConfig,
+    batch: Batch,
+    pools: list[Pools],
+    attention: AttentionOptions,
+    at: At,
+    sites: frozenset[str],
+) -> Ops:
+    """Attention over pages, which replaces each of `pools` by what it has become."""
+    plans: Plans = {}
+
+    def attend(qkv: jax.Array, heads: Heads, index: int) -> jax.Array:
+        with jax.named_scope("kv_write"):
+            q, pools[index] = qkv_write(
+                pools[index], qkv, batch.kv_index, heads, backend=_others(attention)
+            )
+        with jax.named_scope("attention"):
+            return _attend(q, pools[index], batch, config, index, attention, plans)
+
+    return Ops(attend, _norm(config, _others(attention)), at, sites)
+
+
+def _finite(attend: Attend, qkv: jax.Array, heads: Heads, index: int) -> jax.Array:
+    """float16 that a change made overflow, as 0; see `hooked.LARGEST`."""
+    if qkv.dtype == jnp.float16:
+        qkv = jnp.where(jnp.isfinite(qkv), qkv, 0)
+    return attend(qkv, heads, index)
 
 
 def _attend(
@@ -196,7 +248,7 @@ def _attend(
 
 
 def logits(
-    params: Params, config: ModelConfig, hidden: jax.Array, *, axis: str | None = None
+    params: Params, config: ModelConfig, hidden: jax.Array, *, axis: Axis = None
 ) -> jax.Array:
     """Output projection: hidden [..., E] → [..., V], in hidden's dtype."""
     found = unembed(params.get("lm_head", params["embed"]), hidden, axis)
@@ -258,7 +310,8 @@ def apply(
     if positions is None:
         positions = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
     ops = Ops(attend, norm, at, frozenset((*wanted, *changed)))
-    last = _decode(params, config, tokens, positions, ops, axis)
+    x = ops.at(EMBED, embedded(params, config, tokens, axis))
+    last = _layers(params["layers"], config, x, positions, ops, axis)
     hidden = at(FINAL_NORM, norm(last.x, params["final_norm"], last.delta)[1])
     return ForwardOutput(logits(params, config, hidden, axis=axis).astype(jnp.float32), kept)
 
@@ -288,26 +341,30 @@ def _norm(config: ModelConfig, backend: norms.Backend) -> Norm:
     return norm
 
 
-def _decode(
-    params: Params,
+def embedded(params: Params, config: ModelConfig, tokens: jax.Array, axis: Axis) -> jax.Array:
+    """The residual stream [..., E] before the first layer."""
+    x = embed(params["embed"], tokens, axis)
+    return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, x.dtype)
+
+
+def _layers(
+    layers: Sequence[Params],
     config: ModelConfig,
-    tokens: jax.Array,
+    x: jax.Array,
     positions: jax.Array,
     ops: Ops,
     axis: str | None,
 ) -> Residual:
-    """Embedding and layers, unrolled; see `offload` for those that lie on the host."""
+    """All of them, unrolled; see `offload` for those that lie on the host."""
     ropes: RopeTables = {
         rope: rope_tables(positions, *rope_frequencies(rope, config.head_dim))
-        for rope in {layer.rope for layer in config.layers}
+        # Not a set, whose order and with it the program differ from process to process.
+        for rope in dict.fromkeys(layer.rope for layer in config.layers)
         if rope is not None
     }
-    x = embed(params["embed"], tokens, axis)
-    if config.embed_scale != 1:
-        x = x * jnp.asarray(config.embed_scale, x.dtype)
-    stream = Residual(ops.at(EMBED, x), None)
-    near = fetch(params["layers"], BUFFERS, x)
-    for index, (far, layer) in enumerate(zip(params["layers"], config.layers, strict=True)):
+    stream = Residual(x, None)
+    near = fetch(layers, BUFFERS, x)
+    for index, (far, layer) in enumerate(zip(layers, config.layers, strict=True)):
         stream = _layer(stream, near[index], config, layer, ropes, ops, index, axis)
         if any(map(on_host, jax.tree.leaves(far))):  # its buffers are free
             near = fetch(near, 1, stream.x if stream.delta is None else stream.delta)

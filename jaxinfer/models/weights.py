@@ -8,7 +8,7 @@ that sharding axis 0 is all that tensor parallelism asks of them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -31,14 +31,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight: `shape`, a logical axis name (or None) per dimension, and its pieces in order.
+    """One weight: `shape`, a logical axis name (or None, or several) per dimension, and its pieces
+    in order.
 
-    The pieces' rows, one after the other, are the weight's rows.
+    The pieces' rows, one after the other, are the weight's rows. `stages`: so many layers' weights
+    lie one behind the other along axis 0, one of each stage of a pipeline.
     """
 
     shape: tuple[int, ...]
-    axes: tuple[str | None, ...]
+    axes: tuple[str | tuple[str | None, ...] | None, ...]
     pieces: tuple[Piece, ...]
+    stages: int = 1
 
 
 def _whole(name: str, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> Weight:
@@ -68,17 +71,21 @@ def _fused(
     return Weight((total, *tail), axes, tuple(pieces))
 
 
-def declare(config: ModelConfig, shards: int = 1) -> dict[str, Any]:
+def declare(config: ModelConfig, shards: int = 1, stages: int = 1) -> dict[str, Any]:
     """The parameter tree of `config`, with a `Weight` at every leaf.
 
     Args:
         config: the model.
         shards: degree of tensor parallelism that the fused matrices are laid out for.
+        stages: of a pipeline. With n of them `layers` has an nth of the entries, each of one layer
+            of every stage (`Weight.stages`), and the vocabulary is split over stages too.
 
     Raises:
-        ValueError: `shards` does not divide the heads or the MLP's width.
+        ValueError: `shards` does not divide the heads or the MLP's width, or `stages` the layers.
     """
     c = config
+    if c.num_layers % stages:
+        raise ValueError(f"{stages} stages must divide the layers ({c.num_layers})")
     if c.num_heads % shards or c.intermediate_size % shards:
         raise ValueError(
             f"tensor parallelism {shards} must divide num_heads ({c.num_heads}) and "
@@ -97,7 +104,25 @@ def declare(config: ModelConfig, shards: int = 1) -> dict[str, Any]:
         tree["lm_head"] = _whole(
             "lm_head.weight", (c.vocab_size, c.hidden_size), ("vocab", "embed")
         )
+    return tree if stages == 1 else _staged(tree, stages)
+
+
+def _staged(tree: dict[str, Any], stages: int) -> dict[str, Any]:
+    layers = tree["layers"]
+    each = len(layers) // stages
+    tree["layers"] = [jax.tree.map(_stacked, *layers[i::each]) for i in range(each)]
+    for name in tree.keys() & {"embed", "lm_head"}:
+        weight = tree[name]
+        tree[name] = replace(weight, axes=(("stage", weight.axes[0]), *weight.axes[1:]))
     return tree
+
+
+def _stacked(*weights: Weight) -> Weight:
+    """The same weight of a layer of each stage as one."""
+    (rows, *rest), (axis, *axes) = weights[0].shape, weights[0].axes
+    pieces = tuple(piece for weight in weights for piece in weight.pieces)
+    assert not isinstance(axis, tuple), "of one stage"
+    return Weight((len(weights) * rows, *rest), (("stage", axis), *axes), pieces, len(weights))
 
 
 def _declare_layer(c: ModelConfig, index: int, shards: int) -> dict[str, Weight]:

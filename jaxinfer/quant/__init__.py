@@ -9,6 +9,7 @@ from jaxinfer.quant.arrays import (
     join_rows,
     join_shards,
     pack4,
+    stack_stages,
     take_rows,
     unpack4,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "pack4",
     "pack_params",
     "partition",
+    "stack_stages",
     "take_rows",
     "unpack4",
 ]

@@ -230,6 +230,26 @@ def join_shards(matrices: Sequence[Any], shards: int) -> Any:
     return Parts(tuple(map(join_rows, zip(*(one.parts for one in each), strict=True))))
 
 
+def stack_stages(matrices: Sequence[Any]) -> Any:
+    """The matrix of each stage of a pipeline as one, every array behind that of the stage before;
+    what is one number becomes one of each. Only their parts are matrices.
+
+    Raises:
+        ValueError: they are not of one kind.
+    """
+    kinds = [_kind(matrix) for matrix in matrices]
+    if any(kind != kinds[0] for kind in kinds):
+        raise ValueError(
+            "this matrix is not stored alike in the layers of all stages, which run one program"
+        )
+    return jax.tree.map(lambda *xs: np.concatenate([np.atleast_1d(x) for x in xs]), *matrices)
+
+
+def _kind(matrix: Any) -> Any:
+    leaves, tree = jax.tree.flatten(matrix)
+    return tree, [(np.shape(x), x.dtype) for x in leaves]
+
+
 def _alike(a: Any, b: Any) -> bool:
     """Whether two are one matrix when joined: all but the rows is the same."""
     if not isinstance(a, QuantisedMatrix) or not isinstance(b, QuantisedMatrix):

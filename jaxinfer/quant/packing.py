@@ -64,7 +64,7 @@ def _where_it_lies(how: Callable[[Matrix], Any], matrix: Any) -> Any:
 
 
 def pack_shards(matrix: Any, mesh: Mesh) -> Any:
-    """As `pack_matrix`, of a matrix split over a mesh of one axis: each device packs its own part.
+    """As `pack_matrix`, of a matrix split over all axes of a mesh: each device packs its own part.
 
     Of columns, each device has a row scale of its own for every row: the global `row_scale` holds
     them one after the other. Only as parts, under `shard_map`, are they matrices.
@@ -76,7 +76,7 @@ def pack_shards(matrix: Any, mesh: Mesh) -> Any:
     packed = jax.eval_shape(pack_matrix, jax.tree.map(part, matrix))
     run = jax.shard_map(
         pack_matrix, mesh=mesh, in_specs=(_specs(matrix),),
-        out_specs=_packed_specs(matrix, packed, mesh.axis_names[0]), check_vma=False,
+        out_specs=_packed_specs(matrix, packed, mesh.axis_names), check_vma=False,
     )  # fmt: skip
     return jax.jit(run)(matrix)
 
@@ -85,14 +85,14 @@ def _specs(matrix: Any) -> Any:
     return jax.tree.map(lambda x: x.sharding.spec, matrix)
 
 
-def _packed_specs(matrix: Any, packed: Any, axis: str) -> Any:
+def _packed_specs(matrix: Any, packed: Any, axes: tuple[str, ...]) -> Any:
     if isinstance(packed, Parts):
         pairs = zip(matrix.parts, packed.parts, strict=True)
-        return Parts(tuple(_packed_specs(*pair, axis) for pair in pairs))
+        return Parts(tuple(_packed_specs(*pair, axes) for pair in pairs))
     if isinstance(packed, Ordered):
-        return Ordered(_packed_specs(matrix, packed.matrix, axis), PartitionSpec())
+        return Ordered(_packed_specs(matrix, packed.matrix, axes), matrix.order.sharding.spec)
     if isinstance(packed, PackedMatrix):
-        return PackedMatrix(matrix.codes.sharding.spec, PartitionSpec(axis), packed.format)
+        return PackedMatrix(matrix.codes.sharding.spec, PartitionSpec(axes), packed.format)
     return _specs(matrix)
 
 

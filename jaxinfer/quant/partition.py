@@ -5,18 +5,21 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 from jax.sharding import PartitionSpec
 
 from jaxinfer.quant.arrays import Parts, QuantisedMatrix
 
 
-def partition(matrix: Any, spec: PartitionSpec, shards: int) -> Any:
+def partition(matrix: Any, spec: PartitionSpec, shards: int, stage: str | None = None) -> Any:
     """The `PartitionSpec` of each array of `matrix`, which would be split by `spec` if dense.
 
     Args:
-        matrix: of arrays or their shapes; an array too.
-        spec: of two axes, one mesh axis at most.
-        shards: the size of that mesh axis.
+        matrix: of arrays or their shapes; an array too. With stages, that of one.
+        spec: of two axes, only one of which is split.
+        shards: over how many devices it is.
+        stage: mesh axis of stages, each of which has such a matrix: of all arrays the first axis is
+            split over it before anything else (`quant.stack_stages`).
 
     Returns:
         `matrix` with a `PartitionSpec` for each array.
@@ -25,6 +28,9 @@ def partition(matrix: Any, spec: PartitionSpec, shards: int) -> Any:
         ValueError: a shard would begin inside a group of columns or a byte, or the columns are
             reordered; it says which degrees work.
     """
+    if stage is not None:
+        each = partition(matrix, spec, shards)
+        return jax.tree.map(lambda inner: _behind(stage, inner), each)
     if isinstance(matrix, Parts):
         return Parts(tuple(partition(part, spec, shards) for part in matrix.parts))
     rows, columns = (*spec, None, None)[:2]
@@ -43,6 +49,13 @@ def partition(matrix: Any, spec: PartitionSpec, shards: int) -> Any:
     }  # fmt: skip
     present = {k: None if getattr(matrix, k) is None else v for k, v in fields.items()}
     return QuantisedMatrix(matrix.scheme, **present)
+
+
+def _behind(stage: str, spec: PartitionSpec) -> PartitionSpec:
+    """`spec`, with the first axis split over stages before anything else."""
+    first, *rest = (*spec, None)[: max(len(spec), 1)]
+    inner = first if isinstance(first, tuple) else () if first is None else (first,)
+    return PartitionSpec((stage, *inner), *rest)
 
 
 def _check_columns(matrix: QuantisedMatrix, shards: int) -> None:
