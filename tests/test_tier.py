@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer import LLM, CapacityError, SamplingParams
+from jaxinfer import LLM, CapacityError, SamplingParams, loading
 from jaxinfer.batcher import Move
 from jaxinfer.cache import PagedCache, init_cache, page_bytes, resolve_kv_dtype
 from jaxinfer.cli import main as cli
-from jaxinfer.config import Speculative
+from jaxinfer.config import EngineOptions, Speculative
 from jaxinfer.eventlog import describe, replay
 from jaxinfer.offload import on_host
-from jaxinfer.page_copies import AHEAD, GROUP, PageCopies
+from jaxinfer.page_copies import AHEAD, GROUP, STAGED, PageCopies
 from tests.conftest import TinyModel, small_llm
 
 SIZE = 8  # tokens a page
@@ -195,3 +195,14 @@ def test_the_plan_says_how_much_is_on_the_host(tiny: TinyModel) -> None:
         assert (plan.host_pages, plan.host_cache) == (3, 3 * one)
         assert llm.engine.limits.host_slots == 3
         assert "on the host (3 pages)" in str(plan)
+
+
+def test_copies_under_way_are_planned_for(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "device_memory", lambda _: (1 << 34, 0))
+    one = page_bytes(tiny.config, SIZE, jnp.float32)
+
+    def steps(**options: Any) -> int:
+        chosen = EngineOptions(dtype="float32", page_size=SIZE, **options)
+        return loading.plan(tiny.config, chosen, loaded=False, weights=0).steps
+
+    assert steps(kv_host_bytes=one) == steps() + STAGED * one
