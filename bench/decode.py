@@ -133,10 +133,11 @@ def start_record(shape: str, kind: str, split: dict[str, float], context: int) -
     )
 
 
-def measure_decode(
-    llm: LLM, shape: str, batch: int, context: int, repeats: int, detail: dict[str, Any]
-) -> list[Record]:
-    """Times decode steps through `generate`; see `bench.timing`."""
+def timed_pairs(
+    llm: LLM, batch: int, context: int, *, repeats: int, short: int = SHORT, long: int = LONG
+) -> list[tuple[float, float]]:
+    """Seconds of `generate` for `short` and for `long` tokens, on new prompts in each repeat; see
+    `bench.timing`."""
     from jaxinfer import SamplingParams
 
     def seconds(prompts: list[list[int]], tokens: int) -> float:
@@ -151,12 +152,12 @@ def measure_decode(
     def prompts(seed: int) -> list[list[int]]:
         return random_prompts(seed, batch, context, llm.config.vocab_size)
 
-    seconds(prompts(1), LONG)  # compiles every step that the timed calls need
+    seconds(prompts(1), long)  # compiles every step that the timed calls need
     pairs = []
     for seed in range(2, 2 + repeats):
         fresh = prompts(seed)
-        pairs.append((seconds(fresh, SHORT), seconds(fresh, LONG)))
-    return step_records("decode", shape, batch, context, pairs, detail)
+        pairs.append((seconds(fresh, short), seconds(fresh, long)))
+    return pairs
 
 
 def run_part(args: argparse.Namespace) -> None:
@@ -173,7 +174,8 @@ def run_part(args: argparse.Namespace) -> None:
     detail = {"options": options, "memory_plan": str(llm.memory_plan)}
     sizes = zip(batches, contexts, strict=True) if args.in_pairs else product(batches, contexts)
     for batch, context in sizes:
-        for found in measure_decode(llm, shape, batch, context, args.repeats, detail):
+        pairs = timed_pairs(llm, batch, context, repeats=args.repeats)
+        for found in step_records("decode", shape, batch, context, pairs, detail):
             emit(args.records, found)
 
 

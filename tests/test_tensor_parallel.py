@@ -7,7 +7,6 @@ function of `PARTS` there finds what a test here looks at.
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from jaxinfer.config import LayerConfig, ModelConfig
 from jaxinfer.models.weights import declare, init_params
 from jaxinfer.parallel import arrange, declared_on, device_bytes, device_share, replica_meshes
 from jaxinfer.sharding import TENSOR, shardings
+from tests.conftest import env_of_devices
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ModelConfig(
@@ -458,9 +458,7 @@ def main(
 
 
 def child(path: Path, *names: str, file: str = __file__) -> dict[str, Any]:
-    flags = "--xla_force_host_platform_device_count=8"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, file, str(path), *names]
+    command, env = [sys.executable, file, str(path), *names], env_of_devices(8)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads((path / "found.json").read_text())
