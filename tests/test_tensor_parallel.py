@@ -105,11 +105,14 @@ def bytes_on(device: Any) -> int:
 
 
 def greedy(_: Path) -> dict[str, Any]:
-    """A model of fewer KV heads than devices, on 1 and 4 of them."""
+    """A model of fewer KV heads than devices, on 1 and 4 of them; there with pages on the host."""
     found: dict[str, Any] = {}
     for size in (1, 4):
-        with make(size) as llm:
+        with make(size, kv_host_bytes=0 if size == 1 else 1 << 15) as llm:
             found[str(size)] = tokens_of(llm)
+            found[f"{size} again"] = tokens_of(llm)
+            far = [page.kv for page in llm.engine._copies._slots.values()]
+            found[f"{size} far"] = [[x.shape, x.sharding.shard_shape(x.shape)] for x in far]
             compiled = llm.engine.compiler._compiled
             decode = next(program for (key, _), program in compiled.items() if not key.tokens)
             cache = llm.engine._cache.k[0]
@@ -469,7 +472,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_greedy_tokens_are_those_of_one_device(quick):
     found = quick["greedy"]
-    assert found["4"] == found["1"]
+    assert found["4"] == found["1"] == found["4 again"]
     assert len({tuple(tokens) for tokens in found["1"]}) == len(PROMPTS)
     for size in ("1", "4"):
         summary = found[f"{size} said"]["summary"]
@@ -481,6 +484,8 @@ def test_each_device_holds_its_part(quick):
     one, four = quick["greedy"]["1 said"], quick["greedy"]["4 said"]
     assert one["cache"] == [[12, 2, 8, 8], [12, 2, 8, 8]]
     assert four["cache"] == [[12, 4, 8, 8], [12, 1, 8, 8]]  # 2 KV heads, each of them twice
+    assert four["summary"]["loaded_pages"] > 0
+    assert all(far == [[4, 4, 8, 8], [4, 1, 8, 8]] for far in quick["greedy"]["4 far"])
     assert four["plan"][0] < 0.35 * one["plan"][0]  # KV heads twice, and norms
     assert four["plan"][1] == one["plan"][1]
 
