@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed-$(EXTRAS)
 # only those compilations see: without a GPU it would print a traceback at every start of JAX.
 AOT := $(if $(filter Linux,$(shell uname -s)),$(if $(findstring cuda,$(EXTRAS)),,$(VENV)/aot/.installed))
 
-.PHONY: setup aot demo test test-all lint bench bars clean
+.PHONY: setup aot demo test test-all lint bench bench-cpu bench-all bars clean
 
 setup: $(INSTALLED)
 
@@ -53,7 +53,17 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Beside PyTorch engines, on one GPU; BENCH_TORCH_PYTHON names the interpreter that has torch.
+MODEL ?= llama-3.2-1b
 bench: setup
+	$(BIN)/python -m bench.compare --short --model $(MODEL) --minutes 7 --readme
+
+# The same harness on the demo model, in tiny sizes: whether it works, and no figure of note.
+bench-cpu: setup
+	$(BIN)/python -m bench.compare --smoke --out build/bench
+
+# The engine's own figures: decode, start, parity, invariance.
+bench-all: setup
 	$(BIN)/python -m bench.all
 
 bars: setup

@@ -1,10 +1,10 @@
-"""Every GPU figure in one call: ceilings, decode beside HF, start times, parity, invariance.
+"""The engine's own GPU figures in one call: ceilings, decode, start times, parity, invariance.
 
     python -m bench.all --minutes 8
 
 Parts run in order of what matters most; what does not fit in the time is recorded as failed. The
 result file is rewritten after every part, and copied to the folder that the environment variable
-`OUT` names, where there is one. A table is printed last.
+`OUT` names, where there is one. A table is printed last. Other engines: `bench.compare`.
 """
 
 from __future__ import annotations
@@ -37,15 +37,11 @@ def main() -> None:
         parser.error("there is no GPU here; --tiny tries it on a CPU, bench.demo measures on one")
     path = record.path_for(run, "all", args.out)
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
-        hf = decode.hf_parts(names, args.batch, args.context)
-        compiled, eager = hf[: len(names)], hf[len(names) :]
         todo = [
             *ceilings.make_parts(tiny=args.tiny),
             *decode.make_parts(names, [args.batch], [args.context], folder, options=args.llm),
-            *compiled,
             *parity_gpu.make_parts(names[-1], folder),
             *invariance.make_parts("demo"),
-            *eager,
         ]
         if args.only:
             todo = [part for name in args.only for part in todo if part.name.startswith(name)]

@@ -1,13 +1,13 @@
 """Decode speed and start time of jaxinfer on a named shape with random weights.
 
-    python -m bench.decode --shape llama-3.1-8b,llama-3.2-1b --batch 1 --context 1024 --hf
+    python -m bench.decode --shape llama-3.1-8b,llama-3.2-1b --batch 1 --context 1024
     python -m bench.decode --shape llama-3.1-8b --batch 1,64 --context 1024
 
 No hub access and no tokenizer: weights are drawn on the device, prompts are random token ids, all
 of it through `LLM`. Every shape is two processes: the first starts with an empty compilation cache
 (`start.*.cold_s`) and then times decode; the second starts again with that cache filled
-(`start.*.warm_s`). Either way the packages' files are in the page cache already. The ceilings, and
-with `--hf` HF transformers, are measured in the same run.
+(`start.*.warm_s`). Either way the packages' files are in the page cache already. The ceilings are
+measured in the same run. Other engines: `bench.compare`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from bench.timing import LONG, REPEATS, SHORT, step_records
 if TYPE_CHECKING:
     from jaxinfer.llm import LLM
 
-HF_REPEATS = 3
 START_TOKENS = 16  # of the first request: long enough to need the decode step too
 
 
@@ -133,10 +132,11 @@ def start_record(shape: str, kind: str, split: dict[str, float], context: int) -
     )
 
 
-def measure_decode(
-    llm: LLM, shape: str, batch: int, context: int, repeats: int, detail: dict[str, Any]
-) -> list[Record]:
-    """Times decode steps through `generate`; see `bench.timing`."""
+def timed_pairs(
+    llm: LLM, batch: int, context: int, *, repeats: int, short: int = SHORT, long: int = LONG
+) -> list[tuple[float, float]]:
+    """Seconds of `generate` for `short` and for `long` tokens, on new prompts in each repeat; see
+    `bench.timing`."""
     from jaxinfer import SamplingParams
 
     def seconds(prompts: list[list[int]], tokens: int) -> float:
@@ -151,12 +151,12 @@ def measure_decode(
     def prompts(seed: int) -> list[list[int]]:
         return random_prompts(seed, batch, context, llm.config.vocab_size)
 
-    seconds(prompts(1), LONG)  # compiles every step that the timed calls need
+    seconds(prompts(1), long)  # compiles every step that the timed calls need
     pairs = []
     for seed in range(2, 2 + repeats):
         fresh = prompts(seed)
-        pairs.append((seconds(fresh, SHORT), seconds(fresh, LONG)))
-    return step_records("decode", shape, batch, context, pairs, detail)
+        pairs.append((seconds(fresh, short), seconds(fresh, long)))
+    return pairs
 
 
 def run_part(args: argparse.Namespace) -> None:
@@ -173,7 +173,8 @@ def run_part(args: argparse.Namespace) -> None:
     detail = {"options": options, "memory_plan": str(llm.memory_plan)}
     sizes = zip(batches, contexts, strict=True) if args.in_pairs else product(batches, contexts)
     for batch, context in sizes:
-        for found in measure_decode(llm, shape, batch, context, args.repeats, detail):
+        pairs = timed_pairs(llm, batch, context, repeats=args.repeats)
+        for found in step_records("decode", shape, batch, context, pairs, detail):
             emit(args.records, found)
 
 
@@ -202,7 +203,6 @@ def main() -> None:
         "--llm", type=json.loads, default={}, help='options of LLM, as JSON: {"max_steps": 16}'
     )
     parser.add_argument("--no-warm", action="store_true", help="start each shape only once")
-    parser.add_argument("--hf", action="store_true", help="HF transformers too, in the same run")
     parser.add_argument("--out", type=Path, default=record.RESULTS)
     parser.add_argument("--part", choices=("cold", "warm"), help="run this part in this process")
     parser.add_argument("--records", type=Path)
@@ -218,26 +218,8 @@ def main() -> None:
             args.shape, args.batch, args.context, cache, options=args.llm, repeats=args.repeats,
             warm=not args.no_warm, in_pairs=args.in_pairs,
         )  # fmt: skip
-        if args.hf:
-            todo += hf_parts(args.shape, args.batch[0], args.context[0])
         run = parts.run_parts(todo, run, path)
     parts.print_table(run)
-
-
-def hf_parts(names: list[str], batch: int, context: int) -> list[Part]:
-    """HF transformers, one process per shape and mode; the compiled one, the anchor, first."""
-    sizes = ("--batch", str(batch), "--context", str(context))
-    return [
-        Part(
-            f"hf.{shapes.short(name)}.{mode}",
-            "bench.hf_decode",
-            ("--shape", name, "--mode", mode, *sizes, "--repeats", str(HF_REPEATS)),
-            timeout_s,
-            torch=True,
-        )
-        for mode, timeout_s in (("compile", 200.0), ("eager", 90.0))
-        for name in names
-    ]
 
 
 if __name__ == "__main__":

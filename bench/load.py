@@ -44,6 +44,7 @@ def write(shape: str, folder: Path) -> None:
         write_hf(folder, params, weights, hf)
         return
     said = quantization_config(Recipe(**RECIPES[quantised]))
+    folder.mkdir(parents=True, exist_ok=True)
     writer = Writer(folder)
     writer.write(*({k: v for k, v in tree.items() if k != "layers"} for tree in (params, weights)))
     for layer, weight in zip(params["layers"], weights["layers"], strict=True):

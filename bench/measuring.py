@@ -193,26 +193,22 @@ def main(
     module: str,
     measurements: Mapping[str, Measurement],
     *,
-    more: Callable[[argparse.Namespace], Sequence[Part]] = lambda _: (),
     derived: Callable[[Sequence[Record]], Sequence[Record]] = lambda _: (),
-    args: argparse.Namespace | None = None,
 ) -> None:
     """The command line of a script.
 
     Args:
         module: that is run.
         measurements: by name, in the order in which they run.
-        more: parts of other modules, after ours.
         derived: records that follow from all the others.
-        args: where the script has options of its own; else those of `parser`.
     """
-    args = args or parser(measurements).parse_args()
+    args = parser(measurements).parse_args()
     if args.part:
         run_part(measurements, args)
         return
     run = record.start(parts.command_line(module))
     path = record.path_for(run, module.rpartition(".")[2], args.out)
-    todo = [*make_parts(module, measurements, args), *more(args)]
+    todo = make_parts(module, measurements, args)
     run = parts.run_parts(todo, run, path, minutes=args.minutes)
     run = replace(run, records=(*run.records, *derived(run.records)))
     parts.keep(run, path)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,36 +64,15 @@ def start(shape: str, budget: int, batches: list[int]) -> LLM:
     )  # fmt: skip
 
 
-def step_seconds(llm: LLM, batch: int, repeats: int) -> list[float]:
-    """Of a decode step, in each repeat: (t(LONG) - t(SHORT)) over the steps between."""
-    from jaxinfer import SamplingParams
-
-    def seconds(prompts: list[list[int]], tokens: int) -> float:
-        sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        began = time.perf_counter()
-        outputs = llm.generate(prompts, sampling)
-        took = time.perf_counter() - began
-        if any(len(out.outputs[0].token_ids) != tokens for out in outputs):
-            raise RuntimeError(f"generate did not return {tokens} tokens for every prompt")
-        return took
-
-    def prompts(seed: int) -> list[list[int]]:
-        return decode.random_prompts(seed, batch, CONTEXT, llm.config.vocab_size)
-
-    seconds(prompts(1), LONG)  # compiles every step that the timed calls need
-    found = []
-    for seed in range(2, 2 + repeats):
-        fresh = prompts(seed)
-        found.append((seconds(fresh, LONG) - seconds(fresh, SHORT)) / (LONG - SHORT))
-    return found
-
-
 def measure(shape: str, budget: int, batches: list[int], nbytes: int) -> Iterator[Record]:
     """The link, then each batch; the link once more in the end, and the faster counts."""
     links = [link_bytes_per_s(nbytes)]
     llm = start(shape, budget, batches)
     memory, short = llm.memory_plan, shapes.short(shape)
-    times = {batch: step_seconds(llm, batch, REPEATS) for batch in batches}
+    times = {}
+    for batch in batches:
+        pairs = decode.timed_pairs(llm, batch, CONTEXT, repeats=REPEATS, short=SHORT, long=LONG)
+        times[batch] = [(long - short) / (LONG - SHORT) for short, long in pairs]
     llm.close()
     links.append(link_bytes_per_s(nbytes))
     link = max(links)

@@ -43,13 +43,13 @@ def run_hf(shape: str, folder: Path) -> None:
     """Writes the model, the prompts and both of HF's log-probabilities."""
     import torch  # pyright: ignore[reportMissingImports]
 
-    from bench.hf_decode import build
+    from bench.engines.hf import random_model
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     parts.check_platform(device)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(0)
-    model = build(shape, device, torch.bfloat16, std=STD)
+    model = random_model(shapes.hf_config(shape), device, torch.bfloat16, STD)
     model.save_pretrained(folder / "model")
     vocab_size = model.config.vocab_size
     tokens = np.random.default_rng(0).integers(0, vocab_size, (PROMPTS, LENGTH))

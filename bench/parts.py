@@ -138,9 +138,14 @@ def turn() -> Iterator[None]:
         yield
 
 
+def interpreter(*, torch: bool) -> str:
+    """Of a part's process: this one, or that which has torch."""
+    return (os.environ.get(TORCH_PYTHON) if torch else None) or sys.executable
+
+
 def _begin(part: Part, folder: Path) -> subprocess.Popen[bytes]:
     """Starts a part, which writes to `records` and `log` in `folder`."""
-    python = (os.environ.get(TORCH_PYTHON) if part.torch else None) or sys.executable
+    python = interpreter(torch=part.torch)
     command = [python, "-m", part.module, *part.args, "--records", str(folder / "records")]
     env = {**os.environ, "PYTHONUNBUFFERED": "1", **part.env, STARTED: repr(time.time())}
     with (folder / "log").open("w") as output:
@@ -155,7 +160,7 @@ def _found(part: Part, folder: Path, error: str | None, seconds: float) -> list[
     lines = records.read_text().splitlines() if records.exists() else []
     found = [Record(**json.loads(line)) for line in lines if line.endswith("}")]
     if error is not None:
-        tail = _without_paths((folder / "log").read_text(errors="replace"))[-ERROR_CHARS:]
+        tail = without_paths((folder / "log").read_text(errors="replace"))[-ERROR_CHARS:]
         command = shlex.join(["-m", part.module, *part.args])
         detail = {"command": command, "output_tail": tail}
         found.append(Record(f"{part.name}.failed", None, detail=detail, error=error))
@@ -163,12 +168,19 @@ def _found(part: Part, folder: Path, error: str | None, seconds: float) -> list[
     return found
 
 
-def _without_paths(text: str) -> str:
+def without_paths(text: str) -> str:
     """Results are published: where this machine keeps things is nobody's business."""
     text = text.replace(f"{ROOT}/", "")
     for place in (sys.prefix, sys.base_prefix, str(Path.home())):
         text = text.replace(place, "...")
     return text
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process that leads a session, and all of that: compilers have workers of their own."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> str | None:
@@ -177,9 +189,7 @@ def _wait(process: subprocess.Popen[bytes], timeout_s: float) -> str | None:
     except subprocess.TimeoutExpired:
         code = None
     finally:
-        if process.poll() is None:  # the whole session: compilers have workers of their own
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+        end(process)
     if code is None:
         return f"ended after {timeout_s:.0f} s"
     return None if code == 0 else f"exit code {code}"
@@ -211,7 +221,7 @@ def run_parts(
             found = [Record(f"{part.name}.failed", None, error=late) for part in group]
         else:
             found = run_part(group[0]) if isinstance(item, Part) else run_together(group)
-        run = _add(run, found)
+        run = add(run, found)
         keep(run, path)
     return run
 
@@ -224,7 +234,7 @@ def keep(run: Run, path: Path) -> None:
         shutil.copy(path, folder)
 
 
-def _add(run: Run, found: Sequence[Record]) -> Run:
+def add(run: Run, found: Sequence[Record]) -> Run:
     """`run` with the records, the ceilings among them, and what follows from both."""
     run = replace(run, ceilings=best_ceilings((*run.records, *found)))
     shares = share_of_copy(found, run.ceilings.get("copy_bytes_per_s"))

@@ -14,12 +14,11 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
-
 from bench import measuring, start, workloads
 from bench.measuring import Measurement, Setup
 from bench.record import Record
-from bench.workloads import Gap, Workload
+from bench.serving import Stream, percentile
+from bench.workloads import Workload
 
 if TYPE_CHECKING:
     from jaxinfer.llm import LLM
@@ -40,14 +39,14 @@ class Lent:
         """Does nothing."""
 
 
-async def serve(llm: LLM, load: Workload, due: Sequence[float]) -> list[Gap]:
+async def serve(llm: LLM, load: Workload, due: Sequence[float]) -> list[Stream]:
     """Sends each request when it is due, and notes when its tokens come."""
     from jaxinfer import AsyncLLM
 
     async with AsyncLLM(cast("LLM", Lent(llm))) as server:
         began = time.perf_counter()
 
-        async def client(at: float, prompt: list[int], params: Any) -> Gap:
+        async def client(at: float, prompt: list[int], params: Any) -> Stream:
             await asyncio.sleep(max(0.0, began + at - time.perf_counter()))
             times, counts = [], []
             async for delta in server.generate(prompt, params):
@@ -56,13 +55,13 @@ async def serve(llm: LLM, load: Workload, due: Sequence[float]) -> list[Gap]:
                     counts.append(len(delta.token_ids))
             if sum(counts) != params.max_tokens:
                 raise RuntimeError(f"{sum(counts)} tokens came, not {params.max_tokens}")
-            return Gap(at, tuple(times), tuple(counts))
+            return Stream(at, tuple(times), tuple(counts))
 
         clients = zip(due, load.prompts, load.params, strict=True)
         return await asyncio.gather(*(client(*each) for each in clients))
 
 
-def records(stem: str, seen: Sequence[Gap], detail: dict) -> list[Record]:
+def records(stem: str, seen: Sequence[Stream], detail: dict) -> list[Record]:
     """`.ttft_p50_ms`, `.ttft_p99_ms`, `.itl_p99_ms`, `.tpot_p50_ms`."""
     ttft = [gap.ttft for gap in seen]
     itl = [gap for one in seen for gap in one.itl]
@@ -73,14 +72,14 @@ def records(stem: str, seen: Sequence[Gap], detail: dict) -> list[Record]:
         "output_tokens": sum(sum(gap.counts) for gap in seen),
         "last_token_s": max(gap.times[-1] for gap in seen),
         "ttft_max_ms": 1000 * max(ttft),
-        "itl_p50_ms": 1000 * float(np.percentile(itl, 50)),
+        "itl_p50_ms": percentile(itl, 50),
         "itl_max_ms": 1000 * max(itl),
         # Between Deltas only, where several tokens come at once.
-        "delta_gap_p99_ms": 1000 * float(np.percentile([gap for gap in itl if gap], 99)),
+        "delta_gap_p99_ms": percentile([gap for gap in itl if gap], 99),
     }
     figures = [("ttft", 50, ttft), ("ttft", 99, ttft), ("itl", 99, itl), ("tpot", 50, tpot)]
     return [
-        Record(f"{stem}.{name}_p{p}_ms", 1000 * float(np.percentile(values, p)), "ms", detail)
+        Record(f"{stem}.{name}_p{p}_ms", percentile(values, p), "ms", detail)
         for name, p, values in figures
     ]
 
@@ -89,7 +88,7 @@ def measure(llm: LLM, setup: Setup) -> Iterator[Record]:
     """`serve.8b.16rps.*`."""
     due = workloads.arrivals(setup.rate, setup.scale.serve_seconds)
 
-    def once(i: int) -> list[Gap]:
+    def once(i: int) -> list[Stream]:
         load = workloads.lognormal(setup.scale, llm.config.vocab_size, SEED + i)
         times = len(due) // len(load.prompts) + 1  # the list again, should it be too short
         load = Workload(load.prompts * times, load.tokens * times).first(len(due))

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 # Each by its full name; `short` is what it is called in the names of records.
 HF_CONFIGS: dict[str, dict[str, Any]] = {
-    **{name: dict(known_models.HF_CONFIGS[name]) for name in ("llama-3.1-8b", "llama-3.2-1b")},
+    **{
+        name: dict(known_models.HF_CONFIGS[name])
+        for name in ("llama-3.1-8b", "llama-3.1-70b", "llama-3.2-1b")
+    },
     # Small enough to draft for the others; no published model.
     "llama-draft-100m": {
         **known_models.HF_CONFIGS["llama-3.2-1b"],

@@ -4,8 +4,7 @@
 
 `static` is the same engine under `policy="static"`: batches of 32 in order of arrival, each run to
 the end of its longest. Of the first 128 requests it is measured; to the whole list it is scaled by
-decode steps, of which a batch takes as many as its longest output. The same with HF transformers'
-continuous batching is `bench.hf_batching`.
+decode steps, of which a batch takes as many as its longest output. Other engines: `bench.compare`.
 """
 
 from __future__ import annotations
@@ -40,7 +39,7 @@ def seconds(llm: LLM, load: Workload) -> float:
 
 
 def measure(llm: LLM, setup: Setup) -> Iterator[Record]:
-    """`throughput.8b.out_tok_s` of the whole list; `.first128.out_tok_s` of its beginning."""
+    """`throughput.8b.out_tok_s`."""
     scale, vocab_size = setup.scale, llm.config.vocab_size
 
     def fresh(seed: int) -> Workload:
@@ -51,9 +50,6 @@ def measure(llm: LLM, setup: Setup) -> Iterator[Record]:
     load, took = fresh(SEED), statistics.median(each)
     detail = {**setup.detail, **runs, "wall_s_of_each": each}
     yield _record(f"throughput.{setup.name}", load, took, detail)
-    parts = [fresh(SEED + 10 + i).first(scale.first) for i in range(start.MOST_RUNS)]
-    took, runs = start.until_warm(llm, lambda i: seconds(llm, parts[i]))
-    yield _record(f"throughput.{setup.name}.first{scale.first}", parts[0], took, runs)
 
 
 def measure_static(llm: LLM, setup: Setup) -> Iterator[Record]:
@@ -82,7 +78,7 @@ def measure_static(llm: LLM, setup: Setup) -> Iterator[Record]:
 
 
 def derived(records: Sequence[Record]) -> list[Record]:
-    """`.over_static`, and `.over_hf_continuous` of the requests that HF transformers served."""
+    """`.over_static`."""
     rates = {r.name: r for r in records if r.value and r.name.endswith(".out_tok_s")}
     found = []
     for name, ours in rates.items():
@@ -91,10 +87,6 @@ def derived(records: Sequence[Record]) -> list[Record]:
             continue
         if static := rates.get(f"throughput.{rest}.static.out_tok_s"):
             found.append(_ratio(f"throughput.{rest}.over_static", ours, static))
-        if hf := rates.get(f"throughput.{rest}.hf_continuous.out_tok_s"):
-            n = hf.detail["requests"]
-            same = rates.get(f"throughput.{rest}.first{n}.out_tok_s", ours)
-            found.append(_ratio(f"throughput.{rest}.over_hf_continuous", same, hf))
     return found
 
 

@@ -8,8 +8,8 @@ new random prompt.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from bench import shapes
 from bench.record import Record
@@ -25,25 +25,60 @@ def prefix(engine: str, shape: str, batch: int, context: int) -> str:
 
 
 def bytes_per_step(shape: str, batch: int, context: int) -> int:
-    """Fewest bytes that one decode step must move through device memory.
-
-    Every weight is read once, of an untied embedding only the batch's rows; each sequence's keys
-    and values are read once and the new token's are written.
+    """Fewest bytes that one decode step of a shape must move through device memory.
 
     Args:
         shape: of `bench.shapes`, of the Llama kind.
         batch: sequences.
         context: tokens that each holds, on average over the steps timed.
     """
-    c = shapes.hf_config(shape)
-    E, F, D = c["hidden_size"], c["intermediate_size"], c["head_dim"]
-    H, K, L, V = (
-        c["num_attention_heads"], c["num_key_value_heads"], c["num_hidden_layers"], c["vocab_size"]
-    )  # fmt: skip
-    matrices = L * ((2 * H + 2 * K) * D * E + 3 * E * F)
-    others = (2 * L + 1) * E + V * E  # norms, output projection
-    kv = 2 * L * K * D * batch * (context + 1)
-    return round(shapes.weight_bytes(shape) * matrices) + WIDTH * (others + kv + batch * E)
+    return config_bytes(shapes.hf_config(shape), shapes.weight_bytes(shape), batch, context)
+
+
+def config_bytes(
+    config: Mapping[str, Any], weight_bytes: float, batch: int, context: int, width: int = WIDTH
+) -> int:
+    """The same of an HF config.
+
+    Every weight is read once, of an untied embedding only the batch's rows; each sequence's keys
+    and values are read once and the new token's are written. `weight_bytes`: of one weight of the
+    layers' matrices; `width`: of everything else.
+    """
+    s = _sizes(config)
+    others = (2 * s.L + 1) * s.E + s.V * s.E  # norms, output projection
+    kv = 2 * s.L * s.K * s.D * batch * (context + 1)
+    return round(weight_bytes * s.matrices) + width * (others + kv + batch * s.E)
+
+
+def config_flops(config: Mapping[str, Any], tokens: int, logits: int, pairs: int) -> int:
+    """Of one forward: products of `tokens`, of `logits` rows with the output projection, and
+    attention of `pairs` of a token and one that it sees, in each layer."""
+    s = _sizes(config)
+    return 2 * (tokens * s.matrices + logits * s.V * s.E) + 4 * s.L * s.H * s.D * pairs
+
+
+def kv_bytes(config: Mapping[str, Any], width: int = WIDTH) -> int:
+    """Keys and values of one token."""
+    s = _sizes(config)
+    return 2 * s.L * s.K * s.D * width
+
+
+class _Sizes(NamedTuple):
+    E: int
+    H: int
+    K: int
+    D: int
+    L: int
+    V: int
+    matrices: int
+
+
+def _sizes(c: Mapping[str, Any]) -> _Sizes:
+    E, H = c["hidden_size"], c["num_attention_heads"]
+    K, L = c["num_key_value_heads"], c["num_hidden_layers"]
+    D = c.get("head_dim") or E // H
+    matrices = L * ((2 * H + 2 * K) * D * E + 3 * E * c["intermediate_size"])
+    return _Sizes(E, H, K, D, L, c["vocab_size"], matrices)
 
 
 def step_records(

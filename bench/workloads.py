@@ -25,7 +25,6 @@ class Scale:
             are preempted.
         requests: of the lognormal list; `shrink` divides its lengths.
         static_rows, static_requests: a batch of static batching, and the first requests so served.
-        first: the first requests, that HF transformers serve too.
         serve_seconds: how long requests arrive.
         prefix, suffix, prefix_requests, prefix_tokens: tokens that all prompts begin with, most
             tokens after them, prompts, and output tokens of each.
@@ -49,7 +48,6 @@ class Scale:
     shrink: int = 1
     static_rows: int = 32
     static_requests: int = 128
-    first: int = 128
     serve_seconds: float = 30.0
     prefix: int = 2000
     suffix: int = 128
@@ -71,7 +69,7 @@ FULL = Scale()
 TINY = Scale(
     rows=16, max_model_len=160, page_size=8, kv_cache_bytes=96 << 11, few_rows=16, few_tokens=64,
     soak_rows=16, soak_cache_bytes=96 << 11, requests=24, shrink=32,
-    static_rows=4, static_requests=8, first=8, serve_seconds=0.5, prefix=60, suffix=8,
+    static_rows=4, static_requests=8, serve_seconds=0.5, prefix=60, suffix=8,
     prefix_requests=6, prefix_tokens=4, prefix_control=3, steady=(4, 32), sampled=(4, 16),
     short=9, long=41, soak_prompt=24, soak_tokens=16, soak_longest=64, scored=(8, 120),
     scoring_tokens=64,
@@ -175,6 +173,23 @@ def arrivals(rate: float, seconds: float, seed: int = 0) -> list[float]:
     return found
 
 
+def gamma_arrivals(count: int, rate: float, burstiness: float, seed: int = 0) -> list[float]:
+    """`count` times whose gaps are gamma-distributed with a mean of 1 / `rate` seconds and the
+    shape `burstiness`, as in `vllm bench serve`: 1 is Poisson, less comes in bursts. An infinite
+    rate: all at once.
+
+    Raises:
+        ValueError: a rate or burstiness that is not above 0.
+    """
+    if not (rate > 0 and burstiness > 0):
+        raise ValueError(f"rate={rate}, burstiness={burstiness}: expected both above 0")
+    r, now, found = random.Random(seed), 0.0, []
+    for _ in range(count):
+        now += 0.0 if math.isinf(rate) else r.gammavariate(burstiness, 1 / (rate * burstiness))
+        found.append(now)
+    return found
+
+
 def shared_prefix(scale: Scale, vocab_size: int, seed: int) -> Workload:
     """Prompts that begin with the same tokens, and end with 1 to `scale.suffix` of their own."""
     n, rng = scale.prefix_requests, np.random.default_rng(seed)
@@ -186,37 +201,3 @@ def shared_prefix(scale: Scale, vocab_size: int, seed: int) -> Workload:
 def longest_of_batches(tokens: Sequence[int], rows: int) -> int:
     """Decode steps of static batching: of each batch, as many as its longest output."""
     return sum(max(tokens[i : i + rows]) for i in range(0, len(tokens), rows))
-
-
-@dataclass(frozen=True)
-class Gap:
-    """What a client saw of one request.
-
-    Attributes:
-        due: when it arrived, in seconds.
-        times: when each Delta came.
-        counts: tokens of each Delta.
-    """
-
-    due: float
-    times: tuple[float, ...]
-    counts: tuple[int, ...]
-
-    @property
-    def ttft(self) -> float:
-        """Seconds to the first token."""
-        return self.times[0] - self.due
-
-    @property
-    def itl(self) -> list[float]:
-        """Seconds between tokens that follow each other; those of one Delta come together."""
-        gaps = [0.0] * (self.counts[0] - 1)
-        for before, now, n in zip(self.times, self.times[1:], self.counts[1:], strict=False):
-            gaps += [now - before] + [0.0] * (n - 1)
-        return gaps
-
-    @property
-    def tpot(self) -> float | None:
-        """Seconds for each token after the first; None with one token only."""
-        n = sum(self.counts)
-        return (self.times[-1] - self.times[0]) / (n - 1) if n > 1 else None

@@ -9,7 +9,8 @@ of arrival. A sequence is granted pages for its prompt when its turn to be read 
 as it grows.
 Where they run out, the last running sequence in that order is preempted: it gives all its pages
 back, and waits again with the tokens it has until then, which are computed anew. So the first
-always gets on. Pages of a prompt whose keys are known already are shared instead of computed.
+always gets on. Pages of a prompt whose keys are known already are shared instead of computed; those
+that only the host's memory knows are copied from there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxinfer import tier
 from jaxinfer.config import BatcherConfig
 from jaxinfer.pages import (
     PagePool,
@@ -129,6 +131,15 @@ class Run(NamedTuple):
     released: np.ndarray
 
 
+class Move(NamedTuple):
+    """Before the next `Run`, pages are copied to slots of the host's memory, `stores` int32 [n, 2]
+    of (page, slot), as the dispatches before leave them; and then slots to pages, `loads` int32
+    [m, 2] of (slot, page)."""
+
+    stores: np.ndarray
+    loads: np.ndarray
+
+
 class Preempt(NamedTuple):
     """Sequence `id` has no pages any more. The host says `Return` once it has read all results."""
 
@@ -142,7 +153,7 @@ class Refuse(NamedTuple):
     reason: str
 
 
-Action = Run | Preempt | Refuse
+Action = Run | Move | Preempt | Refuse
 
 
 class Rows(NamedTuple):
@@ -193,7 +204,7 @@ def create_state(config: BatcherConfig) -> BatcherState:
         rows=Rows(np.full(M, NO_SEQUENCE), *([zero] * 7)),
         pages=objects([NO_PAGES] * M),
         keys=np.full(M, None),
-        pool=create(config.num_pages),
+        pool=create(config.num_pages, config.host_slots),
         released=np.zeros(M, bool),
     )
     _seal(state, state.waiting, state.rows)
@@ -373,7 +384,17 @@ def _schedule(
         chunks=tuple(chunks),
         released=state.released,
     )
-    return state._replace(released=np.zeros_like(state.released)), (*preempted, action)
+    state, moves = _moves(state._replace(released=np.zeros_like(state.released)))
+    return state, (*preempted, *moves, action)
+
+
+def _moves(state: BatcherState) -> tuple[BatcherState, tuple[Move, ...]]:
+    """The copies that are due, if any."""
+    if state.pool.host is None:
+        return state, ()
+    host, stores, loads = tier.take(state.pool.host)
+    state = state._replace(pool=state.pool._replace(host=host))
+    return state, (Move(stores, loads),) if len(stores) or len(loads) else ()
 
 
 def granted_columns(config: BatcherConfig) -> int:
@@ -473,11 +494,11 @@ def _admit(state: BatcherState, config: BatcherConfig, budget: int) -> BatcherSt
         keys, wanted = state.waiting.keys[0], pages_for(prompt, config.page_size)
         # Held before others are granted, which may be taken from what nobody holds.
         found = _known(state.pool, keys, prompt, config)
-        pool = share(state.pool, found)
+        pool, unknown = share(state.pool, found), _useful(keys, prompt, config)[len(found) :]
         # A page more for each that runs already: to admit one only to preempt it is no gain.
         if wanted - len(found) + len(rows.id) - len(free) > pool.available:
             break
-        pool, pages = allocate(pool, wanted - len(found))
+        pool, pages = allocate(pool, wanted - len(found), unknown)
         row, unread = int(free[0]), unread + prompt
         new = (sequence, prompt, limit, rank, 0, 0, 0, wanted)  # in the order of Rows
         state = state._replace(
@@ -569,9 +590,14 @@ def _share(state: BatcherState, row: int, config: BatcherConfig) -> BatcherState
 
 
 def _known(pool: PagePool, keys: np.ndarray, prompt: int, config: BatcherConfig) -> np.ndarray:
-    """The pages that hold a prompt's beginning already, int32. The last token is computed in any
-    case: what follows it is wanted."""
-    return find(pool, keys[: (prompt - 1) // config.page_size])
+    """The pages that hold a prompt's beginning already, int32."""
+    return find(pool, _useful(keys, prompt, config))
+
+
+def _useful(keys: np.ndarray, prompt: int, config: BatcherConfig) -> np.ndarray:
+    """The keys of pages that a prompt need not compute. The last token is computed in any case:
+    what follows it is wanted."""
+    return keys[: (prompt - 1) // config.page_size]
 
 
 def _with(array: np.ndarray, index: int | np.ndarray, value: int | np.ndarray | None) -> np.ndarray:

@@ -122,6 +122,7 @@ class BatcherConfig:
             must be read for all to end soon. It knows limits, not where sequences really end.
         prefix_caching: pages of prompts that begin alike are computed once.
         max_guesses: most tokens that are guessed for a row in one step.
+        host_slots: pages for which the host's memory has room; see `tier`.
     """
 
     num_pages: int
@@ -135,6 +136,7 @@ class BatcherConfig:
     policy: Policy = "continuous"
     prefix_caching: bool = True
     max_guesses: int = 0
+    host_slots: int = 0
 
     def most_steps(self, guesses: int) -> int:
         """Decode steps of one dispatch, at most. Those that guess take about twice as long, and
@@ -234,6 +236,7 @@ class EngineOptions:
     gpu_memory_utilization: float = 0.9
     kv_cache_bytes: int | None = None
     device_weight_bytes: int | None = None
+    kv_host_bytes: int = 0
     kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3"] = "auto"
     seed: int = 0
     invariant: bool = True
@@ -277,14 +280,20 @@ class EngineOptions:
                 f"max_num_batched_tokens={budget}: expected more than max_num_seqs="
                 f"{self.max_num_seqs}, so that prompts get on while every row decodes"
             )
-        kept = self.response_cache
-        if not isinstance(kept, int) or isinstance(kept, bool) or kept < 0:
-            raise ValueError(f"response_cache={kept!r}: expected an integer of at least 0")
+        for name in ("response_cache", "kv_host_bytes"):
+            kept = getattr(self, name)
+            if not isinstance(kept, int) or isinstance(kept, bool) or kept < 0:
+                raise ValueError(f"{name}={kept!r}: expected an integer of at least 0")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool):
             raise ValueError(f"seed={self.seed!r}: expected an integer")
         for name in ("invariant", "prefix_caching"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected True or False")
+        if self.kv_host_bytes and not self.prefix_caching:
+            raise ValueError(
+                f"kv_host_bytes={self.kv_host_bytes} with prefix_caching=False: pages are kept for "
+                "prompts that begin alike: leave one of them out"
+            )
         if self.event_log is not None and not Path(self.event_log).absolute().parent.is_dir():
             raise ValueError(
                 f"event_log={self.event_log!r}: expected a file in a folder that exists"

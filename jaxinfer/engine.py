@@ -40,6 +40,7 @@ from jaxinfer.observe import (
     taken,
 )
 from jaxinfer.packing import Packed, flatten, send
+from jaxinfer.page_copies import PageCopies
 from jaxinfer.pages import page_keys, pages_for
 from jaxinfer.parallel import device_bytes, new_cache, replicate, sizes, stage_config
 from jaxinfer.plans import (
@@ -52,7 +53,15 @@ from jaxinfer.plans import (
     top_bucket,
 )
 from jaxinfer.runner import Sampled, StepCompiler, StepKey
-from jaxinfer.state import EngineState, Live, check_fits, describe, keep_running, put_pages
+from jaxinfer.state import (
+    EngineState,
+    Live,
+    check_fits,
+    describe,
+    keep_running,
+    put_pages,
+    with_host,
+)
 from jaxinfer.types import SamplingParams
 from jaxinfer.warmup import WarmUp
 
@@ -120,6 +129,7 @@ class Engine:
         self._variants: tuple[Kind, ...] = ()  # of what was warmed up
         self._ids = itertools.count()
         self._cache = self._new_cache()
+        self._copies = PageCopies(self._cache)
         self._hooks = HookTables(
             limits.max_num_seqs, self.compiler.forget, self.compiler.everywhere
         )
@@ -154,6 +164,7 @@ class Engine:
         self._in_flight: deque[InFlight] = deque()
         empty = init_state(self.limits.max_num_seqs, self._table_width)
         self._seq = self._with_draft(replicate(empty, self._mesh))
+        self._copies.clear()
         if self._guesser is not None:
             self._guesser.reset()
         if any(p.penalised for p in self._warmed):  # programs differ in it
@@ -370,7 +381,9 @@ class Engine:
             return
         try:
             self._cached = {live.id: live.cached for live in state.live if live.cached is not None}
-            self._batcher, self._events = state.running.scheduler, list(state.running.events)
+            self._batcher = with_host(state.running.scheduler, self.limits.host_slots)
+            self._copies.clear()
+            self._events = list(state.running.events)
             copy = partial(jnp.array, device=self.compiler.everywhere)
             self._seq = jax.tree.map(copy, state.running.seq)._replace(draft=self._seq.draft)
             if self._guesser is not None:
@@ -431,6 +444,8 @@ class Engine:
         found = self._probed(keys, warmup.probe(self.limits, self.config.vocab_size))
         for key, plan in behind.items():
             self._dispatch(key, plan)
+        if self.limits.host_slots:
+            self._cache = self._copies.warm_up(self._cache)
         self._warmed = (*self._warmed, *params)
         self._variants = warmup.variants(self._warmed)
         self.reset()
@@ -546,6 +561,9 @@ class Engine:
             match action:
                 case batcher.Run():
                     run = action
+                case batcher.Move():
+                    self._cache = self._copies.move(action, self._cache)
+                    self.metrics.move(len(action.stores), len(action.loads))
                 case batcher.Preempt():
                     self._preempted.add(action.id)
                     self.metrics.preempt(action.id)

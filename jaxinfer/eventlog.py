@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from jaxinfer import batcher
-from jaxinfer.batcher import Action, BatcherState, Event, Preempt, Prefill, Refuse, Run
+from jaxinfer.batcher import Action, BatcherState, Event, Move, Preempt, Prefill, Refuse, Run
 from jaxinfer.config import BatcherConfig
 from jaxinfer.errors import InvalidRequest
 
@@ -131,6 +131,8 @@ def _action_words(action: Action) -> str:
                 guesses = f" with {action.guesses} guesses" if action.guesses else ""
                 some.append(f"{action.steps} steps{guesses} of {_some(action.ids.tolist())}")
             return ", ".join(some)
+        case Move():
+            return f"{len(action.stores)} pages to the host, {len(action.loads)} from it"
         case Preempt():
             return f"{action.id} preempted: no pages left"
         case Refuse():

@@ -119,6 +119,9 @@ class LLM:
         device_weight_bytes: what the model's weights may take of each device. The matrices of
             layers that do not fit lie in the host's memory, from where every step copies them
             (docs/offload.md). It changes no token. None: all lie on the device.
+        kv_host_bytes: of the host's memory, for each device: room for KV pages that had to leave
+            it, from where they are copied back when a prompt begins alike, or goes on after it was
+            preempted (docs/offload.md). It changes no token. 0: none.
         kv_cache_dtype: `auto`: `dtype`. `int8`, or `fp8` (`fp8_e4m3`): half the bytes, with a scale
             for every token and head.
         seed: draws the seeds of requests that bring none.
@@ -172,6 +175,7 @@ class LLM:
         gpu_memory_utilization: float = 0.9,
         kv_cache_bytes: int | None = None,
         device_weight_bytes: int | None = None,
+        kv_host_bytes: int = 0,
         kv_cache_dtype: Literal["auto", "int8", "fp8", "fp8_e4m3"] = "auto",
         seed: int = 0,
         invariant: bool = True,
@@ -196,7 +200,7 @@ class LLM:
             options = EngineOptions(
                 dtype=dtype, max_model_len=max_model_len, max_num_seqs=max_num_seqs,
                 gpu_memory_utilization=gpu_memory_utilization, kv_cache_bytes=kv_cache_bytes,
-                device_weight_bytes=device_weight_bytes,
+                device_weight_bytes=device_weight_bytes, kv_host_bytes=kv_host_bytes,
                 kv_cache_dtype=kv_cache_dtype, seed=seed, invariant=invariant,
                 tensor_parallel_size=tensor_parallel_size,
                 pipeline_parallel_size=pipeline_parallel_size,

@@ -29,6 +29,7 @@ from jaxinfer.errors import CapacityError, CheckpointError, JaxinferError
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import abstract_params, declare
 from jaxinfer.offload import Split, host_places, split
+from jaxinfer.page_copies import STAGED
 from jaxinfer.parallel import declared_on, device_share, replica_meshes, said
 from jaxinfer.placement import can_split, check_stages, degrees
 from jaxinfer.progress import loading_bar
@@ -54,7 +55,7 @@ STAGED_STEPS = 4
 # Options that processes need not agree about: paths of each machine.
 OWN_OPTIONS = ("event_log", "compilation_cache")
 # What is not done over several processes, and what it must be there.
-ONE_PROCESS = {"data_parallel_size": 1, "device_weight_bytes": None}
+ONE_PROCESS = {"data_parallel_size": 1, "device_weight_bytes": None, "kv_host_bytes": 0}
 
 
 def agree(link: Link | None, config: ModelConfig, options: EngineOptions) -> None:
@@ -91,7 +92,7 @@ def agree(link: Link | None, config: ModelConfig, options: EngineOptions) -> Non
 def prepare_backend(options: EngineOptions) -> None:
     """What an LLM does to the JAX of this process, before its first computation."""
     reserve_memory(options.gpu_memory_utilization)
-    if options.device_weight_bytes is not None:
+    if options.device_weight_bytes is not None or options.kv_host_bytes:
         allow_pinned()
     if options.compilation_cache != "":
         chosen = options.compilation_cache
@@ -156,7 +157,8 @@ def plan(
 
     Raises:
         ValueError: `max_model_len` beyond what the model was made for.
-        CapacityError: see `sizing.plan_memory`.
+        CapacityError: see `sizing.plan_memory`; or `kv_host_bytes` has no room for a page, or the
+            host's memory has none for it.
     """
     if options.max_model_len is not None and options.max_model_len > config.max_position:
         raise ValueError(
@@ -164,13 +166,15 @@ def plan(
             f"{config.max_position} tokens"
         )
     named = [device for mesh in meshes if mesh is not None for device in mesh.local_devices]
-    found = [device_memory(device) for device in named or [jax.devices()[0]]]
+    memories = [device_memory(device) for device in named or [jax.devices()[0]]]
+    devices = len(memories)  # of this process
     if link is not None:
-        found = [each for process in link.gather(found) for each in process]
-    limits, used = zip(*found, strict=True)
+        memories = [each for process in link.gather(memories) for each in process]
+    limits, used = zip(*memories, strict=True)
     limit, in_use = None if None in limits else min(limits), max(used)
     dtype = jnp.dtype(options.dtype)
-    return plan_memory(
+    one, far = _host_pages(config, options, drafter, host_weights, devices)
+    found = plan_memory(
         _local(config, options),
         dtype=dtype,
         kv_dtype=resolve_kv_dtype(options.kv_cache_dtype, dtype),
@@ -183,9 +187,42 @@ def plan(
         max_num_batched_tokens=batched_tokens(options),
         weights=weights,
         host_weights=host_weights,
-        buffers=buffers,
+        buffers=buffers + (STAGED * one if far else 0),
         **_guessing(drafter, options),
     )
+    return replace(found, host_cache=one * far, host_pages=far)
+
+
+def _host_pages(
+    config: ModelConfig,
+    options: EngineOptions,
+    drafter: Drafter | None,
+    host_weights: int,
+    devices: int,
+) -> tuple[int, int]:
+    """Bytes that a page takes of the host for each device, and how many pages it is to keep.
+
+    Raises:
+        CapacityError: `kv_host_bytes` is less than a page, or more than the host has.
+    """
+    kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)
+    one = page_bytes(_local(config, options), options.page_size, kv_dtype)
+    if drafter is not None and drafter.reads_text:
+        one += 4 * options.page_size
+    budget = options.kv_host_bytes
+    if 0 < budget < one:
+        raise CapacityError(
+            f"kv_host_bytes={budget}: a page of {options.page_size} tokens takes {one} bytes: "
+            "expected at least as much, or 0"
+        )
+    wanted = devices * (budget + host_weights)
+    if budget and wanted > (most := pinnable_bytes()):
+        raise CapacityError(
+            f"kv_host_bytes={budget} for each of {devices} device(s), beside {host_weights} bytes "
+            f"of weights: {most} of the host's memory may be taken ({PINNED} decides, in GB, "
+            "before JAX starts)"
+        )
+    return one, budget // one
 
 
 def _local(config: ModelConfig, options: EngineOptions) -> ModelConfig:
@@ -237,6 +274,7 @@ def batcher_config(
         policy=options.policy,
         prefix_caching=options.prefix_caching,
         max_guesses=0 if drafter is None else drafter.how.tokens,
+        host_slots=memory.host_pages,
     )
 
 

@@ -41,6 +41,7 @@ class StepRecord(NamedTuple):
         kv_tokens: tokens in the cache once it has run; what two rows share counts for both.
         kv_slots: tokens for which the rows' pages have room; counted as `kv_tokens`.
         preempted: sequences preempted since the dispatch before.
+        stored, loaded: pages copied to the host's memory, and from there, before it.
         idle_s: how long nothing was queued on the device, as far as the host knows: since the
             results of the last dispatch were read, if none was under way; else 0. Time without any
             request counts as well. 0 for the first.
@@ -65,6 +66,8 @@ class StepRecord(NamedTuple):
     kv_tokens: int
     kv_slots: int
     preempted: int
+    stored: int
+    loaded: int
     idle_s: float
 
 
@@ -137,6 +140,7 @@ class Summary(NamedTuple):
         itl_s: between two times that a sequence had news. Tokens of one dispatch come together.
         prefix_hit_share: of prompt tokens, those found in the cache.
         preemptions: in all.
+        loaded_pages: pages that were copied from the host's memory, instead of being computed.
         padding_waste_share: of computed tokens, those that were nobody's.
         kv_waste_share: of the room in granted pages, what held no token.
         device_idle_share: of `seconds`, with nothing queued; a lower bound (`StepRecord.idle_s`).
@@ -155,6 +159,7 @@ class Summary(NamedTuple):
     e2e_s: Percentiles | None
     prefix_hit_share: float | None
     preemptions: int
+    loaded_pages: int
     padding_waste_share: float | None
     kv_waste_share: float | None
     device_idle_share: float | None
@@ -190,6 +195,7 @@ def summary(
             sum(r.cached_tokens for r in admitted), sum(r.prompt_tokens for r in admitted)
         ),
         preemptions=sum(s.preempted for s in steps),
+        loaded_pages=sum(s.loaded for s in steps),
         padding_waste_share=_share(
             sum(s.wasted for s in steps), sum(s.padded_tokens for s in steps)
         ),
@@ -262,7 +268,7 @@ class Metrics:
         self.gaps: deque[float] = deque(maxlen=kept_gaps)
         self._live: dict[int, _Live] = {}
         self._under_way: deque[StepRecord] = deque()  # dispatched, not observed yet
-        self._number = self._preempted = 0
+        self._number = self._preempted = self._stored = self._loaded = 0
         self._observed_s: float | None = None  # when results were read last
 
     def summary(self) -> Summary:
@@ -305,10 +311,13 @@ class Metrics:
                 kv_tokens=kv_tokens(state),
                 kv_slots=int(state.rows.held.sum()) * self._page_size,
                 preempted=self._preempted,
+                stored=self._stored,
+                loaded=self._loaded,
                 idle_s=idle_s,
             )
         )
-        self._number, self._preempted = self._number + 1, 0
+        self._number += 1
+        self._preempted = self._stored = self._loaded = 0
 
     @staticmethod
     def _admit(live: _Live, cached: int, now: float) -> None:
@@ -355,6 +364,10 @@ class Metrics:
         self._live[sequence].preemptions += 1
         self._preempted += 1
 
+    def move(self, stored: int, loaded: int) -> None:
+        """Pages are copied before the next dispatch."""
+        self._stored, self._loaded = stored, loaded
+
     def finish(self, sequence: int) -> None:
         """A sequence ended with the results read last."""
         assert self._observed_s is not None
@@ -368,7 +381,7 @@ class Metrics:
         for sequence in list(self._live):
             self.cancel(sequence)
         self._under_way.clear()
-        self._preempted = 0
+        self._preempted = self._stored = self._loaded = 0
 
     def _end(self, sequence: int, now: float, *, cancelled: bool) -> None:
         live = self._live.pop(sequence)

@@ -8,6 +8,9 @@ a later sequence that begins with the same tokens takes the page instead of comp
 that nobody can find are granted first, the latest to be let go of; then the others, the one let go
 of longest ago first.
 
+What a page remembers that is granted anew may go to the host's memory (`tier`), from where it is
+copied into another page when it is asked for.
+
 Page 0 is the trash page: it is never granted. Shapes: N pages. What a call costs depends on the
 pages that it names, and hardly on N: it runs between any two steps of the device.
 """
@@ -20,9 +23,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from jaxinfer import tier
 from jaxinfer.persistent import Table, table, updated
+from jaxinfer.tier import Tier
 
 KEY_BYTES = 16
+NO_KEYS = np.empty((0, 2), np.uint64)
+NO_KEYS.flags.writeable = False
 
 
 class PagePool(NamedTuple):
@@ -39,6 +46,7 @@ class PagePool(NamedTuple):
             passed included.
         names: the key of each page that remembers something.
         known: the page of each of these keys.
+        host: what remembers pages that were granted anew; None: nothing does.
     """
 
     holders: np.ndarray
@@ -49,10 +57,11 @@ class PagePool(NamedTuple):
     places: Table
     names: Table
     known: Table
+    host: Tier | None = None
 
 
-def create(num_pages: int) -> PagePool:
-    """A pool of `num_pages` pages, all but the trash page free.
+def create(num_pages: int, host_slots: int = 0) -> PagePool:
+    """A pool of `num_pages` pages, all but the trash page free, and so many slots of the host.
 
     Raises:
         ValueError: fewer than two pages.
@@ -62,27 +71,37 @@ def create(num_pages: int) -> PagePool:
     holders = np.zeros(num_pages, np.int32)
     holders[0] = 1
     spare, queue = np.arange(num_pages - 1, 0, -1, dtype=np.int32), np.empty(0, np.int32)
-    none = table()
-    return _sealed(PagePool(holders, num_pages - 1, spare, queue, 0, none, none, none))
+    none, host = table(), tier.create(host_slots) if host_slots else None
+    return _sealed(PagePool(holders, num_pages - 1, spare, queue, 0, none, none, none, host))
 
 
-def allocate(pool: PagePool, count: int) -> tuple[PagePool, np.ndarray]:
-    """Grants `count` pages, int32 [count], each with one holder. What they remembered is lost.
+def allocate(pool: PagePool, count: int, keys: np.ndarray = NO_KEYS) -> tuple[PagePool, np.ndarray]:
+    """Grants `count` pages, int32 [count], each with one holder. What they remembered is lost, or
+    goes to the host.
+
+    The first of them are filled with what the host knows by a run of `keys` from the first on, and
+    are known by these keys.
 
     Raises:
         ValueError: fewer than `count` are free.
     """
     if pool.available < count:
         raise ValueError(f"{count} pages wanted, {pool.available} free")
+    slots = [] if pool.host is None else tier.find(pool.host, numbers(keys[:count]))
     left = max(0, len(pool.spare) - count)
     granted = pool.spare[left:][::-1]
     if len(granted) < count:
-        pool, evicted = _evict(pool, count - len(granted))
+        pool, evicted = _evict(pool, count - len(granted), slots)
         granted = np.concatenate([granted, evicted])
     holders = pool.holders.copy()
     holders[granted] = 1
     available = pool.available - count
     pool = pool._replace(holders=holders, spare=pool.spare[:left], available=available)
+    if slots:
+        assert pool.host is not None
+        filled = granted[: len(slots)]
+        pool = pool._replace(host=tier.load(pool.host, slots, filled))
+        pool = publish(pool, filled, keys[: len(slots)])
     return _sealed(pool), granted
 
 
@@ -243,6 +262,8 @@ def check(pool: PagePool, held: Iterable[np.ndarray]) -> None:
     assert all(pool.queue[at - pool.passed] == page for page, at in places.items()), "places"
     assert sorted(pool.spare.tolist()) == sorted(free - names.keys()), "a page was lost"
     assert pool.available == len(free), f"{len(free)} are free, {pool.available} noted"
+    if pool.host is not None:
+        tier.check(pool.host)
 
 
 def pages_for(tokens: int, page_size: int) -> int:
@@ -250,8 +271,9 @@ def pages_for(tokens: int, page_size: int) -> int:
     return -(-tokens // page_size)
 
 
-def _evict(pool: PagePool, count: int) -> tuple[PagePool, np.ndarray]:
-    """Takes the `count` pages that were let go of longest ago out of all but `holders`."""
+def _evict(pool: PagePool, count: int, keep: list[int]) -> tuple[PagePool, np.ndarray]:
+    """Takes the `count` pages that were let go of longest ago out of all but `holders`. What they
+    remember goes to the host, where slots `keep` are still wanted."""
     gone: dict[int, int] = {}  # and their keys
     at = 0
     while len(gone) < count:
@@ -267,6 +289,7 @@ def _evict(pool: PagePool, count: int) -> tuple[PagePool, np.ndarray]:
         places=updated(pool.places, dict.fromkeys(gone)),
         names=updated(pool.names, dict.fromkeys(gone)),
         known=updated(pool.known, dict.fromkeys(gone.values())),
+        host=None if pool.host is None else tier.store(pool.host, gone, keep),
     )
     return pool, np.array(list(gone), np.int32)
 

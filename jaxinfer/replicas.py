@@ -42,10 +42,13 @@ class Replicas:
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         self.engines = tuple(engines)
-        self._router = router.create(len(self.engines), self.limits.num_pages)
+        self._router = self._new_router()
         self._ids = itertools.count()
         self._where: dict[int, tuple[int, int]] = {}  # replica, and what `router.ended` is told
         self._last = -1  # whose results were read last
+
+    def _new_router(self) -> router.RouterState:
+        return router.create(len(self.engines), self.limits.num_pages + self.limits.host_slots)
 
     @property
     def limits(self) -> BatcherConfig:
@@ -116,7 +119,7 @@ class Replicas:
         for engine in self.engines:
             engine.reset()
         self._where.clear()
-        self._router = router.create(len(self.engines), self.limits.num_pages)
+        self._router = self._new_router()
 
     def update_params(self, params: Params) -> None:
         self._check_idle("update")

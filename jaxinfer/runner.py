@@ -391,6 +391,11 @@ class StepCompiler:
         return len(self._compiled)
 
     @property
+    def texts(self) -> list[str]:
+        """Of the steps compiled so far, what the compiler made of them."""
+        return [compiled.as_text() for compiled in self._compiled.values()]
+
+    @property
     def step_bytes(self) -> int:
         """Temporary device memory of the hungriest step compiled so far."""
         found = (compiled.memory_analysis() for compiled in self._compiled.values())

@@ -32,6 +32,7 @@ class MemoryPlan:
         cache: the KV pages, `num_pages` of `page_size` tokens, the trash page included.
         steps: kept free for the compiled steps' own needs.
         max_model_len: longest sequence, in tokens.
+        host_cache: KV pages on the host, `host_pages`; see `tier`.
     """
 
     limit: int | None
@@ -42,13 +43,19 @@ class MemoryPlan:
     page_size: int
     max_model_len: int
     host_weights: int = 0
+    host_cache: int = 0
+    host_pages: int = 0
 
     def __str__(self) -> str:
         limit = "not limited" if self.limit is None else f"{self.limit / GIB:.2f} GiB"
         far = f" and {self.host_weights / GIB:.2f} GiB on the host" if self.host_weights else ""
+        second = ""
+        if self.host_pages:
+            second = f" and {self.host_cache / GIB:.2f} GiB on the host ({self.host_pages} pages)"
         return (
             f"memory {limit}: weights {self.weights / GIB:.2f} GiB{far}, KV cache "
-            f"{self.cache / GIB:.2f} GiB ({self.num_pages - 1} pages of {self.page_size} tokens), "
+            f"{self.cache / GIB:.2f} GiB ({self.num_pages - 1} pages of {self.page_size} tokens)"
+            f"{second}, "
             f"steps {self.steps / GIB:.2f} GiB; sequences of up to {self.max_model_len} tokens"
         )
 

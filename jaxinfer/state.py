@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import count, takewhile
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinfer import batcher
+from jaxinfer import batcher, tier
 from jaxinfer.batch import SeqState
 from jaxinfer.batcher import BatcherState, Event
 from jaxinfer.cache import PagedCache
@@ -135,7 +135,8 @@ def check_fits(state: EngineState, model: Mapping[str, Any], limits: BatcherConf
     """
     problems = differences("", state.model, dict(model))
     if state.running is not None:
-        problems += differences("limits", asdict(state.limits), asdict(limits))
+        saved = replace(state.limits, host_slots=limits.host_slots)  # of which nothing is kept
+        problems += differences("limits", asdict(saved), asdict(limits))
     if problems:
         raise JaxinferError("the saved state does not fit this engine:\n  " + "\n  ".join(problems))
     most = min(limits.max_model_len, (limits.num_pages - 1) * limits.page_size)
@@ -182,7 +183,14 @@ def keep_running(
         return _by_stage(np.asarray(x), count)[:, ids].reshape(-1, *x.shape[1:])
 
     pages = jax.tree.map(pick, cache)
+    scheduler = with_host(scheduler, 0)  # what is on the host alone is not kept
     return Running(scheduler, tuple(events), jax.tree.map(np.array, seq), ids, pages)
+
+
+def with_host(scheduler: BatcherState, slots: int) -> BatcherState:
+    """The scheduler with so many slots of the host for pages, which hold nothing."""
+    host = tier.create(slots) if slots else None
+    return scheduler._replace(pool=scheduler.pool._replace(host=host))
 
 
 def put_pages(running: Running, cache: PagedCache) -> PagedCache:
@@ -284,7 +292,8 @@ def plain(x: Any) -> Any:
 
 def record(kind: Any, fields: Mapping[str, Any]) -> Any:
     """The NamedTuple of a kind that `plain` took apart. Its arrays are read-only."""
-    return kind(**{name: _value(name, fields[name]) for name in kind._fields})
+    there = [name for name in kind._fields if name in fields]
+    return kind(**{name: _value(name, fields[name]) for name in there})
 
 
 def _value(name: str, x: Any) -> Any:

@@ -22,6 +22,7 @@ from jaxinfer.batcher import (
     Cancel,
     Finished,
     Guess,
+    Move,
     Preempt,
     Progress,
     Refuse,
@@ -96,7 +97,17 @@ class Device:
         self.luck = itertools.cycle(luck)
         self.owner, self.length, self.active = [None] * M, [0] * M, [False] * M
         self.pages = [np.empty(0, int)] * M
-        self.slots = {}
+        self.slots, self.far = {}, {}  # of the device; and whole pages, by slots of the host
+
+    def move(self, action):
+        """What is stored is what the dispatches before have left; it is all there before loads."""
+        places = range(self.config.page_size)
+        assert len(set(action.stores[:, 1].tolist())) == len(action.stores)
+        for page, slot in action.stores.tolist():
+            assert 0 <= slot < self.config.host_slots
+            self.far[slot] = [self.slots[page, at] for at in places]
+        for slot, page in action.loads.tolist():
+            self.slots |= {(page, at): token for at, token in enumerate(self.far[slot])}
 
     def run(self, action):
         """Tokens that the action produces, by sequence. All is written before anything is read."""
@@ -193,6 +204,7 @@ class Host:
         self.needed = {}  # id -> the most pages that it has needed in its row
         self.to_release, self.unseen, self.preempted = set(), set(), set()
         self.again, self.any_row = set(), 0
+        self.moved = [0, 0]  # pages, to the host and back
 
     def submit(self, sequences):
         rows, keys, ranks = [], [], []
@@ -256,6 +268,10 @@ class Host:
                 self.refused.add(action.id)
             elif isinstance(action, Preempt):
                 self.preempt(action.id, rows)
+            elif isinstance(action, Move):
+                assert len(action.stores) or len(action.loads)
+                self.device.move(action)
+                self.moved = [self.moved[0] + len(action.stores), self.moved[1] + len(action.loads)]
             else:
                 self.check_action(action)
                 self.in_flight.append((action, self.device.run(action)))
@@ -420,6 +436,11 @@ class Host:
         assert (chunk.pages > 0).all()
         self.read[chunk.id] = chunk.stop
 
+    def turn(self):
+        for _ in range(3):
+            self.schedule()
+            self.observe()
+
     def drain(self):
         """To the end, two dispatches ahead, as the engine."""
         for _ in range(10_000):
@@ -453,6 +474,7 @@ configs = st.builds(
     max_waiting=st.sampled_from([1, 3, PLENTY]),
     policy=st.sampled_from(["continuous", "static", "makespan"]),
     max_guesses=st.sampled_from([0, 1, 2, 5]),
+    host_slots=st.sampled_from([0, 1, 4, 20]),
 )
 
 
@@ -517,6 +539,7 @@ guessing = st.builds(
     max_waiting=st.just(PLENTY),
     policy=st.sampled_from(["continuous", "makespan"]),
     max_guesses=st.integers(1, 4),
+    host_slots=st.sampled_from([0, 3]),
 )
 talkative = submissions(st.integers(1, 4), st.integers(8, 40), [0.5, 1.0], [0, 5], most=3)
 turns = st.lists(
@@ -535,6 +558,48 @@ turns = st.lists(
 @given(config=guessing, first=talkative, operations=turns, luck=luck)
 def test_any_history_of_guesses(config, first, operations, luck):
     live(config, [("submit", first), *operations], luck)
+
+
+# Pages for a prompt or two, and prompts that begin like those before the last: so they leave the
+# device, and come back.
+leaving = st.builds(
+    BatcherConfig,
+    num_pages=st.integers(6, 14),
+    page_size=st.sampled_from([1, 2]),
+    max_num_seqs=st.integers(1, 3),
+    max_model_len=st.just(16),
+    max_num_batched_tokens=st.integers(5, 12),
+    max_chunks=st.integers(1, 3),
+    max_steps=st.just(2),
+    max_waiting=st.just(PLENTY),
+    policy=st.sampled_from(["continuous", "makespan"]),
+    max_guesses=st.sampled_from([0, 0, 2]),
+    host_slots=st.sampled_from([1, 3, 8, 40]),
+)
+long = submissions(st.integers(4, 12), st.integers(1, 4), [0.0, 1.0], [5, 8, 12], most=3)
+visits = st.lists(
+    st.one_of(
+        st.tuples(st.just("submit"), long),
+        st.tuples(st.just("submit"), long),
+        st.tuples(st.just("cancel"), st.integers(0, 9)),
+        st.tuples(st.just("turn")),
+    ),
+    min_size=4,
+    max_size=12,
+)
+
+
+@settings(max_examples=max(settings().max_examples, 100))
+@given(config=leaving, operations=visits, luck=luck)
+def test_any_history_of_pages_that_leave(config, operations, luck):
+    live(config, operations, luck)
+
+
+@pytest.mark.slow
+@settings(max_examples=3000)
+@given(config=leaving, operations=visits, luck=luck)
+def test_many_histories_of_pages_that_leave(config, operations, luck):
+    live(config, operations, luck)
 
 
 @pytest.mark.slow

@@ -79,9 +79,10 @@ def error(call: Callable[[], Any]) -> str:
 
 
 def alike(folder: Path) -> dict[str, Any]:
-    """One replica, and two on devices of their own; and all that an LLM does with two."""
-    three = replace(DRAWN[0], n=3)
-    with make(1) as one, make(2) as two:
+    """One replica, and two on devices of their own, with pages on the host; and all that an LLM
+    does with two."""
+    three, far = replace(DRAWN[0], n=3), {"kv_host_bytes": 1 << 14, "kv_cache_bytes": 1 << 13}
+    with make(1, **far) as one, make(2, **far) as two:
         found: dict[str, Any] = {
             name: [said(one, how), said(two, how)]
             for name, how in {"greedy": GREEDY, "sampled": DRAWN, "samples": three}.items()
@@ -98,6 +99,8 @@ def alike(folder: Path) -> dict[str, Any]:
         found["broken"] = broken(two)
         found["kept"] = kept(one, two, folder)
         found["updated"] = updated(one, two)
+        copied = [(step.stored, step.loaded) for step in two.metrics.steps]
+        found["copied"] = np.sum(copied, axis=0).tolist()
         found["served"] = asyncio.run(served(AsyncLLM(two)))  # closes it
     return found
 
@@ -304,6 +307,7 @@ def test_metrics_are_those_of_all(quick):
     requests, records, dispatches = found["summary"]
     assert requests == records == 4 + 4 + 12
     assert found["steps"] == dispatches
+    assert min(found["copied"]) > 0
 
 
 def test_one_request_leaves_the_others_alone(quick):

@@ -65,7 +65,7 @@ def test_replay_of_guesses(tiny: TinyModel, tmp_path: Path) -> None:
         assert (e.ids.dtype, e.least.dtype, e.most.dtype) == (np.int64,) * 3
         assert (e.least <= e.most).all()
     told = "\n".join(map(describe, steps))
-    for word in ("2 guesses a step", "0 1 got on", "4 steps with 2 guesses of 0 1"):
+    for word in ("2 guesses a step", "0 1 got on", "2 steps with 2 guesses of 0 1"):
         assert word in told
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     for line in lines[1:]:

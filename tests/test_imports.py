@@ -31,7 +31,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         },
         set(),
     ),
-    "pages": ({"jaxinfer.pages", "jaxinfer.persistent"}, {"data"}),
+    "pages": ({"jaxinfer.pages", "jaxinfer.persistent", "jaxinfer.tier"}, {"data"}),
     "batcher": (
         {"jaxinfer.batcher", "jaxinfer.eventlog", "jaxinfer.metrics", "jaxinfer.router"},
         {"pages"},
@@ -62,6 +62,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
             "jaxinfer.following",
             "jaxinfer.guesser",
             "jaxinfer.observe",
+            "jaxinfer.page_copies",
             "jaxinfer.replicas",
             "jaxinfer.state",
         },

@@ -34,7 +34,7 @@ LIMITS = BatcherConfig(
 STEP = StepRecord(
     number=0, dispatched_s=10.0, observed_s=11.0, steps=1, guesses=0, attempted=0, held=0, rows=0,
     read=8, sampled=2, padded_tokens=16, wasted=8, waiting=0, running=2, pages_held=2,
-    pages_total=8, kv_tokens=8, kv_slots=16, preempted=0, idle_s=5.0,
+    pages_total=8, kv_tokens=8, kv_slots=16, preempted=0, stored=0, loaded=0, idle_s=5.0,
 )  # fmt: skip
 REQUEST = RequestRecord(
     id=0, arrived_s=9.0, admitted_s=10.0, first_token_s=11.0, finished_s=14.0, prompt_tokens=8,
@@ -341,7 +341,7 @@ def test_summary_of_nothing() -> None:
     found = summary([], [])
     assert (found.requests, found.cancelled, found.seconds, found.preemptions) == (0, 0, 0, 0)
     rest = {name: x for name, x in found._asdict().items() if x is not None}
-    assert set(rest) == {"requests", "cancelled", "seconds", "preemptions"}
+    assert set(rest) == {"requests", "cancelled", "seconds", "preemptions", "loaded_pages"}
 
 
 def test_padded_tokens() -> None:

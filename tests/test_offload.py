@@ -31,6 +31,7 @@ from jaxinfer.models.weights import declare, init_params, tree_bytes
 from jaxinfer.offload import BUFFERS, host_places, lies, on_host, split, spread
 from jaxinfer.quant.make import Recipe
 from jaxinfer.quantise import Method, quantise_params
+from tests.conftest import env_of_devices
 from tests.pallas_kernels.aot import plugin_path
 
 ROOT = Path(__file__).parents[1]
@@ -276,9 +277,7 @@ def test_the_command_line_has_the_option(capsys: pytest.CaptureFixture[str]):
 
 @pytest.mark.slow
 def test_each_of_two_devices_streams_its_part(directory: Path):
-    flags = "--xla_force_host_platform_device_count=2"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, __file__, str(directory)]
+    command, env = [sys.executable, __file__, str(directory)], env_of_devices(2)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)

@@ -84,11 +84,13 @@ def said(llm: LLM, prompts: Any, params: SamplingParams | list[SamplingParams]) 
 
 
 def greedy(_: Path) -> dict[str, Any]:
-    """Long prompts, steps that read and decode, shared beginnings, preemption."""
+    """Long prompts, steps that read and decode, shared beginnings, preemption; where KV heads are
+    split, pages on the host too."""
     found: dict[str, Any] = {}
     for size, stages in ((1, 1), (1, 2), (2, 2)):
-        with make(size, stages) as llm:
+        with make(size, stages, kv_host_bytes=0 if size == 1 else 1 << 15) as llm:
             found[f"{size} {stages}"] = tokens_of(llm)
+            found[f"{size} {stages} again"] = tokens_of(llm)
             programs = llm.engine.compiler._compiled.items()
             decode = next(program for (key, _), program in programs if not key.tokens)
             cache = llm.engine._cache.k
@@ -332,6 +334,8 @@ def test_greedy_tokens_are_those_of_one_device(quick):
         summary = found[f"{name} said"]["summary"]
         assert summary["preemptions"] > 0
         assert summary["prefix_hit_share"] > 0
+    assert found["2 2 again"] == found["1 1"]
+    assert found["2 2 said"]["summary"]["loaded_pages"] > 0
 
 
 def test_each_device_holds_its_part(quick):

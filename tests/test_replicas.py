@@ -16,7 +16,7 @@ from jaxinfer.plans import SequenceSpec
 from jaxinfer.replicas import Replicas
 from jaxinfer.types import SamplingParams
 
-LIMITS = SimpleNamespace(num_pages=64, page_size=8, prefix_caching=True)
+LIMITS = SimpleNamespace(num_pages=64, host_slots=0, page_size=8, prefix_caching=True)
 AHEAD = 2
 
 

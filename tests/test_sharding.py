@@ -5,12 +5,10 @@ The number of devices is fixed when jax starts, so this file runs itself as a ch
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +22,13 @@ from jaxinfer.config import LayerConfig, ModelConfig
 from jaxinfer.models.decoder import apply, forward, logits
 from jaxinfer.models.weights import Weight, declare
 from jaxinfer.sharding import TENSOR, partition_spec, shardings
+from tests.conftest import env_of_devices
 
 BASE = ModelConfig(
     family="llama", vocab_size=64, hidden_size=24, intermediate_size=40, num_heads=4,
     num_kv_heads=4, head_dim=8, layers=(LayerConfig(), LayerConfig(window=5)), max_position=64,
 )  # fmt: skip
+
 BIASES = {"qkv_bias": True, "o_bias": True, "mlp_bias": True}
 # name -> (config, shards); fewer KV heads than shards are replicated.
 CASES = {
@@ -138,10 +138,7 @@ def main(path: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("sharding") / "results.npz"
-    root = str(Path(__file__).parents[1])
-    flags = "--xla_force_host_platform_device_count=4"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
-    command = [sys.executable, __file__, str(path)]
+    command, env = [sys.executable, __file__, str(path)], env_of_devices(4)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     with np.load(path) as arrays:

@@ -7,7 +7,6 @@ function of `PARTS` there finds what a test here looks at.
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from jaxinfer.config import LayerConfig, ModelConfig
 from jaxinfer.models.weights import declare, init_params
 from jaxinfer.parallel import arrange, declared_on, device_bytes, device_share, replica_meshes
 from jaxinfer.sharding import TENSOR, shardings
+from tests.conftest import env_of_devices
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ModelConfig(
@@ -105,11 +105,14 @@ def bytes_on(device: Any) -> int:
 
 
 def greedy(_: Path) -> dict[str, Any]:
-    """A model of fewer KV heads than devices, on 1 and 4 of them."""
+    """A model of fewer KV heads than devices, on 1 and 4 of them; there with pages on the host."""
     found: dict[str, Any] = {}
     for size in (1, 4):
-        with make(size) as llm:
+        with make(size, kv_host_bytes=0 if size == 1 else 1 << 15) as llm:
             found[str(size)] = tokens_of(llm)
+            found[f"{size} again"] = tokens_of(llm)
+            far = [page.kv for page in llm.engine._copies._slots.values()]
+            found[f"{size} far"] = [[x.shape, x.sharding.shard_shape(x.shape)] for x in far]
             compiled = llm.engine.compiler._compiled
             decode = next(program for (key, _), program in compiled.items() if not key.tokens)
             cache = llm.engine._cache.k[0]
@@ -455,9 +458,7 @@ def main(
 
 
 def child(path: Path, *names: str, file: str = __file__) -> dict[str, Any]:
-    flags = "--xla_force_host_platform_device_count=8"
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, file, str(path), *names]
+    command, env = [sys.executable, file, str(path), *names], env_of_devices(8)
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads((path / "found.json").read_text())
@@ -471,7 +472,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_greedy_tokens_are_those_of_one_device(quick):
     found = quick["greedy"]
-    assert found["4"] == found["1"]
+    assert found["4"] == found["1"] == found["4 again"]
     assert len({tuple(tokens) for tokens in found["1"]}) == len(PROMPTS)
     for size in ("1", "4"):
         summary = found[f"{size} said"]["summary"]
@@ -483,6 +484,8 @@ def test_each_device_holds_its_part(quick):
     one, four = quick["greedy"]["1 said"], quick["greedy"]["4 said"]
     assert one["cache"] == [[12, 2, 8, 8], [12, 2, 8, 8]]
     assert four["cache"] == [[12, 4, 8, 8], [12, 1, 8, 8]]  # 2 KV heads, each of them twice
+    assert four["summary"]["loaded_pages"] > 0
+    assert all(far == [[4, 4, 8, 8], [4, 1, 8, 8]] for far in quick["greedy"]["4 far"])
     assert four["plan"][0] < 0.35 * one["plan"][0]  # KV heads twice, and norms
     assert four["plan"][1] == one["plan"][1]
 

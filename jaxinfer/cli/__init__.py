@@ -26,6 +26,7 @@ from jaxinfer.cli.options import (
     GpuMemory,
     Json,
     KvCacheDtypeOption,
+    KvHostBytes,
     MaxModelLen,
     MaxTokens,
     MinP,
@@ -118,6 +119,7 @@ def generate(
     pipeline_parallel_size: PipelineParallel = 1,
     data_parallel_size: DataParallel = 1,
     device_weight_bytes: DeviceWeightBytes = None,
+    kv_host_bytes: KvHostBytes = 0,
     n: Annotated[int, typer.Option(help="Samples a prompt.", rich_help_panel=SAMPLING)] = 1,
     max_tokens: MaxTokens = 128,
     min_tokens: Annotated[
@@ -158,7 +160,7 @@ def generate(
     options = ModelOptions(
         model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype, event_log,
         speculative, tensor_parallel_size, pipeline_parallel_size, data_parallel_size,
-        device_weight_bytes,
+        device_weight_bytes, kv_host_bytes,
     )  # fmt: skip
     if follows(options):
         return
@@ -201,6 +203,7 @@ def chat(
     tensor_parallel_size: TensorParallel = 1,
     pipeline_parallel_size: PipelineParallel = 1,
     device_weight_bytes: DeviceWeightBytes = None,
+    kv_host_bytes: KvHostBytes = 0,
     max_tokens: MaxTokens = 1024,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -219,6 +222,7 @@ def chat(
         model, revision, dtype, max_model_len, gpu_memory_utilization, kv_cache_dtype,
         speculative=speculative, tensor_parallel_size=tensor_parallel_size,
         pipeline_parallel_size=pipeline_parallel_size, device_weight_bytes=device_weight_bytes,
+        kv_host_bytes=kv_host_bytes,
     )  # fmt: skip
     if follows(options):
         return

@@ -39,6 +39,7 @@ class ModelOptions:
     pipeline_parallel_size: int = 1
     data_parallel_size: int = 1
     device_weight_bytes: int | None = None
+    kv_host_bytes: int = 0
 
 
 def open_llm(
@@ -62,6 +63,7 @@ def open_llm(
             pipeline_parallel_size=options.pipeline_parallel_size,
             data_parallel_size=options.data_parallel_size,
             device_weight_bytes=options.device_weight_bytes,
+            kv_host_bytes=options.kv_host_bytes,
         )
     except ValueError as error:
         if isinstance(error, JaxinferError):
@@ -91,7 +93,7 @@ def choose_dtype(options: ModelOptions) -> Literal["float32", "bfloat16", "float
 
     from jaxinfer.backend import allow_pinned
 
-    if options.device_weight_bytes is not None:
+    if options.device_weight_bytes is not None or options.kv_host_bytes:
         allow_pinned()
     device = jax.devices()[0]
     if options.dtype == "auto":

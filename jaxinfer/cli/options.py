@@ -74,6 +74,16 @@ DeviceWeightBytes = Annotated[
         rich_help_panel=MODEL,
     ),
 ]
+KvHostBytes = Annotated[
+    int,
+    typer.Option(
+        "--kv-host-bytes",
+        min=0,
+        help="Room in the host's memory for KV pages that the device has none for; they are copied "
+        "back when they are wanted. The text is the same; docs/offload.md.",
+        rich_help_panel=MODEL,
+    ),
+]
 MaxModelLen = Annotated[
     int | None,
     typer.Option(help="Longest sequence in tokens; default: the model's.", rich_help_panel=MODEL),

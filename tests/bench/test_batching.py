@@ -15,7 +15,7 @@ from bench import batching, host, measuring, outcome, parts, soak_requests, thro
 from bench.inside import Preemptions
 from bench.record import Record, Run
 from bench.soak_requests import Ask
-from bench.workloads import FULL, TINY, Gap
+from bench.workloads import FULL, TINY
 from jaxinfer.types import CompletionOutput, Logprob, RequestOutput, SamplingParams
 
 
@@ -66,20 +66,11 @@ def test_static_batches_take_as_long_as_their_longest() -> None:
     assert workloads.longest_of_batches([1, 5, 2, 2, 9], 2) == 5 + 2 + 9
 
 
-def test_gaps_between_tokens_are_those_that_a_client_sees() -> None:
-    gap = Gap(due=1.0, times=(1.5, 2.5, 4.5), counts=(2, 1, 3))
-    assert gap.ttft == 0.5
-    assert gap.itl == [0.0, 1.0, 2.0, 0.0, 0.0]
-    assert gap.tpot == 3.0 / 5
-    assert Gap(0.0, (1.0,), (1,)).tpot is None
-
-
-def test_ratios_are_of_the_same_requests() -> None:
+def test_the_ratio_is_over_static_batches() -> None:
     names = {"": 1000.0, ".first200": 600.0, ".static": 100.0}
     found = [Record(f"throughput.8b{name}.out_tok_s", value) for name, value in names.items()]
-    hf = Record("throughput.8b.hf_continuous.out_tok_s", 150.0, detail={"requests": 200})
-    ratios = {r.name: r.value for r in throughput.derived([*found, hf])}
-    assert ratios == {"throughput.8b.over_static": 10.0, "throughput.8b.over_hf_continuous": 4.0}
+    ratios = {r.name: r.value for r in throughput.derived(found)}
+    assert ratios == {"throughput.8b.over_static": 10.0}
     assert throughput.derived(found[:1]) == []
 
 
@@ -188,7 +179,6 @@ def test_all_of_it_on_a_tiny_shape(tmp_path: Path) -> None:
     assert found.keys() >= {
         "waste.tiny.page8",
         "throughput.tiny.out_tok_s",
-        "throughput.tiny.first8.out_tok_s",
         "throughput.tiny.static.out_tok_s",
         "throughput.tiny.over_static",
         "serve.tiny.16rps.ttft_p50_ms",
