@@ -42,11 +42,12 @@ $(VENV)/aot/.installed: constraints.txt | $(INSTALLED)
 demo: setup
 	$(BIN)/jaxinfer generate "def read_config(" --max-tokens 96 --temperature 0.7 --seed 2
 
+# A file's tests share engines: one worker takes them all.
 test: aot
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-all: aot
-	$(BIN)/python -m pytest -n 2 --slow
+	$(BIN)/python -m pytest -n 2 --dist loadfile --slow
 
 lint: setup
 	$(BIN)/ruff check .
