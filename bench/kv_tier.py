@@ -136,16 +136,13 @@ def main() -> None:
     if args.part:
         run_part(args)
         return
-    run = record.start(parts.command_line("bench.kv_tier"))
-    path = record.path_for(run, "kv_tier", args.out)
     words = ("--part", "--shape", args.shape, "--tokens", str(args.tokens))
     words += ("--copied", str(args.copied))
     # The weights are made before the LLM, which could have reserved the memory itself.
     env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
     name = f"kv_tier.{shapes.short(args.shape)}"
-    run = parts.run_parts([Part(name, "bench.kv_tier", words, LIMIT_S, env)], run, path)
-    parts.print_table(run)
-    print(path)
+    part = Part(name, "bench.kv_tier", words, LIMIT_S, env)
+    parts.run_and_print([part], "bench.kv_tier", args.out)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def speed(shape: str, options: dict[str, Any], batches: list[int]) -> Iterator[R
     llm = start(shape, {**sizes, "prefix_caching": False, **options})
     for batch in batches:
         pairs = decode.timed_pairs(llm, batch, CONTEXT, repeats=REPEATS, short=SHORT, long=LONG)
-        steps = [1e3 * (long - short) / (LONG - SHORT) for short, long in pairs]
+        steps = timing.step_ms(pairs, SHORT, LONG)
         detail = {"options": options, "context": CONTEXT, "memory_plan": str(llm.memory_plan)}
         detail["ms_of_each_repeat"] = [round(ms, 3) for ms in steps]
         yield Record(f"{stem}.decode.b{batch}.ms", statistics.median(steps), "ms", detail)
@@ -260,7 +260,7 @@ def run_part(args: argparse.Namespace) -> Iterator[Record]:
             flag, options = options
             llm = start(args.shape, {"max_num_seqs": 8, "max_model_len": CONTEXT + LONG, **options})
             pairs = decode.timed_pairs(llm, 1, CONTEXT, repeats=2, short=SHORT, long=LONG)
-            ms = statistics.median(1e3 * (b - a) / (LONG - SHORT) for a, b in pairs)
+            ms = statistics.median(timing.step_ms(pairs, SHORT, LONG))
             yield Record(f"multi_gpu.flags.{name_of(options)}.{flag}.ms", ms, "ms", {})
 
 
@@ -268,7 +268,7 @@ def large(options: dict[str, Any]) -> Iterator[Record]:
     """The 70B shape, one request: a step, and the time its bytes need over that."""
     llm = start(LARGE, options)
     pairs = decode.timed_pairs(llm, 1, CONTEXT, repeats=2, short=SHORT, long=LONG)
-    ms = statistics.median(1e3 * (b - a) / (LONG - SHORT) for a, b in pairs)
+    ms = statistics.median(timing.step_ms(pairs, SHORT, LONG))
     least = 1e3 * timing.bytes_per_step(LARGE, 1, CONTEXT) / options["tensor_parallel_size"] / COPY
     detail = {"ms": ms, "least_ms": least, "memory_plan": str(llm.memory_plan)}
     name = f"multi_gpu.70b.{name_of(options)}.share_of_bandwidth"

@@ -22,6 +22,7 @@ from bench import decode, parts, record, shapes
 from bench.ceilings import rotating, seconds_per_call
 from bench.parts import Part, emit
 from bench.record import Record
+from bench.timing import step_ms
 
 if TYPE_CHECKING:
     from jaxinfer.llm import LLM
@@ -72,13 +73,13 @@ def measure(shape: str, budget: int, batches: list[int], nbytes: int) -> Iterato
     times = {}
     for batch in batches:
         pairs = decode.timed_pairs(llm, batch, CONTEXT, repeats=REPEATS, short=SHORT, long=LONG)
-        times[batch] = [(long - short) / (LONG - SHORT) for short, long in pairs]
+        times[batch] = step_ms(pairs, SHORT, LONG)
     llm.close()
     links.append(link_bytes_per_s(nbytes))
     link = max(links)
     yield Record("offload.link.bytes_per_s", link, "bytes/s", {"of_each": links, "bytes": nbytes})
     for batch, found in times.items():
-        step = statistics.median(found)
+        step = statistics.median(found) / 1000
         name = f"offload.{short}.b{batch}"
         detail: dict[str, Any] = {
             "memory_plan": str(memory),
@@ -86,7 +87,7 @@ def measure(shape: str, budget: int, batches: list[int], nbytes: int) -> Iterato
             "device_bytes": memory.weights + memory.cache + memory.steps,
             "streamed_bytes": memory.host_weights,
             "context": CONTEXT,
-            "ms_of_each_repeat": [round(1000 * s, 3) for s in found],
+            "ms_of_each_repeat": [round(ms, 3) for ms in found],
         }
         yield Record(f"{name}.ms_per_step", 1000 * step, "ms", detail)
         yield Record(f"{name}.tok_s", batch / step, "tok/s", {"ms_per_step": 1000 * step})
@@ -117,16 +118,13 @@ def main() -> None:
     if args.part:
         run_part(args)
         return
-    run = record.start(parts.command_line("bench.offload"))
-    path = record.path_for(run, "offload", args.out)
     words = ("--part", "--shape", args.shape, "--gigabytes", str(args.gigabytes))
     words += ("--batch", ",".join(map(str, args.batch)), "--copied", str(args.copied))
     # The weights are made before the LLM, which could have reserved the memory itself.
     env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
     name = f"offload.{shapes.short(args.shape)}"
-    run = parts.run_parts([Part(name, "bench.offload", words, LIMIT_S, env)], run, path)
-    parts.print_table(run)
-    print(path)
+    part = Part(name, "bench.offload", words, LIMIT_S, env)
+    parts.run_and_print([part], "bench.offload", args.out)
 
 
 if __name__ == "__main__":

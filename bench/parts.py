@@ -87,6 +87,15 @@ def command_line(module: str) -> str:
     return shlex.join(["python", "-m", module, *words])
 
 
+def run_and_print(made: Sequence[Part], module: str, out: Path) -> None:
+    """Runs the parts of `module`, as it was called; writes their figures into the folder `out`, and
+    prints them and the file's name."""
+    run = record.start(command_line(module))
+    path = record.path_for(run, module.rpartition(".")[2], out)
+    print_table(run_parts(made, run, path))
+    print(path)
+
+
 def run_part(part: Part) -> list[Record]:
     """Runs one part to its end. Never raises for what goes wrong inside it."""
     began = time.time()

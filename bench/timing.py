@@ -81,6 +81,13 @@ def _sizes(c: Mapping[str, Any]) -> _Sizes:
     return _Sizes(E, H, K, D, L, c["vocab_size"], matrices)
 
 
+def step_ms(
+    pairs: Sequence[tuple[float, float]], short: int = SHORT, long: int = LONG
+) -> list[float]:
+    """Milliseconds of a step from pairs (t(short), t(long)) in seconds."""
+    return [1000 * (b - a) / (long - short) for a, b in pairs]
+
+
 def step_records(
     engine: str,
     shape: str,
@@ -90,7 +97,7 @@ def step_records(
     detail: dict[str, Any],
 ) -> list[Record]:
     """`.ms_per_step` and `.tok_s` (of the batch) from pairs (t(SHORT), t(LONG)) in seconds."""
-    steps = [1000 * (long - short) / (LONG - SHORT) for short, long in pairs]
+    steps = step_ms(pairs)
     ms = statistics.median(steps)
     name = prefix(engine, shape, batch, context)
     detail = {

@@ -20,7 +20,16 @@ import pytest
 
 from jaxinfer import LLM, AsyncLLM, Intervention, SamplingParams
 from jaxinfer.replicas import Replicas
-from tests.test_tensor_parallel import CONFIG, GREEDY, PENALISED, PROMPTS, SAMPLED, child, weights
+from tests.test_tensor_parallel import (
+    CONFIG,
+    GREEDY,
+    PENALISED,
+    PROMPTS,
+    SAMPLED,
+    child,
+    guessing_by,
+    weights,
+)
 from tests.test_tensor_parallel import main as run_parts
 from tests.test_tensor_parallel import make as make_parallel
 
@@ -256,14 +265,8 @@ def inside(_: Path) -> dict[str, Any]:
 
 def speculated(_: Path) -> dict[str, Any]:
     small = replace(SMALL, num_heads=2, num_kv_heads=1)
-    hows: dict[str, dict[str, Any]] = {
-        "none": {},
-        "lookup": {"speculative": "lookup,tokens=2,adapt=false"},
-        "draft": {
-            "speculative": {"method": "draft", "tokens": 2, "adapt": False},
-            "draft": (weights(small), small),
-        },
-    }
+    hows = guessing_by(small, skip="")
+    del hows["skip"]  # there is but one layer
     found: dict[str, Any] = {}
     for name, how in hows.items():
         with make(2, kv_cache_bytes=1 << 16, **how) as llm:

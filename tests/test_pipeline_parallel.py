@@ -42,6 +42,7 @@ from tests.test_tensor_parallel import (
     SAMPLED,
     child,
     collectives,
+    guessing_by,
     kept,
     main,
     note_error,
@@ -161,17 +162,8 @@ def every_kind(folder: Path) -> dict[str, Any]:
 def speculated(_: Path) -> dict[str, Any]:
     """Guesses by each method, of two stages of two devices."""
     small = replace(CONFIG, num_kv_heads=1, layers=ALIKE.layers[:2])
-    hows: dict[str, dict[str, Any]] = {
-        "none": {},
-        "lookup": {"speculative": "lookup,tokens=2,adapt=false"},
-        "skip": {"speculative": "skip=1+3,tokens=2,adapt=false"},
-        "draft": {
-            "speculative": {"method": "draft", "tokens": 2, "adapt": False},
-            "draft": (weights(small), small),
-        },
-    }
     found: dict[str, Any] = {}
-    for name, how in hows.items():
+    for name, how in guessing_by(small, skip="1+3").items():
         with make(2, 2, kv_cache_bytes=1 << 16, **how) as llm:
             found[name] = [tokens_of(llm)]
             if name in ("none", "lookup"):

@@ -402,20 +402,24 @@ def kept(llm: LLM, folder: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def speculated(_: Path) -> dict[str, Any]:
-    """Guesses by each method, and the collectives of a step that guesses."""
-    small = replace(CONFIG, num_kv_heads=1, layers=CONFIG.layers[:1])
-    hows: dict[str, dict[str, Any]] = {
+def guessing_by(small: ModelConfig, *, skip: str) -> dict[str, dict[str, Any]]:
+    """Options of `LLM` by method: none, and two tokens always; `small`: of the draft."""
+    return {
         "none": {},
         "lookup": {"speculative": "lookup,tokens=2,adapt=false"},
-        "skip": {"speculative": "skip=1,tokens=2,adapt=false"},
+        "skip": {"speculative": f"skip={skip},tokens=2,adapt=false"},
         "draft": {
             "speculative": {"method": "draft", "tokens": 2, "adapt": False},
             "draft": (weights(small), small),
         },
     }
+
+
+def speculated(_: Path) -> dict[str, Any]:
+    """Guesses by each method, and the collectives of a step that guesses."""
+    small = replace(CONFIG, num_kv_heads=1, layers=CONFIG.layers[:1])
     found: dict[str, Any] = {}
-    for name, how in hows.items():
+    for name, how in guessing_by(small, skip="1").items():
         with make(2, kv_cache_bytes=1 << 16, **how) as llm:
             found[name] = [tokens_of(llm)]
             programs = llm.engine.compiler._compiled.items()
