@@ -65,7 +65,7 @@ def seconds(llm: LLM, calls: Sequence[Prompts], params: SamplingParams) -> tuple
 
 def faster(
     name: str, plain: LLM, guessing: LLM, draws: Callable[[int], Prompts], params: SamplingParams,
-    *, repeats: int, detail: dict[str, Any], calls: int = 1, same: bool = True,
+    *, repeats: int, detail: dict[str, Any], calls: int = 1, same: bool = True, warm: bool = True,
 ) -> Iterator[Record]:  # fmt: skip
     """How many times faster the second is, on prompts that neither has read before.
 
@@ -73,8 +73,9 @@ def faster(
         draws: the prompts of each call. Those below 0 teach the controller.
         calls: of a repeat: short ones are timed together.
         same: both must say the same.
+        warm: compiles all programs first; otherwise those that the untimed repeats need.
     """
-    for llm in (plain, guessing):
+    for llm in (plain, guessing) if warm else ():
         llm.warm_up([params])
     ratios, times = [], []
     for turn in range(-WARM, repeats):
@@ -145,7 +146,7 @@ def measure_shapes(args: argparse.Namespace) -> Iterator[Record]:
         with start(draft=given, speculative=text or f"draft,tokens={K}") as llm:
             yield from faster(
                 f"speculative.8b.{name}.b64", plain, llm, many, one, repeats=args.repeats,
-                detail={"context": 128, "requests": 64},
+                detail={"context": 128, "requests": 64}, warm=False,
             )  # fmt: skip
 
 

@@ -84,10 +84,10 @@ def check(options: EstimateOptions) -> Check:
     config, chosen = settled(asked, CONTEXT)
     loaded = load_measured(chosen, config)
     with loaded.llm:
-        return _measured(o, chosen, config, loaded)
+        return measured(o, chosen, config, loaded)
 
 
-def _measured(
+def measured(
     o: EstimateOptions, chosen: MeasureOptions, config: ModelConfig, loaded: Loaded
 ) -> Check:
     import jax

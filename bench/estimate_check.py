@@ -1,0 +1,73 @@
+"""What `jaxinfer estimate --check` says of shapes with random weights: predicted beside measured.
+
+    python -m bench.estimate_check
+    python -m bench.estimate_check --shapes llama-3.1-8b:int4 --batch 64
+
+`memory_error`: of weights, pages and compiled temporaries together; `decode_error`: of a step. Both
+are the distance of predicted over measured from 1; every figure is in the detail.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from bench import parts, record, shapes
+from bench.parts import Part, emit
+from bench.record import Record
+
+SHAPES = ("llama-3.2-1b", "llama-3.1-8b", "llama-3.2-1b:int4", "llama-3.1-8b:int4")
+MEMORY = ("weights", "KV cache", "temporaries of compiled steps")
+CONTEXT, LIMIT_S = 2048, 150.0
+
+
+def check(shape: str, batch: int) -> Iterator[Record]:
+    """One shape, `NAME` or `NAME:PRECISION`."""
+    from jaxinfer.cli.checking import Item, json_record, measured
+    from jaxinfer.cli.estimating import EstimateOptions
+    from jaxinfer.cli.measuring import MeasureOptions, load_measured, settled
+
+    model, _, kind = shape.partition(":")
+    options = EstimateOptions(model, precision=kind or "bf16", batch=batch, context=CONTEXT)
+    config, chosen = settled(
+        MeasureOptions(model, batch=batch, context=CONTEXT, random=kind or "auto"), CONTEXT
+    )
+    with (loaded := load_measured(chosen, config)).llm:
+        found = measured(options, chosen, config, loaded)
+    items = {item.what: item for item in found.items}
+
+    def error(names: Sequence[str]) -> float:
+        some = [items[name] for name in names]
+        both = Item("", "", sum(i.predicted or 0 for i in some), sum(i.measured or 0 for i in some))
+        return abs(both.error or 0)
+
+    stem = f"estimate.{shapes.short(shape)}.b{batch}"
+    yield Record(f"{stem}.memory_error", round(error(MEMORY), 4), "ratio", json_record(found))
+    yield Record(f"{stem}.decode_error", round(error(["decode step"]), 4), "ratio", {})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="estimates beside what was measured")
+    parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=record.RESULTS)
+    parser.add_argument("--part", help="measure this shape in this process")
+    parser.add_argument("--records", type=Path)
+    args = parser.parse_args()
+    if args.part:
+        for found in check(args.part, args.batch):
+            emit(args.records, found)
+        return
+    run = record.start(parts.command_line("bench.estimate_check"))
+    made = [
+        Part(f"estimate.{shapes.short(shape)}", "bench.estimate_check",
+             ("--part", shape, "--batch", str(args.batch)), LIMIT_S)
+        for shape in args.shapes
+    ]  # fmt: skip
+    path = record.path_for(run, "estimate_check", args.out)
+    parts.print_table(parts.run_parts(made, run, path))
+
+
+if __name__ == "__main__":
+    main()
