@@ -94,7 +94,7 @@ def speculate_rows(
         drawing, top: see `speculate.step`. Its `axis` is chosen here.
         axis: mesh axes when run under `shard_map`.
     """
-    whole = drawing.random or top is not None or drafter.how.rule == "rejection"
+    whole = top is not None or drafter.how.rule == "rejection"
     drawing = drawing._replace(axis=None if whole else axis)
     M = seq.active.shape[0]
     rows, active = decoding(seq, plan)

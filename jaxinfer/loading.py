@@ -226,7 +226,7 @@ def _host_pages(
 
 
 def _local(config: ModelConfig, options: EngineOptions) -> ModelConfig:
-    """What one device computes and keeps, but for logits: a step may gather them."""
+    """What one device computes and keeps, but for logits: log-probabilities gather them."""
     size, count = options.tensor_parallel_size, options.pipeline_parallel_size
     return replace(shard(config, size, count), vocab_size=config.vocab_size)
 

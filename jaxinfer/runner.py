@@ -293,8 +293,8 @@ def _sampled(
     row, length, wanted, done = outcome = _outcome(seq, plan)
     rows = jnp.minimum(row, M - 1)
     view = jax.tree.map(lambda x: x[rows], (seq.rows, seq.penalties))
-    # The likeliest token is found shard by shard, without the others' logits.
-    whole = key.random or key.top is not None
+    # Tokens are drawn shard by shard, without the others' logits; log-probabilities need them.
+    whole = key.top is not None
     raw = logits(params, config, hidden, axis=axis if whole else None)[: len(row)]
     changed, found = change(raw, view[0], outcome)
     token = sampling.sample(

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.extend.random import threefry_2x32
 
 from jaxinfer.types import MAX_STOP_IDS, Axis, SamplingParams
-from pallas_kernels.threshold import threshold
+from pallas_kernels.threshold import split_threshold, threshold
 
 Field = Any  # on the device an Array; on the host NumPy, one row at a time, without the axis S
 
@@ -136,19 +137,19 @@ def sample(
         penalties: None where no row is penalised.
         truncated: static; whether any row truncates. Rows that do not are the same either way.
         random: static; whether any row has a temperature. Greedy rows are the same either way.
-        axis: mesh axes over which the columns are split, where `random` is False: `logits` are
-            this shard's, the penalties whole, and every shard gets the tokens of whole rows.
+        axis: mesh axes over which the columns are split: `logits` are this shard's, the penalties
+            whole, and every shard gets the tokens of whole rows.
 
     Returns:
         int32 [S].
     """
     x = _allowed(logits, rows, positions, penalties, axis)
-    greedy = _likeliest(x, axis)
+    greedy, highest = _likeliest(x, axis)
     if not random:
         return greedy
-    assert axis is None, "noise and thresholds are of whole rows"
-    x = _tempered(x, rows, truncated)
-    drawn = jnp.argmax(x + gumbel(rows, positions, x.shape[-1]), axis=-1).astype(jnp.int32)
+    x = _tempered(x, highest, rows, truncated, axis)
+    noise = gumbel(rows, positions, x.shape[1], first=_first_column(x, axis))
+    drawn, _ = _likeliest(x + noise, axis)
     return jnp.where(rows.temperature == 0, greedy, drawn)
 
 
@@ -162,13 +163,13 @@ def probabilities(
     random: bool,
 ) -> Array:
     """What `sample` draws from, float32 [S, V]; same arguments. A greedy row has one token."""
-    x = _allowed(logits, rows, positions, penalties)
-    greedy = jax.nn.one_hot(jnp.argmax(x, axis=-1), x.shape[-1], dtype=jnp.float32)
+    x = _allowed(logits, rows, positions, penalties, None)
+    likeliest, highest = _likeliest(x, None)
+    greedy = jax.nn.one_hot(likeliest, x.shape[-1], dtype=jnp.float32)
     if not random:
         return greedy
-    return jnp.where(
-        rows.temperature[:, None] == 0, greedy, jax.nn.softmax(_tempered(x, rows, truncated))
-    )
+    drawn = jax.nn.softmax(_tempered(x, highest, rows, truncated, None))
+    return jnp.where(rows.temperature[:, None] == 0, greedy, drawn)
 
 
 def _allowed(
@@ -176,10 +177,10 @@ def _allowed(
     rows: SamplingRows,
     positions: Array,
     penalties: PenaltyState | None,
-    axis: Axis = None,
+    axis: Axis,
 ) -> Array:
     """Float32 logits with stops held back and penalties, without NaN."""
-    first = None if axis is None else lax.axis_index(axis) * logits.shape[1]
+    first = _first_column(logits, axis)
     # Before the conversion, which then takes place where a value is read: a scatter reads none.
     x = _hold_back_stops(logits, rows, positions, first).astype(jnp.float32)
     if penalties is not None and first is not None:
@@ -190,27 +191,36 @@ def _allowed(
     return jnp.nan_to_num(x, nan=-jnp.inf, posinf=LARGEST_LOGIT, neginf=-jnp.inf)
 
 
-def _likeliest(x: Array, axis: Axis) -> Array:
-    """The column of each row's largest value, int32 [S]; of equals the lowest. See `sample`."""
+def _first_column(x: Array, axis: Axis) -> Array | None:
+    """Of the vocabulary, the first that this shard's x [S, V / n] has; None: x has them all."""
+    return None if axis is None else lax.axis_index(axis) * x.shape[1]
+
+
+def _likeliest(x: Array, axis: Axis) -> tuple[Array, Array]:
+    """The column of each row's largest value, int32 [S], of equals the lowest; and the value.
+    See `sample`."""
     best = jnp.argmax(x, axis=-1).astype(jnp.int32)
-    if axis is None:
-        return best
+    first = _first_column(x, axis)
+    if first is None:
+        return best, jnp.max(x, axis=-1)
     value = jnp.take_along_axis(x, best[:, None], axis=-1)[:, 0]
-    best = best + lax.axis_index(axis) * x.shape[1]
     # One message; shards in the order of their columns, so that the first of equals is the lowest.
-    found = lax.all_gather(jnp.stack([lax.bitcast_convert_type(value, jnp.int32), best]), axis)
+    mine = jnp.stack([lax.bitcast_convert_type(value, jnp.int32), best + first])
+    found = lax.all_gather(mine, axis)
     values = lax.bitcast_convert_type(found[:, 0], jnp.float32)
-    shard = jnp.argmax(values, axis=0)
-    return jnp.take_along_axis(found[:, 1], shard[None], axis=0)[0]
+    shard = jnp.argmax(values, axis=0)[None]
+    best = jnp.take_along_axis(found[:, 1], shard, axis=0)[0]
+    return best, jnp.take_along_axis(values, shard, axis=0)[0]
 
 
-def _tempered(x: Array, rows: SamplingRows, truncated: bool) -> Array:
+def _tempered(x: Array, highest: Array, rows: SamplingRows, truncated: bool, axis: Axis) -> Array:
     # The likeliest is at exactly 0 whatever the temperature, and nothing overflows upwards.
-    highest = jnp.maximum(jnp.max(x, axis=-1, keepdims=True), -LARGEST_LOGIT)
-    x = (x - highest) / jnp.maximum(rows.temperature, SMALLEST_TEMPERATURE)[:, None]
+    x = x - jnp.maximum(highest, -LARGEST_LOGIT)[:, None]
+    x = x / jnp.maximum(rows.temperature, SMALLEST_TEMPERATURE)[:, None]
     if not truncated:
         return x
-    lowest = threshold(x, rows.top_k, rows.top_p, rows.min_p)
+    limits = rows.top_k, rows.top_p, rows.min_p
+    lowest = threshold(x, *limits) if axis is None else split_threshold(x, *limits, axis)
     return jnp.where(x >= lowest[:, None], x, -jnp.inf)
 
 
@@ -226,10 +236,8 @@ def _penalise(x: Array, rows: SamplingRows, penalties: PenaltyState) -> Array:
     return x - jnp.where(written, presence, 0.0)
 
 
-def _hold_back_stops(
-    x: Array, rows: SamplingRows, positions: Array, first: Array | None = None
-) -> Array:
-    """`first`: the first of the vocabulary's columns that x [S, V] has; None: it has them all."""
+def _hold_back_stops(x: Array, rows: SamplingRows, positions: Array, first: Array | None) -> Array:
+    """`first`: see `_first_column`."""
     S, V = x.shape
     stops = rows.stop_ids
     if first is not None:
@@ -255,12 +263,19 @@ def count_tokens(penalties: PenaltyState | None, rows: Array, tokens: Array) -> 
     return penalties._replace(counts=penalties.counts.at[rows, tokens].add(1, mode="drop"))
 
 
-def gumbel(rows: SamplingRows, positions: Array, vocab_size: int, purpose: int = 0) -> Array:
+def gumbel(
+    rows: SamplingRows,
+    positions: Array,
+    vocab_size: int,
+    purpose: int = 0,
+    first: Array | None = None,
+) -> Array:
     """Standard Gumbel noise, float32 [S, V]: -log(-log(u)), a function of the row alone.
 
     All 32 random bits go where resolution decides draws, into 1 - u near 0: tokens of probability
     down to about 2**-32 are drawn as often as they should be. Another `purpose` gives other noise;
-    0 is what `sample` draws with.
+    0 is what `sample` draws with. `first`: int32; the noise of `vocab_size` tokens from this id on,
+    as it is in that of any larger vocabulary; None: from 0 on.
     """
 
     def row(seed: Array, sample: Array, position: Array) -> Array:
@@ -268,11 +283,21 @@ def gumbel(rows: SamplingRows, positions: Array, vocab_size: int, purpose: int =
         key = jax.random.fold_in(jax.random.fold_in(key, sample), position)
         if purpose:
             key = jax.random.fold_in(key, purpose)
-        bits = jax.random.bits(key, (vocab_size,), jnp.uint32)
+        bits = _bits(key, vocab_size, first)
         complement = bits.astype(jnp.float32) * 2.0**-32 + 2.0**-33
         return -jnp.log(-jnp.log1p(-jnp.minimum(complement, LIKELIEST_UNIFORM)))
 
     return jax.vmap(row)(rows.seed, rows.sample, positions)
+
+
+def _bits(key: Array, count: int, first: Array | None) -> Array:
+    """`jax.random.bits`, uint32 [count]; from the `first` on, without those before it."""
+    if first is None:
+        return jax.random.bits(key, (count,), jnp.uint32)
+    high, low = jax.random.key_data(key)
+    at = first.astype(jnp.uint32) + jnp.arange(count, dtype=jnp.uint32)
+    words = threefry_2x32((high, low), jnp.concatenate([jnp.zeros_like(at), at]))
+    return words[:count] ^ words[count:]  # of a counter of 64 bits, whose high half is 0
 
 
 @jax.named_scope("sampling")

@@ -36,8 +36,8 @@ COIN, RESIDUAL = 1, 2  # purposes of noise: whether a guess is taken; what is dr
 class Drawing(NamedTuple):
     """Static: what `sampling.sample` is specialised to.
 
-    `axis`: logits are this shard's part of the vocabulary; not with `random`, nor where
-    probabilities are asked for: those are of whole rows.
+    `axis`: logits are this shard's part of the vocabulary; not where probabilities are asked for:
+    those are of whole rows.
     """
 
     truncated: bool

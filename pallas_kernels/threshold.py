@@ -1,7 +1,8 @@
 """Where min-p, top-k and top-p cut a row off, found without sorting it.
 
 `threshold` is the op: it checks its arguments and picks a backend. `reference` is the definition,
-in plain jnp; `threshold_mosaic` is one kernel, a block a row. Both find the same numbers.
+in plain jnp; `threshold_mosaic` is one kernel, a block a row; `split_threshold` is for rows of
+which each device has some columns. All find the same numbers.
 
 The reference searches in the order of float32's bit patterns, several bits a pass, the highest
 first: a pass gathers, for each value that the next bits may take, what the tokens likelier than it
@@ -11,7 +12,7 @@ alone, whatever the order of a sum. Passes are unrolled: a loop on a GPU may wai
 every round.
 
 Radix selection: Alabi et al. 2012, Fast k-selection algorithms for GPUs. Letters: S rows, V
-vocabulary, C chunks of it.
+vocabulary, C chunks of it, n devices.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ Backend = Literal["auto", "reference", "mosaic"]
 BACKENDS: tuple[Backend, ...] = ("auto", "reference", "mosaic")
 
 BITS = 3  # of a key a pass
+SPLIT_BITS = 8  # the same of `split_threshold`: a pass is an exchange, of so many bins a row
 KEY_BITS = 31  # a float32 without its sign
 CHUNK = 1024  # tokens that are summed at once: enough chunks to occupy a GPU at S = 1
 LIMB = 14  # bits of half a mass
 BELOW_ONE = 1 - 2**-24  # the largest float32 below 1
 
 Sums = tuple[Array, ...]
+Axis = str | tuple[str, ...]  # of a mesh
 
 
 def threshold(
@@ -109,6 +112,39 @@ def reference(x: Array, top_k: Array, top_p: Array, min_p: Array) -> Array:
     return jnp.where(top_p < 1, jnp.maximum(cut, by_mass), cut)
 
 
+def split_threshold(x: Array, top_k: Array, top_p: Array, min_p: Array, axis: Axis) -> Array:
+    """`threshold` of rows whose columns lie on n devices, under `shard_map`: the same numbers.
+
+    Devices exchange, for each row and pass, the sums of 2**SPLIT_BITS bins: four passes for top-k
+    and four for top-p. What is summed are integers, so that it does not matter who adds what.
+
+    Args:
+        x: float32 [S, V / n], this device's columns; see `threshold`.
+        top_k, top_p, min_p: of whole rows, the same on all devices.
+        axis: mesh axes over which the columns are split.
+
+    Raises:
+        ValueError: see `threshold`.
+    """
+    _check(x, top_k, top_p, min_p, "auto")
+    V = x.shape[1] * lax.axis_size(axis)
+    x = lax.optimization_barrier(x)  # computed once, not in every pass
+    keys, wanted = _keys(x), jnp.clip(top_k, 1, V).astype(jnp.uint32)[:, None]
+    ones = (jnp.ones_like(x, jnp.uint32),)
+    by_count = _search_split(keys, ones, lambda sums, _: sums[0] < wanted, axis)
+    by_count = jnp.where((top_k > 0) & (top_k < V), by_count, -jnp.inf)
+    cut = jnp.maximum(jnp.log(min_p), by_count)
+
+    limb = limb_bits(V)
+    mass = _mass(jnp.where(x >= cut[:, None], jnp.exp(x), 0.0), limb)
+
+    def short(sums: Sums, all_of_it: Sums) -> Array:
+        return _as_float(sums, limb) < top_p[:, None] * _as_float(all_of_it, limb)
+
+    by_mass = _search_split(keys, (mass >> limb, mass & (2**limb - 1)), short, axis)
+    return jnp.where(top_p < 1, jnp.maximum(cut, by_mass), cut)
+
+
 def limb_bits(vocab_size: int) -> int:
     """Bits of half a mass, such that a sum over the vocabulary stays below 2**32."""
     return min(LIMB, 32 - (vocab_size - 1).bit_length())
@@ -123,7 +159,7 @@ def _search(keys: Array, weights: Sums, short: Callable[[Sums], Array]) -> Array
         short: whether the sums of the weights of some tokens are not enough, bool [S].
     """
     key = jnp.zeros(keys.shape[0], jnp.int32)
-    for shift, bits in _passes():
+    for shift, bits in _passes(BITS):
         higher = [key + (digit << shift) for digit in range(1, 1 << bits)]
         likelier = [keys < k[:, None, None] for k in higher]
         sums = _sum([jnp.where(tokens, w, 0) for tokens in likelier for w in weights])
@@ -133,9 +169,41 @@ def _search(keys: Array, weights: Sums, short: Callable[[Sums], Array]) -> Array
     return -lax.bitcast_convert_type(key, jnp.float32)
 
 
-def _passes() -> list[tuple[int, int]]:
-    """(lowest bit, number of bits) of each pass over a key, the highest first."""
-    return [(max(end - BITS, 0), min(BITS, end)) for end in range(KEY_BITS, 0, -BITS)]
+def _search_split(
+    keys: Array, weights: Sums, short: Callable[[Sums, Sums], Array], axis: Axis
+) -> Array:
+    """`_search` in the columns of all devices, by histograms of each digit.
+
+    Args:
+        keys: int32 [S, V / n].
+        weights: uint32 [S, V / n] each.
+        short: of sums [S, bins] each, and those of all tokens [S, 1]: which are not enough.
+    """
+    rows = jnp.arange(keys.shape[0])[:, None]
+    key, below = jnp.zeros_like(rows, jnp.int32), [jnp.zeros_like(rows, jnp.uint32)] * len(weights)
+    all_of_it: Sums = ()
+    for shift, bits in _passes(SPLIT_BITS):
+        bins = 1 << bits
+        bin_of = (keys - key) >> shift
+        bin_of = jnp.where((bin_of >= 0) & (bin_of < bins), bin_of, bins)  # out of bounds: dropped
+        none = jnp.zeros((len(keys), bins), jnp.uint32)
+        mine = [none.at[rows, bin_of].add(w, mode="drop") for w in weights]
+        found = jnp.cumsum(lax.psum(jnp.stack(mine), axis), axis=-1)
+        # What is likelier than each digit; and than the first of the next.
+        upto = [jnp.concatenate([b, b + f], axis=1) for b, f in zip(below, found, strict=True)]
+        all_of_it = all_of_it or tuple(sums[:, -1:] for sums in upto)
+        digit = short(tuple(sums[:, 1:-1] for sums in upto), all_of_it).sum(
+            axis=1, keepdims=True, dtype=jnp.int32
+        )
+        key = key + (digit << shift)
+        below = [jnp.take_along_axis(sums, digit, axis=1) for sums in upto]
+    return -lax.bitcast_convert_type(key[:, 0], jnp.float32)
+
+
+def _passes(width: int) -> list[tuple[int, int]]:
+    """(lowest bit, number of bits) of each pass over a key, `width` bits at a time, the highest
+    first."""
+    return [(max(end - width, 0), min(width, end)) for end in range(KEY_BITS, 0, -width)]
 
 
 def _keys(x: Array) -> Array:

@@ -34,6 +34,7 @@ from jaxinfer.quant import QuantisedMatrix, Scheme, stack_stages
 from jaxinfer.sharding import STAGE, TENSOR, partition_spec, shardings
 from tests.test_tensor_parallel import (
     CONFIG,
+    DRAWN,
     GREEDY,
     HF,
     PENALISED,
@@ -41,9 +42,11 @@ from tests.test_tensor_parallel import (
     ROOT,
     SAMPLED,
     child,
-    collectives,
+    decoding,
+    exchanges,
     guessing_by,
     kept,
+    kinds,
     main,
     note_error,
     streamed,
@@ -92,12 +95,10 @@ def greedy(_: Path) -> dict[str, Any]:
         with make(size, stages, kv_host_bytes=0 if size == 1 else 1 << 15) as llm:
             found[f"{size} {stages}"] = tokens_of(llm)
             found[f"{size} {stages} again"] = tokens_of(llm)
-            programs = llm.engine.compiler._compiled.items()
-            decode = next(program for (key, _), program in programs if not key.tokens)
             cache = llm.engine._cache.k
             local = cache[0].sharding.shard_shape(cache[0].shape)
             found[f"{size} {stages} said"] = {
-                "collectives": collectives(decode.as_text()),
+                "collectives": decoding(llm, random=False),
                 "summary": llm.metrics.summary()._asdict(),
                 "cache": [len(cache), cache[0].shape, local],
                 "plan": [llm.memory_plan.weights, llm.memory_plan.num_pages],
@@ -150,9 +151,11 @@ def every_kind(folder: Path) -> dict[str, Any]:
         with make(size, stages) as llm:
             found[f"{size} {stages}"] = [
                 said(llm, PROMPTS, SAMPLED), tokens_of(llm), tokens_of(llm, PENALISED),
+                tokens_of(llm, DRAWN),
                 [np.asarray(x.logprobs).tolist() for x in llm.logprobs(PROMPTS[:2])],
             ]  # fmt: skip
             if stages > 1:
+                found["collectives"] = [decoding(llm, random=r) for r in (False, True)]
                 found["kept"] = kept(llm, folder)
     with make(1, 2, kv_cache_dtype="int8", max_num_seqs=12, kv_cache_bytes=1 << 16) as llm:
         found["unequal"] = [str(key) for key in llm.warm_up().unequal]
@@ -165,7 +168,7 @@ def speculated(_: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, how in guessing_by(small, skip="1+3").items():
         with make(2, 2, kv_cache_bytes=1 << 16, **how) as llm:
-            found[name] = [tokens_of(llm)]
+            found[name] = [tokens_of(llm), tokens_of(llm, DRAWN)]
             if name in ("none", "lookup"):
                 found[name].append(said(llm, PROMPTS, SAMPLED))
             keys = [key for key, _ in llm.engine.compiler._compiled]
@@ -344,7 +347,7 @@ def test_each_device_holds_its_part(quick):
 def test_a_tick_has_the_collectives_expected_and_no_others(quick, name, gathers):
     """Of 8 rows: the embedding's sum, those of a stage's layers, what is handed on, the last
     stage's hidden states, and who has the likeliest. The text of a loop is there once."""
-    found = [re.sub(r"\{[\d,]*\}", "", x) for x in quick["greedy"][f"{name} said"]["collectives"]]
+    found = kinds(quick["greedy"][f"{name} said"]["collectives"])
     devices = int(name[0]) * int(name[2])
     layers = ["all-gather f32[2,8,32]"] * gathers * (FOUR.num_layers // 2)
     hidden = "f32[8,32]"
@@ -401,9 +404,14 @@ def test_every_kind_of_request(tmp_path):
     found = run(tmp_path, "every_kind")["every_kind"]
     one, four = found["1 1"], found["2 2"]
     assert [tokens for tokens, _ in four[0]] == [tokens for tokens, _ in one[0]]
-    assert four[1:3] == one[1:3]
+    assert four[1:4] == one[1:4]
+    assert one[3] == [tokens for tokens, _ in one[0]]  # with log-probabilities or without
+    greedy, drawing = map(kinds, found["collectives"])
+    winner, *more = exchanges(8, 4)
+    assert winner in greedy
+    assert sorted(drawing) == sorted([*greedy, *more])
     pairs = [(a, b) for (_, a), (_, b) in zip(four[0], one[0], strict=True)]
-    for got, want in (*pairs, *zip(four[3], one[3], strict=True)):
+    for got, want in (*pairs, *zip(four[4], one[4], strict=True)):
         np.testing.assert_allclose(got, want, atol=1e-4)
     assert found["kept"]["resumed"] == found["kept"]["want"] == found["kept"]["back"] == one[1]
     assert found["kept"]["other"] != one[1]
@@ -414,11 +422,11 @@ def test_every_kind_of_request(tmp_path):
 @pytest.mark.slow
 def test_speculation_changes_no_token(tmp_path):
     found = run(tmp_path, "speculated")["speculated"]
-    plain, sampled = found["none"]
+    *plain, sampled = found["none"]
     for name in ("lookup", "skip", "draft"):
-        assert found[name][0] == plain, name
+        assert found[name][:2] == plain, name
         assert found[f"{name} guesses"], name
-    assert found["lookup"][1] == sampled
+    assert found["lookup"][-1] == sampled
     assert not found["none guesses"]
 
 

@@ -19,6 +19,7 @@ V = 37
 NEVER = -np.inf
 
 draw = jax.jit(sampling.sample, static_argnames=("truncated", "random"))
+noise = jax.jit(sampling.gumbel, static_argnums=2)
 weigh = jax.jit(sampling.probabilities, static_argnames=("truncated", "random"))
 
 
@@ -232,12 +233,12 @@ def test_rare_tokens_are_drawn_as_often_as_they_should_be() -> None:
     # 2**22 draws of noise: its largest value exceeds t with probability about draws * exp(-t).
     # Noise made from 23 bits could not pass 16.
     rows = repeat(row(seed=1), 128)
-    noise = np.asarray(jax.jit(sampling.gumbel, static_argnums=2)(rows, jnp.arange(128), 2**15))
-    beyond = noise[noise > 13]
-    expected = noise.size * np.exp(-13)
+    drawn = np.asarray(noise(rows, jnp.arange(128), 2**15))
+    beyond = drawn[drawn > 13]
+    expected = drawn.size * np.exp(-13)
     assert abs(len(beyond) - expected) < 4 * np.sqrt(expected)
     assert len(np.unique(beyond)) == len(beyond)
-    assert np.isfinite(noise).all()
+    assert np.isfinite(drawn).all()
 
 
 # -- seeds ----------------------------------------------------------------------------------
@@ -250,10 +251,10 @@ def test_seed_sample_and_position_each_change_the_noise() -> None:
         row(seed=5, sample=2), row(**base),
     ])  # fmt: skip
     positions = jnp.array([9, 9, 9, 9, 9, 10])
-    noise = np.asarray(sampling.gumbel(rows, positions, V))
-    np.testing.assert_array_equal(noise[0], noise[1])
-    for other in noise[2:]:
-        assert not np.array_equal(noise[0], other)
+    drawn = np.asarray(noise(rows, positions, V))
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    for other in drawn[2:]:
+        assert not np.array_equal(drawn[0], other)
 
 
 def test_pack_row_splits_the_seed_and_pads_the_stops() -> None:
@@ -338,6 +339,65 @@ def test_single_nan_logits_are_never_drawn() -> None:
     for temperature in (0.0, 1.0):
         rows = repeat(row(temperature=temperature), 1)
         assert draw(logits, rows, jnp.zeros(1, jnp.int32), None, truncated=True, random=True) == 5
+
+
+# -- rows of which several devices have some columns each -----------------------------------------
+
+
+@partial(jax.jit, static_argnames=("devices", "truncated"))
+def draw_split(logits: jax.Array, *rest: Any, devices: int, truncated: bool) -> jax.Array:
+    """[devices, S]: what each draws; devices are those of an axis that is mapped over."""
+    one = partial(sampling.sample, truncated=truncated, random=True, axis="devices")
+    one = jax.vmap(one, in_axes=(0, None, None, None), axis_name="devices")
+    return one(jnp.stack(jnp.split(logits, devices, axis=1)), *rest)
+
+
+@given(
+    levels=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+    kinds=st.lists(
+        st.fixed_dictionaries({
+            "temperature": st.sampled_from([0.0, 1e-42, 0.5, 1.0, 30.0]),
+            "top_k": st.sampled_from([0, 1, 2, 7, 47, 48, 10_000]),
+            "top_p": st.sampled_from([1e-30, 0.3, 0.9, 1.0]),
+            "min_p": st.sampled_from([0.0, 1e-4, 0.2, 1.0]),
+            "repetition_penalty": st.sampled_from([1.0, 1.3]),
+            "frequency_penalty": st.sampled_from([0.0, -0.4]),
+        }),
+        min_size=8, max_size=8,
+    ),
+    devices=st.sampled_from([2, 3, 8]),
+    truncated=st.booleans(),
+)  # fmt: skip
+def test_split_rows_draw_what_whole_rows_draw(
+    levels: int, seed: int, kinds: list[dict[str, Any]], devices: int, truncated: bool
+) -> None:
+    rng, size = np.random.default_rng(seed), 48
+    logits = rng.integers(-levels, levels + 1, (8, size)).astype(np.float32) / 3  # many equals
+    logits[rng.random(logits.shape) < 0.1] = rng.choice([np.nan, NEVER, np.inf])
+    logits[rng.integers(8)] = rng.choice([0.0, np.nan, NEVER])
+    ids = tuple(rng.choice(size, 5, replace=False).tolist())
+    rows = stack([
+        row(seed=seed + i, sample=i % 2, stop_ids=ids, min_length=i, **kind)
+        for i, kind in enumerate(kinds)
+    ])  # fmt: skip
+    told = PenaltyState(
+        jnp.asarray(rng.random((8, size)) < 0.3), jnp.asarray(rng.integers(0, 3, (8, size)))
+    )
+    arguments = (jnp.asarray(logits), rows, jnp.full(8, 4), told)
+    want = draw(*arguments, truncated=truncated, random=True)
+    for got in draw_split(*arguments, devices=devices, truncated=truncated):
+        np.testing.assert_array_equal(got, want)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(1, V), st.integers(0, 10**6))
+def test_noise_of_some_tokens_is_that_of_the_whole_vocabulary(
+    seed: int, first: int, position: int
+) -> None:
+    rows, at = repeat(row(seed=seed), 2), jnp.array([position, 7])
+    whole = np.asarray(noise(rows, at, 2 * V))
+    some = np.asarray(noise(rows, at, V, first=jnp.int32(first)))
+    np.testing.assert_array_equal(some, whole[:, first : first + V])
 
 
 # -- penalties and stops --------------------------------------------------------------------

@@ -27,7 +27,7 @@ from jaxinfer.backend import default_cache_directory, use_compilation_cache
 from jaxinfer.config import LayerConfig, ModelConfig
 from jaxinfer.models.weights import declare, init_params
 from jaxinfer.parallel import arrange, declared_on, device_bytes, device_share, replica_meshes
-from jaxinfer.sharding import TENSOR, shardings
+from jaxinfer.sharding import TENSOR, mesh_axes, shardings
 from tests.conftest import env_of_devices
 
 ROOT = Path(__file__).parents[1]
@@ -50,6 +50,8 @@ SAMPLED = [
     SamplingParams(temperature=0.5, seed=3, max_tokens=9, top_p=0.99, logprobs=2),
     SamplingParams(temperature=0.7, seed=4, max_tokens=9, top_k=50, min_tokens=8, logprobs=2),
 ]
+# Of the same kind, but without log-probabilities: nothing of them needs whole rows of logits.
+DRAWN = [replace(params, logprobs=None) for params in SAMPLED]
 PENALISED = replace(
     GREEDY, repetition_penalty=1.3, presence_penalty=0.2, stop_token_ids=(1, 2), min_tokens=9
 )
@@ -86,6 +88,30 @@ def collectives(text: str) -> list[str]:
     return [f"{op} {shape}" for shape, op in re.findall(rf"= (\S+) ({names})(?:-start)?\(", text)]
 
 
+def kinds(found: Sequence[str]) -> list[str]:
+    """Of `collectives`, without the order in which an array's axes lie in memory."""
+    return [re.sub(r"\{[\d,]*\}", "", x) for x in found]
+
+
+def exchanges(rows: int, devices: int) -> list[str]:
+    """What `sampling.sample` takes where it truncates and draws: who has the likeliest; for each
+    digit of a threshold the bins of top-k, and for each of the next those of top-p; who is drawn.
+    None grows with the vocabulary."""
+    bins = [256, 256, 256, 128]
+    winner = f"all-gather s32[{devices},2,{rows}]"
+    counts = [f"all-reduce u32[1,{rows},{n}]" for n in bins]
+    masses = [f"all-reduce u32[2,{rows},{n}]" for n in bins]
+    return [winner, *counts, *masses, winner]
+
+
+def decoding(llm: LLM, *, random: bool, guesses: int = 0) -> list[str]:
+    """`collectives` of the decode step that draws so, without log-probabilities."""
+    wanted = 0, guesses, random, None
+    programs = llm.engine.compiler._compiled.items()
+    found = (p for (k, _), p in programs if (k.tokens, k.guesses, k.random, k.top) == wanted)
+    return collectives(next(found).as_text())
+
+
 def note_error(found: dict[str, str], name: str, call: Callable[[], Any]) -> None:
     try:
         call()
@@ -105,7 +131,8 @@ def bytes_on(device: Any) -> int:
 
 
 def greedy(_: Path) -> dict[str, Any]:
-    """A model of fewer KV heads than devices, on 1 and 4 of them; there with pages on the host."""
+    """A model of fewer KV heads than devices, on 1 and 4 of them; there with pages on the host.
+    And drawn at random."""
     found: dict[str, Any] = {}
     for size in (1, 4):
         with make(size, kv_host_bytes=0 if size == 1 else 1 << 15) as llm:
@@ -113,12 +140,13 @@ def greedy(_: Path) -> dict[str, Any]:
             found[f"{size} again"] = tokens_of(llm)
             far = [page.kv for page in llm.engine._copies._slots.values()]
             found[f"{size} far"] = [[x.shape, x.sharding.shard_shape(x.shape)] for x in far]
-            compiled = llm.engine.compiler._compiled
-            decode = next(program for (key, _), program in compiled.items() if not key.tokens)
+            summary = llm.metrics.summary()._asdict()
+            found[f"{size} drawn"] = tokens_of(llm, DRAWN)
             cache = llm.engine._cache.k[0]
             found[f"{size} said"] = {
-                "collectives": collectives(decode.as_text()),
-                "summary": llm.metrics.summary()._asdict(),
+                "collectives": decoding(llm, random=False),
+                "drawing": decoding(llm, random=True),
+                "summary": summary,
                 "cache": [cache.shape, cache.sharding.shard_shape(cache.shape)],
                 "plan": [llm.memory_plan.weights, llm.memory_plan.num_pages],
             }
@@ -126,9 +154,9 @@ def greedy(_: Path) -> dict[str, Any]:
 
 
 def sampled_rows(_: Path) -> dict[str, Any]:
-    """`sampling.sample` on whole rows, and on rows split over 8 devices."""
-    mesh = replica_meshes(8)[0]
-    assert mesh is not None
+    """`sampling.sample` on whole rows, and on rows split over devices of one axis and of two; and
+    what eight devices exchange for rows of a large vocabulary."""
+    meshes = [mesh for how in ((8, 1), (2, 2)) if (mesh := replica_meshes(*how)[0]) is not None]
     rng = np.random.default_rng(0)
     logits = rng.integers(-3, 4, (9, 64)).astype(np.float32)  # many equals
     logits[1, rng.random(64) < 0.5] = np.nan
@@ -139,28 +167,47 @@ def sampled_rows(_: Path) -> dict[str, Any]:
     logits[6, 40], logits[6, :40] = 0.0, -0.0
     logits[6, 41:] = -1
     ids = tuple(int(i) for i in rng.permutation(64)[:5])
-    plain = SamplingParams(temperature=0.0)
-    held = SamplingParams(temperature=0.0, repetition_penalty=1.5, frequency_penalty=0.4)
-    packed = [
-        sampling.pack_row(held if i % 2 else plain, seed=0, sample=0, stop_ids=ids, min_length=i)
-        for i in range(9)
-    ]
-    rows, at = sampling.stack_rows(packed), np.full(9, 4, np.int32)
+    held = {"repetition_penalty": 1.5, "frequency_penalty": 0.4}
+    cuts: list[dict[str, Any]] = [{}, {"top_k": 5}, {"top_p": 0.7}, {"min_p": 0.1}, {"top_k": 40}]
     told = sampling.PenaltyState(
         jnp.asarray(rng.random((9, 64)) < 0.3), jnp.asarray(rng.integers(0, 3, (9, 64)))
     )
+    at = np.full(9, 4, np.int32)
+
+    def rows(random: bool) -> sampling.SamplingRows:
+        packed = [
+            sampling.pack_row(
+                SamplingParams(
+                    temperature=random * (i + 1) / 4, **held if i % 2 else {}, **cuts[i % len(cuts)]
+                ),
+                seed=i, sample=i % 3, stop_ids=ids, min_length=i,
+            )
+            for i in range(9)
+        ]  # fmt: skip
+        return jax.tree.map(jnp.asarray, sampling.stack_rows(packed))
+
+    def split(mesh: Any, draw: Callable[..., Any]) -> Any:
+        axis = mesh_axes(mesh)
+        run = jax.shard_map(
+            partial(draw, axis=axis), mesh=mesh, out_specs=PartitionSpec(), check_vma=False,
+            in_specs=(PartitionSpec(None, axis), *[PartitionSpec()] * 3),
+        )  # fmt: skip
+        return jax.jit(run)
+
     found: dict[str, Any] = {}
-    for name, penalties in {"plain": None, "penalties": told}.items():
-        for kind in ("float32", "bfloat16"):
-            draw = partial(sampling.sample, truncated=False, random=False)
-            x = jnp.asarray(logits, kind)
-            split = jax.shard_map(
-                lambda x, rows, at, told, draw=draw: draw(x, rows, at, told, axis=TENSOR),
-                mesh=mesh, out_specs=PartitionSpec(), check_vma=False,
-                in_specs=(PartitionSpec(None, TENSOR), *[PartitionSpec()] * 3),
-            )  # fmt: skip
-            got = jax.jit(split)(x, rows, at, penalties)
-            found[f"{name} {kind}"] = [draw(x, rows, at, penalties).tolist(), got.tolist()]
+    cases = [
+        ("float32", None, False, False), ("bfloat16", told, False, False),
+        ("float32", None, True, False), ("bfloat16", told, True, True),
+    ]  # fmt: skip
+    for kind, penalties, random, truncated in cases:
+        name = f"{kind} random={random} truncated={truncated}"
+        draw = partial(sampling.sample, truncated=truncated, random=random)
+        args = (jnp.asarray(logits, kind), rows(random), at, penalties)
+        runs = jax.jit(draw), *(split(mesh, draw) for mesh in meshes)
+        found[name] = [run(*args).tolist() for run in runs]
+        large = jax.ShapeDtypeStruct((9, 1 << 17), jnp.float32)
+        compiled = split(meshes[0], draw).lower(large, *args[1:3], None).compile()
+        found[f"large {name}"] = collectives(compiled.as_text())
     return found
 
 
@@ -373,7 +420,7 @@ def every_kind(folder: Path) -> dict[str, Any]:
             scores = [np.asarray(x.logprobs).tolist() for x in llm.logprobs(PROMPTS[:1])]
             found[str(size)] = [
                 [list(s.token_ids) for s in said], tokens_of(llm), tokens_of(llm, PENALISED),
-                likely + scores,
+                tokens_of(llm, DRAWN), likely + scores,
             ]  # fmt: skip
     return found
 
@@ -422,9 +469,9 @@ def speculated(_: Path) -> dict[str, Any]:
     for name, how in guessing_by(small, skip="1").items():
         with make(2, kv_cache_bytes=1 << 16, **how) as llm:
             found[name] = [tokens_of(llm)]
-            programs = llm.engine.compiler._compiled.items()
-            guessing = [program for (key, _), program in programs if key.guesses]
-            found[name].append([collectives(program.as_text()) for program in guessing[:1]])
+            found[name].append(tokens_of(llm, DRAWN))
+            guesses = 0 if name == "none" else 2
+            found[name] += [decoding(llm, random=r, guesses=guesses) for r in (False, True)]
             if name in ("none", "lookup"):
                 found[name].append(tokens_of(llm, SAMPLED))
     return found
@@ -477,6 +524,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def test_greedy_tokens_are_those_of_one_device(quick):
     found = quick["greedy"]
     assert found["4"] == found["1"] == found["4 again"]
+    assert found["4 drawn"] == found["1 drawn"]
     assert len({tuple(tokens) for tokens in found["1"]}) == len(PROMPTS)
     for size in ("1", "4"):
         summary = found[f"{size} said"]["summary"]
@@ -497,18 +545,34 @@ def test_each_device_holds_its_part(quick):
 def test_a_decode_step_has_the_collectives_expected_and_no_others(quick):
     """Of 8 rows: the embedding's sum, two sums a layer, gathered, and who has the likeliest."""
     assert quick["greedy"]["1 said"]["collectives"] == []
-    kinds = [re.sub(r"\{[\d,]*\}", "", x) for x in quick["greedy"]["4 said"]["collectives"]]
+    found = kinds(quick["greedy"]["4 said"]["collectives"])
     layers = CONFIG.num_layers
-    assert kinds[0] == "all-reduce f32[8,32]"
-    assert len(kinds) == 2 + 2 * layers
-    sizes = [np.prod([int(n) for n in re.findall(r"\d+", x.split("[")[1])]) for x in kinds]
+    assert found[0] == "all-reduce f32[8,32]"
+    assert len(found) == 2 + 2 * layers
+    sizes = [np.prod([int(n) for n in re.findall(r"\d+", x.split("[")[1])]) for x in found]
     assert sizes == [8 * 32] + [4 * 8 * 32] * 2 * layers + [4 * 2 * 8]
-    assert {x.split(" ")[0] for x in kinds[1:]} == {"all-gather"}
+    assert {x.split(" ")[0] for x in found[1:]} == {"all-gather"}
+
+
+def test_a_step_that_draws_gathers_no_logits(quick):
+    """It has a greedy step's collectives, and those of the draw."""
+    said = quick["greedy"]
+    assert said["1 said"]["drawing"] == []
+    greedy, drawing = (kinds(said["4 said"][name]) for name in ("collectives", "drawing"))
+    assert drawing == [*greedy[:-1], *exchanges(8, 4)]
+
+
+def test_exchanges_of_a_draw_do_not_grow_with_the_vocabulary(quick):
+    found = quick["sampled_rows"]
+    likeliest, *rest = exchanges(9, 8)
+    large = [kinds(x) for name, x in found.items() if name.startswith("large")]
+    assert large == [[likeliest], [likeliest], [likeliest, rest[-1]], [likeliest, *rest]]
 
 
 def test_sampling_of_split_rows_is_that_of_whole_ones(quick):
-    for name, (whole, split) in quick["sampled_rows"].items():
-        assert split == whole, name
+    drawn = {name: x for name, x in quick["sampled_rows"].items() if "large" not in name}
+    for name, (whole, *split) in drawn.items():
+        assert split == [whole] * 2, name
 
 
 def test_weights_stream_to_their_shards(quick):
@@ -577,8 +641,9 @@ def test_directories_of_dense_and_of_quantised_weights(tmp_path):
 def test_every_kind_of_request(tmp_path):
     found = child(tmp_path, "every_kind")["every_kind"]
     one, two = found["1"], found["2"]
-    assert two[:3] == one[:3]
-    for got, want in zip(two[3], one[3], strict=True):
+    assert two[:4] == one[:4]
+    assert one[3] == one[0]  # with log-probabilities or without
+    for got, want in zip(two[4], one[4], strict=True):
         np.testing.assert_allclose(got, want, atol=1e-4)
     kept = found["kept"]
     assert kept["resumed"] == kept["want"] == kept["back"] == found["1"][1]
@@ -589,13 +654,14 @@ def test_every_kind_of_request(tmp_path):
 @pytest.mark.slow
 def test_speculation_changes_no_token(tmp_path):
     found = child(tmp_path, "speculated")["speculated"]
-    plain, _, sampled = found["none"]
+    plain, drawn, *_, sampled = found["none"]
     for name in ("lookup", "skip", "draft"):
-        assert found[name][0] == plain, name
-        assert found[name][1], name
-    assert found["lookup"][2] == sampled
-    gathers = found["lookup"][1][0]
-    assert len(gathers) == 2 + 2 * CONFIG.num_layers  # as a step without guesses
+        assert found[name][:2] == [plain, drawn], name
+        assert found[name][2], name
+    assert found["lookup"][-1] == sampled == drawn
+    greedy, drawing = found["lookup"][2:4]
+    assert len(greedy) == 2 + 2 * CONFIG.num_layers  # as a step without guesses
+    assert len(drawing) == len(greedy) - 1 + len(exchanges(8, 2))
 
 
 if __name__ == "__main__":

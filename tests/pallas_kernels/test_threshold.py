@@ -1,4 +1,5 @@
-"""`threshold`: its kernel against the definition, what `auto` chooses, and what is refused.
+"""`threshold`: its kernel and the split rows against the definition, what `auto` chooses, and what
+is refused.
 
 What the definition keeps is compared with float64 in `tests/test_sampling.py`; what the kernel
 compiles to in `test_aot.py`.
@@ -16,7 +17,7 @@ from pallas_kernels import threshold as op
 from pallas_kernels.threshold import BACKENDS, threshold
 from pallas_kernels.threshold_mosaic import Config
 from tests.pallas_kernels.gpu_check import checks
-from tests.pallas_kernels.threshold_problems import compare, problem
+from tests.pallas_kernels.threshold_problems import compare, compare_split, problem
 
 SMALL = Config(warpgroups=2, tile=512, interpret=True)
 
@@ -38,12 +39,26 @@ def test_ties_across_the_whole_range_of_float32():
         compare((args[0], 0 * k, jnp.linspace(0.1, 0.99, 8), jnp.zeros(8)), SMALL)
 
 
+@pytest.mark.parametrize(("V", "devices"), [(48, 2), (48, 8), (3000, 5)])
+def test_split_rows_are_cut_as_whole_ones(V, devices):
+    compare_split(problem(V), devices)
+
+
+def few_bits(V: int) -> tuple[jax.Array, ...]:
+    """Rows of V tokens, and of 2**18 more: with masses of fewer bits."""
+    x, *how = (a[7:14] for a in problem(V))
+    return jnp.pad(x, ((0, 0), (0, 2**18)), constant_values=-3.0), *how
+
+
+@pytest.mark.slow
+def test_split_rows_of_the_largest_vocabulary():
+    compare_split(few_bits(40), 8)
+
+
 @pytest.mark.slow
 def test_a_vocabulary_with_masses_of_fewer_bits():
-    x, *how = (a[7:14] for a in problem(37))
-    x = jnp.pad(x, ((0, 0), (0, 2**18)), constant_values=-3.0)
     with plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams()):
-        compare((x, *how), Config(warpgroups=1, tile=8192, interpret=True))
+        compare(few_bits(37), Config(warpgroups=1, tile=8192, interpret=True))
 
 
 @pytest.mark.gpu

@@ -1,4 +1,5 @@
-"""Rows that are hard to cut off, and whether `threshold`'s kernel cuts them as `reference` does."""
+"""Rows that are hard to cut off, and whether they are cut as `threshold.reference` does: by the
+kernel, and where several devices have some columns each."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.threshold import reference, threshold
+from pallas_kernels.threshold import reference, split_threshold, threshold
 
 
 def rows_of(V: int, seed: int = 0) -> np.ndarray:
@@ -50,8 +51,22 @@ def problem(V: int, seed: int = 0) -> tuple[jax.Array, ...]:
 
 def compare(args: tuple[jax.Array, ...], config: Any = None) -> str:
     """Raises AssertionError where the kernel finds another threshold than the definition."""
-    want = np.asarray(jax.jit(reference)(*args))
-    got = np.asarray(jax.jit(partial(threshold, backend="mosaic", config=config))(*args))
+    return _same(args, jax.jit(partial(threshold, backend="mosaic", config=config))(*args))
+
+
+def compare_split(args: tuple[jax.Array, ...], devices: int) -> str:
+    """`compare` for `split_threshold`; devices are those of an axis that is mapped over."""
+    x, *how = args
+    parts = jnp.stack(jnp.split(x, devices, axis=1))
+    find = partial(split_threshold, axis="devices")
+    find = jax.vmap(find, in_axes=(0, None, None, None), axis_name="devices")
+    found = np.asarray(jax.jit(find)(parts, *how))
+    assert (found == found[0]).all(), "devices differ"
+    return _same(args, found[0])
+
+
+def _same(args: tuple[jax.Array, ...], found: Any) -> str:
+    want, got = np.asarray(jax.jit(reference)(*args)), np.asarray(found)
     wrong = np.flatnonzero(want != got)  # -0.0 and 0.0 are the same
     told = [
         f"row {i} (top_k {k}, top_p {p}, min_p {m}): {got[i]} for {want[i]}"
