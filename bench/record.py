@@ -51,7 +51,7 @@ class Run:
     """What one command measured on one machine.
 
     Attributes:
-        date: UTC, ISO 8601, to the second.
+        date: UTC, ISO 8601, to the millisecond.
         device: `kind` (as the driver names it, or `cpu`), `count` (GPUs, or CPU cores), `memory`
             (bytes of one GPU, or of the host).
         versions: packages, `driver`, `python`, and `commit` of jaxinfer. None: not known.
@@ -71,13 +71,14 @@ class Run:
 
 def start(command: str) -> Run:
     """A run without records, of this machine, now. Does not start the GPU's backend."""
-    date = datetime.now(UTC).isoformat(timespec="seconds")
+    date = datetime.now(UTC).isoformat(timespec="milliseconds")
     return Run(date, device(), versions(), command)
 
 
 def path_for(run: Run, bench: str, directory: Path = RESULTS) -> Path:
     """Where `run` of the script `bench` is written."""
-    stamp = run.date[:19].replace(":", "")
+    # To the millisecond: several may begin at once, each on a GPU of its own.
+    stamp = re.sub(r"[:.]", "", run.date.partition("+")[0])
     kind = re.sub(r"[^a-z0-9]+", "-", run.device["kind"].lower()).strip("-")
     return directory / f"{stamp}-{kind}-{bench}.json"
 

@@ -81,6 +81,8 @@ class Load(NamedTuple):
         rows: of the program that runs them all, by the number of guesses.
         left: tokens that each may still come to have, on average.
         unread: tokens that the draft has to read first, of all of them.
+        overrun: steps that are computed for a sequence after its end, on average, where it guesses:
+            the host learns of its end from results, and more was begun by then.
     """
 
     sequences: Sequence[int]
@@ -88,6 +90,7 @@ class Load(NamedTuple):
     rows: Mapping[int, int]
     left: float
     unread: int
+    overrun: float
 
 
 def learned(control: Control, found: Mapping[int, tuple[int, int]]) -> Control:
@@ -132,7 +135,7 @@ def choose(
     best, soonest = 0, load.left * plain / GAIN
     for k in choices:
         seconds = step_seconds(control, costs, load.rows, k)
-        end = reading + load.left / _tokens(control, load, k) * seconds
+        end = reading + (load.left / _tokens(control, load, k) + load.overrun) * seconds
         if end < soonest:
             best, soonest = k, end
     again, tried = control.trying

@@ -81,6 +81,8 @@ class Guesser:
             rows=sizes | {0: fit(self._buckets.rows, len(ids))},
             left=float(np.mean((rows.limit - rows.prompt - rows.least)[decoding])),
             unread=sum(self._unread.get(i, 0) for i in some if self._late(i, self.choices[-1])),
+            # What is left of the dispatch in which it ends, and those begun before that is read.
+            overrun=(DISPATCHES_AHEAD - 0.5) * self._limits.most_steps(self.choices[-1]),
         )
         found, self._control = controller.choose(self._control, self._costs, load, self.choices)
         return found

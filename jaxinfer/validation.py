@@ -111,6 +111,9 @@ def validate_prompt(
         raise refuse("it is empty; at least one token is needed")
     if len(tokens) > max_prompt:
         raise refuse(f"it has {len(tokens)} tokens; at most {max_prompt} can be served")
+    # Plain integers, as they mostly are: at once, for a prompt may have a hundred thousand.
+    if set(map(type, tokens)) == {int} and min(tokens) >= 0 and max(tokens) < vocab_size:
+        return tokens
     is_token = _integer(0, vocab_size - 1)
     for place, token in enumerate(tokens):
         if not is_token(token):

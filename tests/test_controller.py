@@ -41,8 +41,8 @@ DRAFT = Costs(
 LOOKUP = DRAFT._replace(draft_bytes=0.0, draft_flops=0.0, draft_launch_s=0.0)
 
 
-def load(left: float = 100.0, unread: int = 0, others: int = 0) -> Load:
-    return Load([0], others, dict.fromkeys((0, *CHOICES), ROWS), left, unread)
+def load(left: float = 100.0, unread: int = 0, others: int = 0, overrun: float = 0.0) -> Load:
+    return Load([0], others, dict.fromkeys((0, *CHOICES), ROWS), left, unread, overrun)
 
 
 def measured(control: Control, guesses: int, seconds: float, times: int = WARM + 1) -> Control:
@@ -190,6 +190,14 @@ def test_times_follow_what_is_measured() -> None:
 def test_as_many_as_pay(held: int, attempted: int, wanted: int) -> None:
     found, _ = choose(after(held, attempted), DRAFT, load(), CHOICES)
     assert found == wanted
+
+
+def test_who_ends_soon_does_not_guess_where_it_is_noticed_late() -> None:
+    """All guesses hold, five tokens a step that takes 1.8 times as long; 12 steps are lost."""
+    control = after(4, 4)
+    found = [choose(control, DRAFT, load(left, overrun=12), CHOICES)[0] > 0 for left in (30, 40)]
+    assert found == [False, True]
+    assert choose(control, DRAFT, load(2, overrun=0), CHOICES)[0] == 4
 
 
 def test_nobody_to_guess_for() -> None:

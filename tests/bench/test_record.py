@@ -11,7 +11,7 @@ from bench import record
 from bench.record import Record, Run
 
 RUN = Run(
-    date="2026-01-02T03:04:05+00:00",
+    date="2026-01-02T03:04:05.006+00:00",
     device={"kind": "NVIDIA H100 80GB HBM3", "count": 1, "memory": 80 << 30},
     versions={"jax": "0.11.2", "torch": None},
     command="python -m bench.decode",
@@ -22,7 +22,7 @@ RUN = Run(
 
 def test_round_trip_under_the_documented_name(tmp_path: Path) -> None:
     path = record.path_for(RUN, "decode", tmp_path / "results")
-    assert path.name == "2026-01-02T030405-nvidia-h100-80gb-hbm3-decode.json"
+    assert path.name == "2026-01-02T030405006-nvidia-h100-80gb-hbm3-decode.json"
     record.write(RUN, path)
     assert record.read(path) == RUN
     assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing temporary is left
