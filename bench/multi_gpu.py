@@ -15,6 +15,7 @@ at batch 1 with XLA's options, one at a time. `bench/multi_gpu.md` says what to 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -38,16 +39,25 @@ CONTEXT, BATCHES, REPEATS, SHORT, LONG = 1024, (1, 64), 3, 17, 145
 PROMPTS, PROMPT = 8, 4095  # of the prefill that is timed
 COPY = 3.0e12  # bytes/s that one H100 copies at; `ceilings` of other runs
 # XLA's options, one at a time; see docs/parallel.md for what came of them.
+GRAPHS = (
+    "--xla_gpu_enable_command_buffer="
+    "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,COLLECTIVES,DYNAMIC_SLICE_FUSION "
+    "--xla_gpu_enable_collectives_command_buffer_filter=ALLCOLLECTIVES"
+)
+SYNC = "--xla_gpu_disable_async_collectives=ALLCOLLECTIVES"
+OWN_KERNELS = "--xla_gpu_experimental_use_collective_kernels="
 FLAGS = {
     "none": "",
+    "sync": SYNC,
+    "nccl_only": OWN_KERNELS,
+    "own_kernels": OWN_KERNELS + "COLLECTIVE_KERNEL_ALL_REDUCE,COLLECTIVE_KERNEL_ALL_GATHER",
     "graphs_off": "--xla_gpu_enable_command_buffer=",
-    "graphs_collectives": "--xla_gpu_enable_command_buffer="
-    "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,COLLECTIVES,DYNAMIC_SLICE_FUSION",
+    "graphs_collectives": GRAPHS,
+    "graphs_collectives_sync": f"{GRAPHS} {SYNC} {OWN_KERNELS}",
     "latency_hiding": "--xla_gpu_enable_latency_hiding_scheduler=true",
     "nccl_user_buffers": "--xla_gpu_enable_nccl_user_buffers=true",
-    "one_shot": "--xla_gpu_unsupported_use_all_reduce_one_shot_kernel=true",
 }
-LINK_ROWS = (8, 64, 2048)
+LINK_ROWS = (8, 64, 4096)
 
 
 def weights(shape: str) -> Any:
@@ -175,13 +185,25 @@ def links(count: int) -> Iterator[Record]:
     """Microseconds of an exchange of [rows, 4096] bf16 on `count` GPUs, in a program of many."""
     import jax
     import jax.numpy as jnp
+    from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from jaxinfer.layers import reduce_shards
     from jaxinfer.parallel import replica_meshes
 
+    def gather_and_add(x: jax.Array, axis: str) -> jax.Array:
+        first, *rest = jax.lax.all_gather(x, axis)
+        return functools.reduce(jax.lax.add, rest, first)
+
+    def scatter_and_gather(x: jax.Array, axis: str) -> jax.Array:
+        parts = jax.lax.all_to_all(x.reshape(count, -1), axis, 0, 0, tiled=True)
+        first, *rest = parts.reshape(count, -1)
+        whole = jax.lax.all_gather(functools.reduce(jax.lax.add, rest, first), axis, tiled=True)
+        return whole.reshape(x.shape)
+
     (mesh,) = replica_meshes(count)
-    kinds = {"gather_and_add": reduce_shards, "psum": jax.lax.psum}
+    kinds: dict[str, Any] = {
+        f.__name__: f for f in (gather_and_add, scatter_and_gather, jax.lax.psum)
+    }
     for rows in LINK_ROWS:
         for name, exchange in kinds.items():
 
@@ -190,16 +212,20 @@ def links(count: int) -> Iterator[Record]:
                     x = exchange(x * jnp.asarray(0.5, x.dtype), "tensor")
                 return x
 
+            # In place, as a step's state is: CUDA graphs are made anew for other addresses.
             run = jax.jit(
-                jax.shard_map(many, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False)
+                jax.shard_map(many, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False),
+                donate_argnums=0,
             )
-            x = jnp.ones((rows, 4096), jnp.bfloat16)
-            jax.block_until_ready(run(x))
+            x = jax.device_put(jnp.ones((rows, 4096), jnp.bfloat16), NamedSharding(mesh, P()))
             times = []
-            for _ in range(10):
+            for _ in range(1 + 10):
                 began = time.perf_counter()
-                jax.block_until_ready([run(x) for _ in range(8)])
+                for _ in range(8):
+                    x = run(x)
+                jax.block_until_ready(x)
                 times.append(1e6 * (time.perf_counter() - began) / (8 * 32))
+            times = times[1:]  # the first compiles
             stem = f"multi_gpu.link{count}.{name}.{rows}x4096.us"
             yield Record(stem, statistics.median(times), "us", {"of_each": times})
 

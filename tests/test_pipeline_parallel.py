@@ -343,14 +343,14 @@ def test_each_device_holds_its_part(quick):
     assert one["plan"][1] == two["plan"][1] == four["plan"][1]
 
 
-@pytest.mark.parametrize(("name", "gathers"), [("1 2", 0), ("2 2", 2)])
-def test_a_tick_has_the_collectives_expected_and_no_others(quick, name, gathers):
+@pytest.mark.parametrize(("name", "sums"), [("1 2", 0), ("2 2", 2)])
+def test_a_tick_has_the_collectives_expected_and_no_others(quick, name, sums):
     """Of 8 rows: the embedding's sum, those of a stage's layers, what is handed on, the last
     stage's hidden states, and who has the likeliest. The text of a loop is there once."""
     found = kinds(quick["greedy"][f"{name} said"]["collectives"])
     devices = int(name[0]) * int(name[2])
-    layers = ["all-gather f32[2,8,32]"] * gathers * (FOUR.num_layers // 2)
     hidden = "f32[8,32]"
+    layers = [f"all-reduce {hidden}"] * sums * (FOUR.num_layers // 2)
     assert found[: len(layers) + 1] == [f"all-reduce {hidden}", *layers]
     rest = [f"all-reduce {hidden}", f"collective-permute {hidden}"]
     assert sorted(found[len(layers) + 1 :]) == [f"all-gather s32[{devices},2,8]", *rest]
