@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -148,8 +149,13 @@ def run(
                 )
                 clients[name] = stack.enter_context(start(name, session.checkpoint, options))
             yield from _await(clients)
+            failures = _warm(session, clients, late)
+            yield from failures
+            for name in [name for name, client in clients.items() if not client.alive]:
+                del clients[name]
             for case in session.cases:
-                yield from _run_case(session, number, case, clients, late)
+                cold = {failure.engine for failure in failures if failure.case is case}
+                yield from _run_case(session, number, case, clients, cold)
             for name, client in clients.items():
                 try:
                     yield Took(name, session.cases[-1], client.memory(), client.versions)
@@ -167,28 +173,45 @@ def _await(clients: dict[str, Client]) -> Iterator[Event]:
             del clients[name]
 
 
-def _run_case(
-    session: Session, number: int, case: Case, clients: dict[str, Client], late: Callable[[], bool]
-) -> Iterator[Event]:
-    able = [name for name in clients if case.needs <= ENGINES[name].can]
-    for name in [n for n in clients if n not in able]:
-        lacks = ", ".join(sorted(case.needs - ENGINES[name].can))
-        yield Failure(name, case, f"cannot: {lacks}", missing=True)
-    warm = []
-    for name in able:
+def _able(case: Case, name: str) -> bool:
+    return case.needs <= ENGINES[name].can
+
+
+def _warm(session: Session, clients: dict[str, Client], late: Callable[[], bool]) -> list[Failure]:
+    """Has every engine compile what its cases need, all engines at once: nothing is timed."""
+    with ThreadPoolExecutor(max(1, len(clients))) as pool:
+        found = pool.map(lambda one: _warm_one(one, session.cases, late), clients.values())
+        return [failure for each in found for failure in each]
+
+
+def _warm_one(client: Client, own: Sequence[Case], late: Callable[[], bool]) -> list[Failure]:
+    failures = []
+    for case in (case for case in own if _able(case, client.name)):
         if late():
-            yield Failure(name, case, "not started: out of time")
+            failures.append(Failure(client.name, case, "not started: out of time"))
             continue
         began = time.monotonic()
         try:
             for i in range(MOST_WARM):
-                if not any(r.compiled for r in _ask(clients[name], case.draw(SEED + i))):
+                if not any(r.compiled for r in _ask(client, case.draw(SEED + i))):
                     break
-            warm.append(name)
         except EngineError as error:
-            yield from _failed(clients, name, case, error)
-        print(f"  {case.workload} {case.name} {name}: warm, {time.monotonic() - began:.1f} s",
-              flush=True)  # fmt: skip
+            failures.append(Failure(client.name, case, str(error), error.tail))
+            if not client.alive:
+                break
+        print(f"  {case.workload} {case.name} {client.name}: warm, "
+              f"{time.monotonic() - began:.1f} s", flush=True)  # fmt: skip
+    return failures
+
+
+def _run_case(
+    session: Session, number: int, case: Case, clients: dict[str, Client], cold: set[str]
+) -> Iterator[Event]:
+    """`cold`: engines that could not be warmed up for it."""
+    for name in [name for name in clients if not _able(case, name)]:
+        lacks = ", ".join(sorted(case.needs - ENGINES[name].can))
+        yield Failure(name, case, f"cannot: {lacks}", missing=True)
+    warm = [name for name in clients if _able(case, name) and name not in cold]
     for turn in range(session.repeats):
         at = turn % len(warm) if warm else 0
         for name in warm[at:] + warm[:at]:

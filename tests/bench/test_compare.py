@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -195,8 +196,9 @@ def test_engines_take_turns_in_an_order_that_rotates() -> None:
     order = ["jaxinfer", "hf-eager", "vllm"]
     assert [t.engine for t in trials] == order + order[1:] + order[:1] + order[2:] + order[:2]
     assert not any(t.compiled for t in trials)
-    # two calls to a repeat: each engine compiled in its first, and was warm after the second repeat
-    assert [name for name, _ in log[:8]] == ["jaxinfer"] * 4 + ["hf-eager"] * 4
+    # Two calls to a repeat: each engine compiled in its first, and was warm after the second one.
+    # Then the other case, warm after one, which not all can do; all before anything is timed.
+    assert Counter(name for name, _ in log[:16]) == {"jaxinfer": 6, "hf-eager": 4, "vllm": 6}
     cannot = [e for e in found if isinstance(e, Failure)]
     assert [(e.engine, e.error) for e in cannot] == [("hf-eager", "cannot: ragged")]
     assert [e.engine for e in found if isinstance(e, Took)] == order
