@@ -92,12 +92,19 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
         {"data"},
     ),
     "checkpoints": ({"checkpoints"}, {"models", "quant", "sharding"}),
-    "requests": ({"jaxinfer.requests"}, {"engine", "host"}),
+    "requests": (
+        {"jaxinfer.delivery", "jaxinfer.requests", "jaxinfer.scoring"},
+        {"engine", "host"},
+    ),
     "loading": (
-        {"jaxinfer.loading", "jaxinfer.speculative"},
+        {"jaxinfer.in_memory", "jaxinfer.loading", "jaxinfer.memory", "jaxinfer.speculative"},
         {"checkpoints", "sizing", "host", "engine", "quantise"},
     ),
-    "llm": ({"jaxinfer.llm", "jaxinfer.saving"}, {"requests", "loading", "functional"}),
+    "starting": ({"jaxinfer.sources", "jaxinfer.starting"}, {"loading"}),
+    "llm": (
+        {"jaxinfer.llm", "jaxinfer.preparing", "jaxinfer.saving"},
+        {"requests", "starting", "functional"},
+    ),
     "async": ({"jaxinfer.async_llm"}, {"llm"}),
     "offline": ({"jaxinfer.offline"}, {"llm"}),
     "api": ({"jaxinfer"}, {"async", "offline"}),
