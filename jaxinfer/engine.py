@@ -441,7 +441,10 @@ class Engine:
             sizes = itertools.product(self._buckets.tokens, self._buckets.pages)
             behind = dict(self._catching_up([], tokens, pages) for tokens, pages in sizes)
         self.compile([*keys, *behind])
-        found = self._probed(keys, warmup.probe(self.limits, self.config.vocab_size))
+        found = warmup.probed(
+            keys, warmup.probe(self.limits, self.config.vocab_size), self.limits,
+            run=self._dispatch, cache=lambda: self._cache,
+        )  # fmt: skip
         for key, plan in behind.items():
             self._dispatch(key, plan)
         if self.limits.host_slots:
@@ -466,41 +469,8 @@ class Engine:
         """A plan in the shapes of a key."""
         if key.catch_up:
             return catch_up_plan((), key, self.limits)
-        return self._probe(key, warmup.probe(self.limits, self.config.vocab_size))
-
-    def _probe(self, key: StepKey, probe: warmup.Probe) -> Plan:
-        known = {0: probe.tokens, 1: probe.others}
-        longest = self.limits.max_model_len
-        specs = {i: SequenceSpec(x, warmup.GREEDY, longest, seed=0) for i, x in known.items()}
-        action = warmup.probing(probe, key, self.limits)
-        return make_plan(action, key, specs, known, table_width=self._table_width)
-
-    def _probed(self, keys: list[StepKey], probe: warmup.Probe) -> dict[StepKey, bytes]:
-        """What each program makes of the probe: keys and values, those that lie in this process,
-        and the token that follows.
-
-        Programs that read prompts are given a token more, which the others decode.
-        """
-        read = next(key for key in keys if key.chunks)
-
-        def said(key: StepKey, probe: warmup.Probe) -> np.ndarray:
-            plan = self._probe(key, probe)
-            place = int(plan.count) - 1
-            if plan.chunks is not None:
-                place = key.rows + int(np.argmax(plan.chunks.last))
-            return np.asarray(self._dispatch(key, plan).tokens)[0, place]
-
-        longer = np.append(probe.tokens, said(read, probe)).astype(np.int32)
-        found = {}
-        for key in keys:
-            if not key.chunks:
-                said(read, probe)
-            following = said(key, probe._replace(tokens=longer) if key.chunks else probe)
-            last = (self._cache.k[-1], self._cache.v[-1])  # layers, of each stage its own
-            parts = (part for x in last for part in x.addressable_shards)
-            written = (np.asarray(part.data[probe.pages]) for part in parts)
-            found[key] = b"".join([following.tobytes(), *(x.tobytes() for x in written)])
-        return found
+        probe = warmup.probe(self.limits, self.config.vocab_size)
+        return warmup.probe_plan(probe, key, self.limits)
 
     def count_penalties(self) -> None:
         """Has the state count tokens from now on, if it does not."""
