@@ -64,6 +64,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
             "jaxinfer.observe",
             "jaxinfer.page_copies",
             "jaxinfer.replicas",
+            "jaxinfer.sequences",
             "jaxinfer.state",
         },
         {"plans", "controller", "distributed"},
