@@ -83,13 +83,9 @@ def prepare(
         )  # fmt: skip
     if params.stop_strings and rules.tokenizer is None:
         raise InvalidRequest("stop strings need a tokenizer", index=index, field="stop")
-    try:
-        found = _encode(rules.tokenizer, prompt) if encode is None else encode(prompt)
-    except InvalidRequest as error:  # the tokenizer does not know which request it serves
-        raise InvalidRequest(error.message, index=index, field=error.field) from error
     longest = rules.memory.max_model_len
     tokens = validate_prompt(
-        found,
+        _encode(rules.tokenizer, prompt, encode, index),
         index=index,
         vocab_size=rules.config.vocab_size,
         max_prompt=longest - 1 if generate else longest,
@@ -110,13 +106,20 @@ def prepare(
     )
 
 
-def _encode(tokenizer: Tokenizer | None, prompt: Any) -> Any:
+def _encode(
+    tokenizer: Tokenizer | None, prompt: Any, encode: Callable[[Any], Any] | None, index: int
+) -> Any:
     """Token ids of text; what is not text is taken for token ids, and checked later."""
-    if not isinstance(prompt, str):
-        return prompt
-    if tokenizer is None:
-        raise InvalidRequest("this model has no tokenizer: give token ids")
-    return tokenizer.encode(prompt)
+    try:
+        if encode is not None:
+            return encode(prompt)
+        if not isinstance(prompt, str):
+            return prompt
+        if tokenizer is None:
+            raise InvalidRequest("this model has no tokenizer: give token ids")
+        return tokenizer.encode(prompt)
+    except InvalidRequest as error:  # the tokenizer does not know which request it serves
+        raise InvalidRequest(error.message, index=index, field=error.field) from error
 
 
 def insides(
