@@ -185,6 +185,20 @@ def check_stages(config: ModelConfig, tp: int, pp: int, asked: str) -> None:
     )
 
 
+def check_degrees(config: ModelConfig, options: EngineOptions, name: str) -> None:
+    """Raises ValueError unless as many devices and stages as `options` say can share the model,
+    which the message calls `name`; it says which degrees work."""
+    size, stages = options.tensor_parallel_size, options.pipeline_parallel_size
+    if size > 1 and not can_split(config, size):
+        raise ValueError(
+            f"tensor_parallel_size={size}: {name} has {config.num_heads} heads, "
+            f"{config.num_kv_heads} KV heads, {config.intermediate_size} columns in the MLP and "
+            f"{config.vocab_size} tokens, which must be shared out evenly; what works: "
+            f"{', '.join(map(str, degrees(config)))}"
+        )
+    check_stages(config, size, stages, f"pipeline_parallel_size={stages}: {name}")
+
+
 def memory_of(config: ModelConfig, setting: Setting) -> Memory:
     """What the fullest GPU holds. Pages of the engine's default size, one of them for trash."""
     part, stored, size = shard(config, setting.tp, setting.pp), setting.stored, PAGE
