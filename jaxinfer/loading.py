@@ -188,6 +188,7 @@ def plan(
         weights=weights,
         host_weights=host_weights,
         buffers=buffers + (STAGED * one if far else 0),
+        shards=options.tensor_parallel_size,
         **_guessing(drafter, options),
     )
     return replace(found, host_cache=one * far, host_pages=far)
@@ -240,7 +241,7 @@ def _guessing(drafter: Drafter | None, options: EngineOptions) -> dict[str, int]
         kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)
         extra += page_bytes(_local(drafter.model, options), options.page_size, kv_dtype)
     rows = min(options.max_num_seqs, MOST_GUESSING)
-    return {"page_extra": extra, "guessed_rows": rows * (drafter.how.tokens + 1)}
+    return {"page_extra": extra, "guessing": (rows, drafter.how.tokens)}
 
 
 def batched_tokens(options: EngineOptions) -> int:

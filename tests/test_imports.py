@@ -78,6 +78,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
             "jaxinfer.placement",
             "jaxinfer.roofline",
             "jaxinfer.sizing",
+            "jaxinfer.temporaries",
         },
         {"models", "buckets"},
     ),
