@@ -184,24 +184,16 @@ def _outputs(config: ModelConfig, shape: StepShape, width: int) -> dict[str, Ter
     found: dict[str, Terms] = {"logits": {"hidden": hidden, "logits": raw, "workspace": WORKSPACE}}
     if shape.truncated:
         padded = -(-V // MASSES) * MASSES
-        kept = raw if shape.penalties or shape.top is not None else 0
+        # Penalties are not applied in place, and log-probabilities are of the model's own logits.
+        kept = shape.penalties + (shape.top is not None)
         found["truncation"] = {
-            "logits": raw, "logits as they were": kept, "keys": 4 * R * padded,
+            "logits": raw, "logits as they were": kept * raw, "keys": 4 * R * padded,
             "masses": 4 * R * padded,
         }  # fmt: skip
     if shape.top is not None:
         found["log-probabilities"] = _log_probabilities(shape, shape.top, R, V, raw)
     if shape.score is not None:
-        block = min(SCORE_ROWS, T) * V
-        found["scores"] = {
-            "hidden": 3 * stream, "logits of a block": block * width, "workspace": WORKSPACE,
-        }  # fmt: skip
-    if shape.score:
-        block = min(SCORE_ROWS, T) * V
-        found["scores, sorted"] = {
-            "hidden": stream, "log-probabilities": 4 * block,
-            "tokens": 4 * block * (shape.score > CUSTOM_TOP),
-        }  # fmt: skip
+        found |= _scores(shape.score, min(SCORE_ROWS, T) * V, width, stream)
     return found
 
 
@@ -216,3 +208,19 @@ def _log_probabilities(shape: StepShape, top: int, R: int, V: int, raw: int) -> 
     kept = 0 if shape.random else raw
     ordered = {"sorted": 4 * R * V, "tokens": 4 * R * V}
     return {"logits": kept, "log-probabilities": 4 * R * V, **ordered}
+
+
+def _scores(top: int, block: int, width: int, stream: int) -> dict[str, Terms]:
+    """Of all tokens' hidden states, so many logits at once."""
+    found: dict[str, Terms] = {
+        "scores": {
+            "hidden": 3 * stream, "logits of a block": block * width, "workspace": WORKSPACE,
+        }
+    }  # fmt: skip
+    if top:
+        sort = top > CUSTOM_TOP
+        found["scores of likeliest"] = {
+            "hidden": stream, "log-probabilities": 4 * block,
+            **({"tokens": 4 * block} if sort else {"logits of a block": block * width}),
+        }  # fmt: skip
+    return found

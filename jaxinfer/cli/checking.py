@@ -117,7 +117,7 @@ def measured(
         reasons.append("weights and speed: several precisions; --precision says which to take")
     known = gpu is not None and stored != MIXED
     speed = [*_speed(config, setting, loaded.llm, known=known)]  # compiles what memory looks at
-    memory = _memory(
+    memory = memory_items(
         config, setting, loaded.llm, device, known=stored != MIXED, drawn=chosen.random is not None
     )
     return Check(
@@ -127,7 +127,7 @@ def measured(
     )  # fmt: skip
 
 
-def _memory(
+def memory_items(
     config: ModelConfig, setting: Setting, llm: LLM, device: Any, *, known: bool, drawn: bool
 ) -> Iterator[Item]:
     """`known`: whether the precision of the matrices is; `drawn`: they were made here, which took
