@@ -225,7 +225,9 @@ def memory_of(
     how = {"dtype": stored.dtype, "kv_dtype": setting.kv_name, "shards": setting.tp}
     phases = (hungriest(part, shape, dense=setting.dense, **how) for shape in shapes)
     step = max(phases, key=lambda phase: phase.bytes)
-    most, margin = most_step_bytes(part, rows=rows, tokens=tokens, max_kv=columns * size, **how)
+    # Log-probabilities are of whole rows of logits.
+    whole = replace(part, vocab_size=config.vocab_size)
+    most, margin = most_step_bytes(whole, rows=rows, tokens=tokens, max_kv=columns * size, **how)
     return Memory(
         weights=round(count_sizes(part).bytes(stored)),
         kv=(rows * columns + 1) * page_bytes(part, size, setting.kv_name),

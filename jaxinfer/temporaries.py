@@ -29,7 +29,7 @@ SCORE_ROWS = 256  # see `runner.SCORE_BLOCK`
 
 ACTIVATIONS = {
     "residual stream", "normed stream", "rotations", "qkv", "queries", "attended", "product",
-    "gathered", "gate_up", "neurons", "hidden",
+    "sums", "gathered", "gate_up", "neurons", "hidden",
 }  # fmt: skip
 
 Terms = Mapping[str, int]  # bytes by what they are for
@@ -144,10 +144,11 @@ def _layers(
             "attended": heads,
             "partial results": _partials(c, shape, quantised),
         },
-        # Gathered, then summed in the order of the devices.
+        # Summed in the order of the devices. One of the sums lies where no gap is large enough.
         "sum over devices": {
             **every,
             "product": stream,
+            "sums": 2 * stream,
             "gathered": (shards > 1) * shards * stream,
         },
         "gate_up": {**every, "normed stream": stream, "gate_up": 2 * hidden, **workspace},
