@@ -38,6 +38,8 @@ from jaxinfer.roofline import LAYER_S, shard
 from jaxinfer.sharding import shardings
 from jaxinfer.sizing import MemoryPlan, device_memory, plan_memory
 from jaxinfer.state import differences
+from pallas_kernels.device import capability
+from pallas_kernels.scaled_matmul import has_kernel
 
 if TYPE_CHECKING:
     from checkpoints.gguf.reader import Gguf
@@ -189,6 +191,7 @@ def plan(
         host_weights=host_weights,
         buffers=buffers + (STAGED * one if far else 0),
         shards=options.tensor_parallel_size,
+        hopper=has_kernel(capability()),
         **_guessing(drafter, options),
     )
     return replace(found, host_cache=one * far, host_pages=far)

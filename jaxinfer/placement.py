@@ -222,7 +222,10 @@ def memory_of(
         shapes = [
             StepShape(padded, n, MOST_CHUNKS if n else 0, columns * size) for n in (0, tokens)
         ]
-    how = {"dtype": stored.dtype, "kv_dtype": setting.kv_name, "shards": setting.tp}
+    how: dict[str, Any] = {
+        "dtype": stored.dtype, "kv_dtype": setting.kv_name, "shards": setting.tp,
+        "hopper": setting.gpu.hopper,
+    }  # fmt: skip
     phases = (hungriest(part, shape, dense=setting.dense, **how) for shape in shapes)
     step = max(phases, key=lambda phase: phase.bytes)
     # Log-probabilities are of whole rows of logits.

@@ -75,10 +75,8 @@ def most_step_bytes(
     rows: int,
     tokens: int,
     max_kv: int,
-    dtype: Any,
-    kv_dtype: Any = None,
-    shards: int = 1,
     guessing: tuple[int, int] = (0, 0),
+    **how: Any,
 ) -> tuple[int, int]:
     """(Temporaries of the hungriest step that requests of any kind may need, the margin to keep
     free beside them), in bytes.
@@ -90,8 +88,8 @@ def most_step_bytes(
         rows: sequences that run at once, at most.
         tokens: of one step, at most.
         max_kv: tokens of a sequence, at most.
-        dtype, kv_dtype, shards: see `temporaries.hungriest`.
         guessing: rows for which tokens are guessed at most, and how many; 0 of each: none.
+        how: see `temporaries.hungriest`.
     """
     rows = pages_for(rows, 8) * 8  # see `buckets.make_buckets`
     tokens = pages_for(tokens, MULTIPLE) * MULTIPLE
@@ -102,9 +100,7 @@ def most_step_bytes(
     ]
     if guessing[1]:
         shapes.append(StepShape(guessing[0], 0, 0, max_kv, **any_kind, guesses=guessing[1]))
-    most = max(
-        step_bytes(config, shape, dtype=dtype, kv_dtype=kv_dtype, shards=shards) for shape in shapes
-    )
+    most = max(step_bytes(config, shape, **how) for shape in shapes)
     logits = config.vocab_size * max(shape.logit_rows for shape in shapes)
     return most, SPARE_BYTES + SORT_BYTES * logits + PENALTY_BYTES * rows * config.vocab_size
 
@@ -127,6 +123,7 @@ def plan_memory(
     host_weights: int = 0,
     buffers: int = 0,
     shards: int = 1,
+    hopper: bool = True,
 ) -> MemoryPlan:
     """Sizes the KV cache: what is asked for, or what is left, and no more than can be used.
 
@@ -145,7 +142,7 @@ def plan_memory(
         page_extra: bytes of a page beside the model's keys and values: a draft's, and the text.
         guessing: see `most_step_bytes`.
         host_weights, buffers: bytes of weights on the host, and of what steps need for them.
-        shards: devices that share each layer.
+        shards, hopper: see `temporaries.hungriest`.
 
     Raises:
         CapacityError: the weights do not fit, not even one page is left, or a sequence of
@@ -162,7 +159,7 @@ def plan_memory(
         held = max(room // one - 1, 1) * page_size
         most, margin = most_step_bytes(
             config, rows=max_num_seqs, tokens=max_num_batched_tokens, max_kv=min(longest, held),
-            dtype=dtype, kv_dtype=kv_dtype, shards=shards, guessing=guessing,
+            guessing=guessing, dtype=dtype, kv_dtype=kv_dtype, shards=shards, hopper=hopper,
         )  # fmt: skip
         steps = most + margin + buffers
     useful = (max_num_seqs * pages_for(longest, page_size) + 1) * one

@@ -19,9 +19,10 @@ import jax.numpy as jnp
 
 from jaxinfer.batch import MIN_ROWS
 from jaxinfer.config import ModelConfig
+from pallas_kernels.attention_common import SCRATCH_BYTES
 from pallas_kernels.sm90_config import scratch_bytes
 
-WORKSPACE = 32 << 20  # cuBLAS's on Hopper, while it multiplies dense matrices
+WORKSPACE, SMALL_WORKSPACE = 32 << 20, 4 << 20  # cuBLAS's, while it multiplies dense matrices
 SUMS = 1024  # float32 a row of logits: what `sampling.token_logprobs` sums first
 MASSES = 8192  # tokens: rows of keys and masses are padded to a multiple; see `threshold_mosaic`
 CUSTOM_TOP = 16  # likeliest tokens, at most, that XLA finds without sorting
@@ -100,6 +101,7 @@ def hungriest(
     kv_dtype: Any = None,
     dense: bool = True,
     shards: int = 1,
+    hopper: bool = True,
 ) -> Phase:
     """The phase that needs most.
 
@@ -110,11 +112,18 @@ def hungriest(
         kv_dtype: of the pages; None: `dtype`.
         dense: whether the layers' matrices are; others have kernels that need no workspace.
         shards: devices that share each layer.
+        hopper: on other GPUs the workspace is smaller, and partial results are few.
     """
     width = jnp.dtype(dtype).itemsize
     quantised = kv_dtype is not None and jnp.dtype(kv_dtype) != jnp.dtype(dtype)
-    layers = _layers(config, shape, width, quantised=quantised, dense=dense, shards=shards)
-    found = layers | _outputs(config, shape, width)
+    workspace = WORKSPACE if hopper else SMALL_WORKSPACE
+    partials = _partials(config, shape, quantised)
+    if not hopper:
+        partials = min(partials, SCRATCH_BYTES)
+    layers = _layers(
+        config, shape, width, partials=partials, workspace=workspace if dense else 0, shards=shards
+    )
+    found = layers | _outputs(config, shape, width, workspace)
     return max((Phase(name, terms) for name, terms in found.items()), key=lambda p: p.bytes)
 
 
@@ -123,38 +132,29 @@ def _layers(
     shape: StepShape,
     width: int,
     *,
-    quantised: bool,
-    dense: bool,
+    partials: int,
+    workspace: int,
     shards: int,
 ) -> dict[str, Terms]:
     """Phases of a layer: what the layers need by turns takes the same places."""
     c, T = config, shape.width
-    stream, hidden = T * c.hidden_size * width, T * c.intermediate_size * width
-    heads = T * c.num_heads * c.head_dim * width
+    stream, neurons = T * c.hidden_size * width, T * c.intermediate_size * width
+    heads, kv = (T * count * c.head_dim * width for count in (c.num_heads, c.num_kv_heads))
     # Cosines and sines, float32, of each kind of rotation; they live as long as the layers.
     kinds = len({layer.rope for layer in c.layers} - {None})
     every = {"residual stream": stream, "rotations": 4 * kinds * T * c.head_dim}
-    workspace = {"workspace": WORKSPACE if dense else 0}
-    qkv = heads + 2 * T * c.num_kv_heads * c.head_dim * width
+    normed, dense = every | {"normed stream": stream}, {"workspace": workspace}
     return {
-        "qkv": {**every, "normed stream": stream, "qkv": qkv, **workspace},
-        "attention": {
-            **every,
-            "queries": heads,
-            "attended": heads,
-            "partial results": _partials(c, shape, quantised),
-        },
+        "qkv": normed | dense | {"qkv": heads + 2 * kv},
+        "attention": every | {"queries": heads, "attended": heads, "partial results": partials},
         # Summed in the order of the devices. One of the sums lies where no gap is large enough.
-        "sum over devices": {
-            **every,
-            "product": stream,
-            "sums": 2 * stream,
-            "gathered": (shards > 1) * shards * stream,
+        "sum over devices": every | {
+            "product": stream, "sums": 2 * stream, "gathered": (shards > 1) * shards * stream,
         },
-        "gate_up": {**every, "normed stream": stream, "gate_up": 2 * hidden, **workspace},
-        "activation": {**every, "gate_up": 2 * hidden, "neurons": hidden},
-        "down": {**every, "neurons": hidden, "product": stream, **workspace},
-    }
+        "gate_up": normed | dense | {"gate_up": 2 * neurons},
+        "activation": every | {"gate_up": 2 * neurons, "neurons": neurons},
+        "down": every | dense | {"neurons": neurons, "product": stream},
+    }  # fmt: skip
 
 
 def _partials(config: ModelConfig, shape: StepShape, quantised: bool) -> int:
@@ -175,14 +175,14 @@ def _partials(config: ModelConfig, shape: StepShape, quantised: bool) -> int:
     )  # fmt: skip
 
 
-def _outputs(config: ModelConfig, shape: StepShape, width: int) -> dict[str, Terms]:
+def _outputs(config: ModelConfig, shape: StepShape, width: int, workspace: int) -> dict[str, Terms]:
     """Phases after the layers: logits, and what is made of them. Random draws need no memory:
     noise is made where it is added."""
     R, V, T = shape.logit_rows, config.vocab_size, shape.width
     raw = R * V * width
     stream = T * config.hidden_size * width
     hidden = R * config.hidden_size * width
-    found: dict[str, Terms] = {"logits": {"hidden": hidden, "logits": raw, "workspace": WORKSPACE}}
+    found: dict[str, Terms] = {"logits": {"hidden": hidden, "logits": raw, "workspace": workspace}}
     if shape.truncated:
         padded = -(-V // MASSES) * MASSES
         # Penalties are not applied in place, and log-probabilities are of the model's own logits.
@@ -194,7 +194,7 @@ def _outputs(config: ModelConfig, shape: StepShape, width: int) -> dict[str, Ter
     if shape.top is not None:
         found["log-probabilities"] = _log_probabilities(shape, shape.top, R, V, raw)
     if shape.score is not None:
-        found |= _scores(shape.score, min(SCORE_ROWS, T) * V, width, stream)
+        found |= _scores(shape.score, min(SCORE_ROWS, T) * V, width, stream, workspace)
     return found
 
 
@@ -211,11 +211,11 @@ def _log_probabilities(shape: StepShape, top: int, R: int, V: int, raw: int) -> 
     return {"logits": kept, "log-probabilities": 4 * R * V, **ordered}
 
 
-def _scores(top: int, block: int, width: int, stream: int) -> dict[str, Terms]:
+def _scores(top: int, block: int, width: int, stream: int, workspace: int) -> dict[str, Terms]:
     """Of all tokens' hidden states, so many logits at once."""
     found: dict[str, Terms] = {
         "scores": {
-            "hidden": 3 * stream, "logits of a block": block * width, "workspace": WORKSPACE,
+            "hidden": 3 * stream, "logits of a block": block * width, "workspace": workspace,
         }
     }  # fmt: skip
     if top:

@@ -101,6 +101,17 @@ def test_devices_that_share_layers_gather_their_products():
     assert one < (2 + 16) * 2 * 8192 * config.hidden_size < many
 
 
+def test_other_gpus_keep_less_for_libraries_and_partial_results():
+    """Bytes that XLA allocated for an A100; of attention there is only a bound."""
+    config, ampere = config_of("llama-3.1-8b"), {"dtype": "bfloat16", "hopper": False}
+    for case, temp in (({"rows": 8}, 6318656), ({"rows": 8, "tokens": 2048}, 194100552)):
+        assert step_bytes(config, shape(case), **ampere) == pytest.approx(temp, rel=0.01)
+    long = shape({"rows": 256, "context": 1 << 15})
+    assert (
+        88163880 < step_bytes(config, long, **ampere) < step_bytes(config, long, dtype="bfloat16")
+    )
+
+
 # -- `estimate --check` ---------------------------------------------------------------------------
 
 
