@@ -24,6 +24,8 @@ from jaxinfer.page_copies import STAGED
 from jaxinfer.parallel import device_share
 from jaxinfer.roofline import LAYER_S, shard
 from jaxinfer.sizing import MemoryPlan, device_memory, plan_memory
+from pallas_kernels.device import capability
+from pallas_kernels.scaled_matmul import has_kernel
 
 DEFAULT_BATCHED_TOKENS = 2048
 # A dispatch takes the host up to some 3 ms; it should keep the device busy for longer than that.
@@ -90,6 +92,8 @@ def plan(
         weights=weights,
         host_weights=host_weights,
         buffers=buffers + (STAGED * one if far else 0),
+        shards=options.tensor_parallel_size,
+        hopper=has_kernel(capability()),
         **_guessing(drafter, options),
     )
     return replace(found, host_cache=one * far, host_pages=far)
@@ -133,7 +137,7 @@ def _local(config: ModelConfig, options: EngineOptions) -> ModelConfig:
     return replace(shard(config, size, count), vocab_size=config.vocab_size)
 
 
-def _guessing(drafter: Drafter | None, options: EngineOptions) -> dict[str, int]:
+def _guessing(drafter: Drafter | None, options: EngineOptions) -> dict[str, Any]:
     """What `plan_memory` is told of a drafter."""
     if drafter is None:
         return {}
@@ -142,7 +146,7 @@ def _guessing(drafter: Drafter | None, options: EngineOptions) -> dict[str, int]
         kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)
         extra += page_bytes(_local(drafter.model, options), options.page_size, kv_dtype)
     rows = min(options.max_num_seqs, MOST_GUESSING)
-    return {"page_extra": extra, "guessed_rows": rows * (drafter.how.tokens + 1)}
+    return {"page_extra": extra, "guessing": (rows, drafter.how.tokens)}
 
 
 def batched_tokens(options: EngineOptions) -> int:

@@ -79,6 +79,7 @@ LAYERS: dict[str, tuple[set[str], set[str]]] = {
             "jaxinfer.placement",
             "jaxinfer.roofline",
             "jaxinfer.sizing",
+            "jaxinfer.temporaries",
         },
         {"models", "buckets"},
     ),
