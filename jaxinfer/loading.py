@@ -235,7 +235,7 @@ def _local(config: ModelConfig, options: EngineOptions) -> ModelConfig:
     return replace(shard(config, size, count), vocab_size=config.vocab_size)
 
 
-def _guessing(drafter: Drafter | None, options: EngineOptions) -> dict[str, int]:
+def _guessing(drafter: Drafter | None, options: EngineOptions) -> dict[str, Any]:
     """What `plan_memory` is told of a drafter."""
     if drafter is None:
         return {}
