@@ -21,9 +21,10 @@ from jaxinfer.known_models import HF_CONFIGS
 from jaxinfer.models.families import parse_config
 from jaxinfer.placement import Setting, memory_of
 from jaxinfer.roofline import shard
-from jaxinfer.runner import StepKey
+from jaxinfer.runner import SCORE_BLOCK, StepKey
+from jaxinfer.sampling import SUMMED_AT_ONCE
 from jaxinfer.sizing import most_step_bytes
-from jaxinfer.temporaries import StepShape, hungriest, step_bytes
+from jaxinfer.temporaries import MASSES, SCORE_ROWS, SUMS, StepShape, hungriest, step_bytes
 from tests.pallas_kernels.aot import plugin_path
 
 ROOT = Path(__file__).parents[1]
@@ -98,6 +99,14 @@ def test_terms_are_named_and_add_up():
     assert found.bytes == found.activations == sum(found.terms.values())
     rows = hungriest(model, shape({"rows": 256}), dtype="bfloat16")
     assert (rows.name, rows.activations) == ("logits", rows.terms["hidden"])
+
+
+def test_sizes_are_those_of_what_is_computed():
+    from pallas_kernels.threshold_mosaic import Config
+
+    assert (SCORE_BLOCK, Config().granule) == (SCORE_ROWS, MASSES)
+    V = config_of("llama-3.1-8b").vocab_size
+    assert 1 << (V - 1).bit_length() == SUMS * SUMMED_AT_ONCE
 
 
 def test_partial_results_of_other_gpus_are_bounded():
