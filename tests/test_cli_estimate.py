@@ -121,7 +121,7 @@ def test_a_check_on_a_cpu_is_of_memory(capsys, monkeypatch):
     assert "no row for 'cpu'" in found["unpredicted"]
     for name in ("weights", "KV cache, a token", "KV cache"):
         assert items[name]["error"] == 0
-    assert "temporaries: they are known of a GPU's programs" in found["unpredicted"]
+    assert "temporaries: they are known of a GPU's kernels" in found["unpredicted"]
     of_steps = "temporaries of compiled steps", "memory, of these"
     for name in ("decode step", "decode", "first token", "prompts", *of_steps):
         assert items[name]["predicted"] is None

@@ -109,8 +109,8 @@ def measured(
         o.kv_dtype, o.batch, chosen.context, chosen.prompt, dtype=loaded.dtype,
     )  # fmt: skip
     reasons = []
-    if device.platform != "gpu":
-        reasons.append("temporaries: they are known of a GPU's programs")
+    if not _known_steps(device, setting):
+        reasons.append("temporaries: they are known of a GPU's kernels, of 16 bits")
     if gpu is None:
         reasons.append(f"speed: the hardware table has no row for {device.device_kind!r}")
     if stored == MIXED:
@@ -139,18 +139,22 @@ def memory_items(
     compiler, plan = llm.engine.compiler, llm.memory_plan
     memory = memory_of(config, setting, [shape_of(*key) for key in compiler.keys])
     weights, cache = device_bytes(llm.params), llm.engine.cache_bytes
-    gpu = device.platform == "gpu"  # temporaries are predicted for its kernels
-    whole = memory.occupied if gpu and known else None
+    steps = memory.steps if _known_steps(device, setting) else None
+    whole = memory.occupied if known and steps is not None else None
     yield Item("weights", "B", memory.weights if known else None, weights)
     a_token = cache / (plan.num_pages * plan.page_size)
     yield Item("KV cache, a token", "B", page_bytes(config, 1, setting.kv_name), a_token)
     yield Item("KV cache", "B", memory.kv, cache)
-    temporaries = memory.steps if gpu else None
-    yield Item("temporaries of compiled steps", "B", temporaries, compiler.step_bytes)
+    yield Item("temporaries of compiled steps", "B", steps, compiler.step_bytes)
     yield Item("memory, of these", "B", whole, weights + cache + compiler.step_bytes)
     peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
     if peak is not None and not drawn:
         yield Item("peak", "B", whole, peak)
+
+
+def _known_steps(device: Any, setting: Setting) -> bool:
+    """Whether `temporaries` describes the steps that are compiled there."""
+    return device.platform == "gpu" and setting.stored.dtype != "float32"
 
 
 def shape_of(key: StepKey, penalties: bool) -> StepShape:
