@@ -198,7 +198,8 @@ def put_pages(running: Running, cache: PagedCache) -> PagedCache:
     ids, count = running.page_ids, len(running.scheduler.pool.holders)
 
     def put(old: jax.Array, kept: np.ndarray) -> jax.Array:
-        shape, dtype, place = old.shape, old.dtype, old.sharding
+        # Where it is free to go it stays so: else steps would be other programs, compiled anew.
+        shape, dtype, place = old.shape, old.dtype, old.sharding if old.committed else None
         old.delete()
         if len(shape) == 1:
             return jnp.array(kept, device=place)

@@ -16,10 +16,12 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import settings
 
-from jaxinfer import LLM
+from jaxinfer import LLM, SamplingParams
 from jaxinfer.backend import default_cache_directory, use_compilation_cache
 from jaxinfer.config import LayerConfig, ModelConfig
+from jaxinfer.engine import Engine
 from jaxinfer.models.weights import init_params
+from jaxinfer.plans import Kind
 from jaxinfer.tokenizer import Tokenizer, load_tokenizer
 
 NO_GPU = "no GPU here"
@@ -100,6 +102,13 @@ def small_llm(tiny: TinyModel, **options: Any) -> LLM:
     return LLM.from_params(
         tiny.params, tiny.config, tokenizer=tiny.tokenizer, dtype="float32", **{**sizes, **options}
     )
+
+
+def of_kinds(engine: Engine, *params: SamplingParams) -> Engine:
+    """As after a warm-up: steps have programs for such requests alone, and take the first that can
+    do what is wanted. Else there is one of each mixture, and compiling is most of a test's time."""
+    engine._variants = tuple(map(Kind.of, params))
+    return engine
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -31,7 +31,7 @@ from jaxinfer import (
 )
 from jaxinfer.models import decoder
 from jaxinfer.tokenizer import Tokenizer
-from tests.conftest import TinyModel
+from tests.conftest import TinyModel, of_kinds
 
 IDS = [[5, 6, 7], [300], [9, 8, 7, 6, 5, 4, 3, 2, 1], [17, 18]]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
@@ -43,6 +43,7 @@ OPTIONS: dict[str, Any] = {
     "kv_cache_bytes": 1 << 20,
     "max_num_batched_tokens": 16,
     "max_steps": 4,
+    "page_size": 8,
 }
 
 
@@ -54,6 +55,7 @@ def make(tiny: TinyModel, **options: Any) -> LLM:
 @pytest.fixture(scope="module")
 def shared(tiny: TinyModel) -> Iterator[LLM]:
     with make(tiny) as llm:
+        of_kinds(llm.engine, replace(RANDOM, logprobs=2))
         yield llm
 
 
@@ -243,7 +245,7 @@ def test_bad_logprobs_calls_are_refused(unharmed: LLM) -> None:
 
 
 def test_the_queue_is_bounded(tiny: TinyModel) -> None:
-    with make(tiny, max_waiting=3, max_num_seqs=1) as llm:
+    with make(tiny, max_waiting=3, max_num_seqs=1, max_steps=1) as llm:
         with pytest.raises(QueueFull, match="4 sequences do not fit"):
             llm.generate(IDS, GREEDY)
         with pytest.raises(QueueFull):
@@ -254,7 +256,7 @@ def test_the_queue_is_bounded(tiny: TinyModel) -> None:
 
 
 def test_cancelled_sequences_leave_the_queue_at_once(tiny: TinyModel) -> None:
-    with make(tiny, max_waiting=1, max_num_seqs=1) as llm:
+    with make(tiny, max_waiting=1, max_num_seqs=1, max_steps=1) as llm:
         first, second = llm.stream(IDS[0], GREEDY), llm.stream(IDS[1], GREEDY)
         next(first)
         llm.submit([llm.prepare(IDS[1], GREEDY)])
@@ -367,6 +369,14 @@ COMPANY = [
 ]
 
 
+@pytest.fixture(scope="module")
+def mixed(tiny: TinyModel) -> Iterator[LLM]:
+    """Its program changes with the company, and not only its rows."""
+    with make(tiny, max_steps=1) as llm:
+        of_kinds(llm.engine, GREEDY, RANDOM, SamplingParams(top_p=0.9, logprobs=2))
+        yield llm
+
+
 @pytest.mark.parametrize(
     "params",
     [
@@ -379,12 +389,13 @@ COMPANY = [
         ),
     ],
 )
-def test_tokens_do_not_depend_on_the_company(llm: LLM, params: SamplingParams) -> None:
-    (want,) = tokens(llm.generate(IDS[:1], params))
+def test_tokens_do_not_depend_on_the_company(mixed: LLM, params: SamplingParams) -> None:
+    (want,) = tokens(mixed.generate(IDS[:1], params))
     for place in (0, len(COMPANY)):  # at once, and in the first row that becomes free
         each = [*COMPANY[:place], params, *COMPANY[place:]]
         prompts = [[*IDS[1:], [30]][i - (i > place)] if i != place else IDS[0] for i in range(5)]
-        assert tokens(llm.generate(prompts, each))[place] == want
+        assert tokens(mixed.generate(prompts, each))[place] == want
+    check_idle(mixed)
 
 
 def test_samples_of_one_request(llm: LLM) -> None:
@@ -598,9 +609,9 @@ def test_beginnings_are_scored_once(tiny: TinyModel, top: int) -> None:
         [*question, 1, 2], [*question, 3], other, question, [*question, 1, 2], [*question[:20], 5],
         [*other, 7, 7, 7], [8], [*question[:9], 4],
     ]  # fmt: skip
-    with make(tiny, page_size=8, prefix_caching=False) as llm:
+    with make(tiny, prefix_caching=False) as llm:
         want = llm.logprobs(sequences, top=top)
-    with make(tiny, page_size=8) as llm:
+    with make(tiny) as llm:
         got = llm.logprobs(sequences, top=top)
         computed = sum(step.read for step in llm.metrics.steps)
     for a, b in zip(got, want, strict=True):
@@ -681,14 +692,12 @@ MANY = [[i + 1, *range(50, 50 + i % 7)] for i in range(11)]
         pytest.param({"max_num_seqs": 8, "max_steps": 1}, marks=pytest.mark.slow),
         {"max_num_seqs": 8, "max_steps": 6},  # not a multiple of the steps between two looks
         {"policy": "static"},
-        {"page_size": 8, "kv_cache_bytes": 6 * 4096},  # five pages: two requests at a time
+        {"kv_cache_bytes": 6 * 4096, "max_model_len": 40},  # five pages: two requests at a time
     ],
 )
 def test_arrangements(tiny: TinyModel, llm: LLM, options: dict[str, Any]) -> None:
     params = [replace(GREEDY, max_tokens=2 + i % 5) for i in range(len(MANY))]
     want = tokens(llm.generate(MANY, params))
-    if "page_size" in options:
-        options = {**options, "max_model_len": 40}
     with make(tiny, **options) as other:
         assert tokens(other.generate(MANY, params)) == want
         check_idle(other)
@@ -711,7 +720,7 @@ def test_a_preempted_request_gives_the_same(
     prompts = [list(range(20 + i, 29 + 2 * i)) for i in range(6)]
     want = llm.generate(prompts, params)
     # Room for a fourth of what they need at the end.
-    with make(tiny, page_size=8, max_model_len=48, kv_cache_bytes=11 * 2048) as small:
+    with make(tiny, max_model_len=48, kv_cache_bytes=11 * 2048, max_steps=1) as small:
         preempted = []
         step = small.engine._schedule
 
@@ -744,9 +753,9 @@ def test_prompts_that_begin_alike_are_computed_once(
 ) -> None:
     beginning = list(range(40, 80))
     prompts = [[*beginning, *range(100 + i, 100 + 3 * i)] for i in range(1, 6)]
-    with make(tiny, page_size=8, prefix_caching=False) as plain:
+    with make(tiny, prefix_caching=False) as plain:
         want = plain.generate(prompts, params)
-    with make(tiny, page_size=8) as llm:
+    with make(tiny) as llm:
         got = llm.generate(prompts, params)
         again = llm.generate(prompts, params)
         check_idle(llm)
@@ -763,7 +772,7 @@ def test_prompts_that_begin_alike_are_computed_once(
 
 
 def test_priorities_decide_who_is_served_first(tiny: TinyModel) -> None:
-    with make(tiny, max_num_seqs=1) as llm:
+    with make(tiny, max_num_seqs=1, max_steps=1) as llm:
         alone = [tokens(llm.generate([p], GREEDY))[0] for p in IDS]
         submitted = [llm.prepare(p, GREEDY, priority=i) for p, i in zip(IDS, (1, 0, -3, 0))]  # noqa: B905
         llm.submit(submitted)
@@ -784,13 +793,13 @@ def test_bad_priorities(llm: LLM, priority: Any) -> None:
 
 def test_a_conversation_goes_on_from_what_was_said(tiny: TinyModel) -> None:
     params = replace(GREEDY, max_tokens=20, ignore_eos=True)
-    with make(tiny, page_size=8) as llm:
+    with make(tiny) as llm:
         said = (
             *range(40, 50),
             *llm.generate([list(range(40, 50))], params)[0].outputs[0].token_ids,
         )
         (again,) = llm.generate([[*said, 7, 8]], GREEDY)
-    with make(tiny, page_size=8, prefix_caching=False) as plain:
+    with make(tiny, prefix_caching=False) as plain:
         assert tokens([again]) == tokens(plain.generate([[*said, 7, 8]], GREEDY))
     assert again.num_cached_tokens == 24  # of 29: the last one said was never read
 
@@ -804,7 +813,7 @@ def test_a_conversation_goes_on_from_what_was_said(tiny: TinyModel) -> None:
 )
 def test_what_needs_the_whole_prompt_computes_it(tiny: TinyModel, params: SamplingParams) -> None:
     prompt = list(range(40, 80))
-    with make(tiny, page_size=8) as llm:
+    with make(tiny) as llm:
         first = llm.generate(prompt, params)
         assert llm.generate(prompt, GREEDY)[0].num_cached_tokens > 0
         second = llm.generate(prompt, params)
@@ -952,8 +961,8 @@ def test_options_out_of_range(tiny: TinyModel, option: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ({"kv_cache_bytes": 100}, "no memory for one page of 32 tokens"),
-        ({"kv_cache_bytes": 3 * 8192, "max_model_len": 65}, "lower max_model_len to 64"),
+        ({"kv_cache_bytes": 100}, "no memory for one page of 8 tokens"),
+        ({"kv_cache_bytes": 9 * 2048, "max_model_len": 65}, "lower max_model_len to 64"),
     ],
 )
 def test_too_little_memory(tiny: TinyModel, option: dict[str, Any], words: str) -> None:

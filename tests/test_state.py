@@ -19,13 +19,14 @@ import pytest
 from jaxinfer import LLM, CapacityError, CheckpointError, JaxinferError, SamplingParams
 from jaxinfer.config import BatcherConfig
 from jaxinfer.engine import Engine
-from jaxinfer.plans import Kind, SequenceSpec, together
+from jaxinfer.plans import SequenceSpec
 from jaxinfer.requests import Request, finish
 from jaxinfer.state import EngineState, from_plain, to_plain
 from jaxinfer.types import RequestOutput
-from tests.conftest import TinyModel
+from tests.conftest import TinyModel, of_kinds
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+EVERYTHING = SamplingParams(top_p=0.9, logprobs=3)
 LIMITS = BatcherConfig(
     num_pages=9, page_size=8, max_num_seqs=4, max_model_len=64, max_num_batched_tokens=16,
     max_steps=2,
@@ -98,7 +99,8 @@ def check_same(got: News, want: News) -> None:
 
 @pytest.fixture(scope="module")
 def engines(tiny: TinyModel) -> tuple[Engine, Engine]:
-    return engine(tiny), engine(tiny)
+    one, other = (of_kinds(engine(tiny), EVERYTHING) for _ in range(2))
+    return one, other
 
 
 @pytest.fixture
@@ -270,9 +272,8 @@ def make(tiny: TinyModel, **options: Any) -> LLM:
 @pytest.fixture(scope="module")
 def llms(tiny: TinyModel) -> Iterator[tuple[LLM, LLM]]:
     with make(tiny) as one, make(tiny) as other:
-        for llm in (one, other):  # as after a warm-up: programs of one kind do for all
-            llm.engine._variants = (together(Kind.of(r.params) for r in prepared(llm)),)
-            anew(llm)
+        for llm in (one, other):
+            of_kinds(llm.engine, EVERYTHING)
         yield one, other
 
 
@@ -288,7 +289,7 @@ def other(llms: tuple[LLM, LLM]) -> LLM:
 
 def anew(llm: LLM) -> LLM:
     assert llm._owners == {}
-    fresh(llm.engine)
+    fresh(llm.engine).count_penalties()  # so that programs without need not be compiled
     llm._ids = itertools.count()
     llm._seeds = random.Random(0)
     return llm
