@@ -28,13 +28,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  fi; \
 	  "$$python" -m venv --clear $(VENV); \
 	fi
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@# Byte code is made of what is imported, then: of everything it takes half a minute.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
 aot: setup $(AOT)
 
 $(VENV)/aot/.installed: constraints.txt | $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade \
 	  --target $(VENV)/aot -c constraints.txt \
 	  jax-cuda13-plugin jax-cuda13-pjrt nvidia-cuda-nvcc nvidia-nvvm
 	@touch $@

@@ -27,12 +27,12 @@ from jaxinfer.distributed import ADDRESS, COUNT, PROCESS
 from jaxinfer.engine import Engine
 from jaxinfer.models.weights import declare
 from jaxinfer.starting import agree
+from tests.conftest import env_of_devices
 from tests.test_tensor_parallel import (
     CONFIG,
     GREEDY,
     HF,
     PROMPTS,
-    ROOT,
     note_error,
     tokens_of,
     weights,
@@ -155,11 +155,7 @@ def start(folder: Path, command: Sequence[str], count: int = 2) -> list[Running]
         port = free.getsockname()[1]
     found = []
     for i in range(count):
-        devices = 2 if count == 1 else 1
-        env = {
-            **os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        }  # fmt: skip
+        env = env_of_devices(2 if count == 1 else 1)
         if count > 1:
             env |= {ADDRESS: f"127.0.0.1:{port}", COUNT: str(count), PROCESS: str(i)}
         errors = folder / f"errors{count}.{i}"

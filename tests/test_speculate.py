@@ -135,6 +135,7 @@ def plain(state: State, params: Params, drawing: Drawing) -> list[list[int]]:
 
 
 draw = jax.jit(partial(sampling.sample, truncated=True, random=True))
+chances = jax.jit(partial(sampling.probabilities, truncated=True, random=True))
 
 
 def by_hand(prompt: list[int], how: SamplingRows, limit: int, params: Params) -> list[int]:
@@ -306,10 +307,8 @@ def _exact(prompt: list[int], one: SamplingRows, params: Params, penalised: bool
             counts = np.bincount(text[len(prompt) :], minlength=V)[None]
             told = np.isin(np.arange(V), prompt)[None]
             penalties = PenaltyState(jnp.asarray(told), jnp.asarray(counts, jnp.int32))
-        p = sampling.probabilities(
-            params.target[text[-2], text[-1]][None], stack([one]), jnp.asarray([len(text)]),
-            penalties, truncated=True, random=True,
-        )  # fmt: skip
+        logits = params.target[text[-2], text[-1]][None]
+        p = chances(logits, stack([one]), jnp.asarray([len(text)]), penalties)
         return np.asarray(p[0], np.float64)
 
     first = of_next(prompt)
