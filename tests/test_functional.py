@@ -72,7 +72,7 @@ def test_it_is_a_value(llm: LLM) -> None:
 @pytest.mark.parametrize("prompt", PROMPTS, ids=len)
 def test_forks_are_the_samples_of_one_request(llm: LLM, prompt: list[int]) -> None:
     (output,) = llm.generate([prompt], replace(RANDOM, n=5))
-    made = llm.functional([prompt], RANDOM, rows=5)
+    made = llm.functional([prompt], RANDOM, rows=5, num_pages=32)  # one program for all prompts
     state = jax.jit(fork)(made.state, 0, jnp.array([1, 2, 4, 3]))
     _, found = run(llm, made._replace(state=state), 9)
     got = tokens(found)

@@ -96,7 +96,7 @@ def test_every_site_of_every_token(tiny: TinyModel, llm: LLM) -> None:
 
 
 def test_samples_have_their_own(tiny: TinyModel, llm: LLM) -> None:
-    params = SamplingParams(n=3, seed=1, max_tokens=6)
+    params = SamplingParams(n=3, seed=1, max_tokens=5)
     (output,) = llm.generate([PROMPTS[2]], params, capture=("layers.*.resid", "final_norm"))
     assert len(set(ids([output]))) > 1
     check_activations(tiny, output)
@@ -152,14 +152,16 @@ def test_unused_it_costs_no_program(tiny: TinyModel) -> None:
 # -- interventions -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("site", ["embed", "layers.0.attn_heads", "layers.1.mlp_out", "final_norm"])
-def test_an_intervention_is_the_change_of_apply(tiny: TinyModel, llm: LLM, site: str) -> None:
-    steer = adding(3, (site,))
-    outputs = llm.generate(PROMPTS, GREEDY, intervene=steer)
-    assert ids(outputs) != ids(llm.generate(PROMPTS, GREEDY))
-    for output in outputs:
+def test_an_intervention_is_the_change_of_apply(tiny: TinyModel, llm: LLM) -> None:
+    """One of each kind of site, in one step: each site of its own would be other programs."""
+    prompts = [[5, 6, 7], [300], [9, 10, 11, 12], [17, 18]]
+    sites = ["embed", "layers.0.attn_heads", "layers.1.mlp_out", "final_norm"]
+    each = [adding(3, (site,)) for site in sites]
+    outputs, plain = llm.generate(prompts, GREEDY, intervene=each), llm.generate(prompts, GREEDY)
+    assert all(a != b for a, b in zip(ids(outputs), ids(plain), strict=True))
+    for output, site, steer in zip(outputs, sites, each, strict=True):
         tokens = [*output.prompt_token_ids, *output.outputs[0].token_ids]
-        change = {site: lambda x: x + steer.aux["by"]}
+        change = {site: lambda x, by=steer.aux["by"]: x + by}
         logits = applied(tiny, tokens[:-1], change=change).logits
         greedy = logits.argmax(-1)[len(output.prompt_token_ids) - 1 :]
         assert tuple(greedy.tolist()) == output.outputs[0].token_ids
@@ -331,12 +333,13 @@ def test_who_shares_the_faulty_page_has_the_fault_too(llm: LLM) -> None:
         assert [o.error is None for o in outputs] == [False, False, True]
 
 
+def spoil(logits: jax.Array, rows: Any, aux: Any) -> jax.Array:
+    return jnp.where((rows.positions >= aux["at"])[:, None], aux["to"][:, None], logits)
+
+
 @pytest.mark.parametrize("to", [np.nan, -np.inf])
 def test_logits_from_which_nothing_can_be_sampled(llm: LLM, to: float) -> None:
-    def spoil(logits: jax.Array, rows: Any, aux: Any) -> jax.Array:
-        return jnp.where((rows.positions >= aux)[:, None], to, logits)
-
-    each = [LogitsFn(spoil, np.int32(6)), None]
+    each = [LogitsFn(spoil, {"at": np.int32(6), "to": np.float32(to)}), None]
     outputs = llm.generate(PROMPTS[:2], GREEDY, logits_fn=each, on_error="return")
     error = outputs[0].error
     assert isinstance(error, FunctionFault)
@@ -390,7 +393,7 @@ def test_sites_that_do_not_fit_in_memory(llm: LLM, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(llm, "memory_plan", small)
     with pytest.raises(InvalidRequest, match=r"18 sites take .* lower max_num_batched_tokens"):
         llm.generate(PROMPTS[0], GREEDY, capture=("*",))
-    llm.generate(PROMPTS[0], GREEDY, capture=("layers.*.resid",))
+    llm.generate(PROMPTS[0], GREEDY, capture=(SITE,))
 
 
 def test_one_bad_request_beside_good_ones(llm: LLM) -> None:
@@ -463,7 +466,7 @@ def test_any_requests_are_what_they_are_alone(
 
 def test_requests_of_all_kinds_are_what_they_are_alone(crowded: LLM) -> None:
     preempted = crowded.metrics.summary().preemptions
-    check_alone(crowded, [(kind, 5 + kind, 30) for kind in (0, 3, 5, 0, 3, 5)])
+    check_alone(crowded, [(kind, 5 + kind, 30) for kind in (3, 5, 3, 5, 3, 5)])
     assert crowded.metrics.summary().preemptions > preempted
 
 
