@@ -20,6 +20,7 @@ import pytest
 
 from jaxinfer import LLM, AsyncLLM, Intervention, SamplingParams
 from jaxinfer.replicas import Replicas
+from tests.conftest import of_kinds
 from tests.test_tensor_parallel import (
     CONFIG,
     GREEDY,
@@ -92,6 +93,8 @@ def alike(folder: Path) -> dict[str, Any]:
     does with two."""
     three, far = replace(DRAWN[0], n=3), {"kv_host_bytes": 1 << 14, "kv_cache_bytes": 1 << 13}
     with make(1, **far) as one, make(2, **far) as two:
+        for engine in (one.engine, *replicas_of(two).engines):
+            of_kinds(engine, DRAWN[0])
         found: dict[str, Any] = {
             name: [said(one, how), said(two, how)]
             for name, how in {"greedy": GREEDY, "sampled": DRAWN, "samples": three}.items()

@@ -13,7 +13,7 @@ import pytest
 
 from jaxinfer import LLM, AsyncLLM, Delta, JaxinferError, RequestOutput, SamplingParams
 from jaxinfer.response_cache import Key, ResponseCache, response_key
-from tests.conftest import TinyModel, small_llm
+from tests.conftest import TinyModel, of_kinds, small_llm
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 RANDOM = replace(GREEDY, temperature=1.0, seed=7)
@@ -23,6 +23,7 @@ PROMPT = [5, 6, 7]
 @pytest.fixture(scope="module")
 def shared(tiny: TinyModel) -> Iterator[LLM]:
     with small_llm(tiny, response_cache=8) as llm:
+        of_kinds(llm.engine, replace(RANDOM, logprobs=2))
         yield llm
 
 

@@ -166,6 +166,17 @@ def demo() -> tuple[Any, Any, Any]:
     return config, params, jnp.asarray(text)
 
 
+@cache
+def made(method: Method) -> tuple[Any, list[tuple[int, int]]]:
+    """The demo quantised, and what was said of its progress."""
+    config, params, tokens = demo()
+    calls: list[tuple[int, int]] = []
+    done = quantise_params(
+        params, config, method, tokens, progress=lambda *call: calls.append(call)
+    )
+    return done, calls
+
+
 def divergence(params: Any, tokens: Any) -> float:
     """Mean KL of the next token, against the dense model."""
     config, dense, _ = demo()
@@ -178,10 +189,7 @@ def divergence(params: Any, tokens: Any) -> float:
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.algorithm}-{m.recipe.kind}")
 def test_models(method: Method) -> None:
     config, params, tokens = demo()
-    calls: list[tuple[int, int]] = []
-    done = quantise_params(
-        params, config, method, tokens, progress=lambda *call: calls.append(call)
-    )
+    done, calls = made(method)
     n = config.num_layers
     assert calls == [(i + 1, n) for i in range(n)]
     for layer in done["layers"]:
@@ -192,10 +200,9 @@ def test_models(method: Method) -> None:
 
 
 def test_what_solves_is_better_than_rounding() -> None:
-    config, params, tokens = demo()
+    tokens = demo()[2]
     rtn, solved, searched = (
-        divergence(quantise_params(params, config, Method(INT4, a), tokens), tokens)
-        for a in ("rtn", "gptq", "awq")
+        divergence(made(Method(INT4, a))[0], tokens) for a in ("rtn", "gptq", "awq")
     )
     assert solved < 0.8 * rtn
     assert searched < rtn
@@ -204,8 +211,8 @@ def test_what_solves_is_better_than_rounding() -> None:
 @pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.algorithm}-{m.recipe.kind}")
 def test_written_and_read_back(method: Method, tmp_path: Path) -> None:
     """The very arrays come back, and the tensors are those of a published checkpoint."""
-    config, params, tokens = demo()
-    done = quantise_params(params, config, method, tokens)
+    config, _, tokens = demo()
+    done, _ = made(method)
     weights = declare(config)
     writer = Writer(tmp_path)
     rest = {k: v for k, v in weights.items() if k != "layers"}
@@ -311,8 +318,8 @@ def test_our_own_form(tmp_path: Path, method: str) -> None:
     ],
 )
 def test_our_own_form_damaged(tmp_path: Path, damage: Any) -> None:
-    config, params, tokens = demo()
-    done = quantise_params(params, config, Method(INT4), tokens)
+    config = demo()[0]
+    done, _ = made(Method(INT4))
     save_model(tmp_path / "saved", done, json.loads((DEMO / "config.json").read_text()))
     path = tmp_path / "saved" / "config.json"
     hf = json.loads(path.read_text())
