@@ -26,12 +26,13 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.drafting import Drafter, catch_up, speculate_rows
 from jaxinfer.hooked import change_logits, changes, faults, hook_up
 from jaxinfer.hooks import Hook, Rows, wanted_sites
-from jaxinfer.models.decoder import NO_CHANGE, AttentionOptions, Params, logits
+from jaxinfer.models.decoder import LINK, NO_CHANGE, AttentionOptions, Params, logits
 from jaxinfer.packing import Packed, pack, unpack
 from jaxinfer.pipeline import decode, forward
 from jaxinfer.sharding import mesh_axes
 from jaxinfer.speculate import Drawing
 from jaxinfer.types import Axis
+from pallas_kernels.exchange import connect, connectable
 from pallas_kernels.paged_attention import Backend
 
 logger = logging.getLogger(__name__)
@@ -381,6 +382,9 @@ class StepCompiler:
         self._config, self._drafter, self._done = config, drafter, compiled
         self._mesh = None if mesh is None or mesh.size == 1 else mesh
         self.everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        self._link = None
+        if self._mesh is not None and connectable(self._mesh):
+            self._link = connect(self._mesh)
         self.options: dict[str, Any] = INVARIANT_OPTIONS if invariant and platform == "gpu" else {}
         self._compiled: dict[tuple[StepKey, bool], Any] = {}
         self.compile_seconds = 0.0
@@ -454,15 +458,23 @@ class StepCompiler:
             self._compiled[lookup] = self._finish(key, lowered)
             self._done()
             self.compile_seconds += time.perf_counter() - begin
-        return self._compiled[lookup](params, cache, seq, plan, tables, draft)
+        linked, draft = self._linked(params), self._linked(draft)
+        return self._compiled[lookup](linked, cache, seq, plan, tables, draft)
 
     def forget(self, hook: Hook) -> None:
         """Lets go of the programs that have a hook in them."""
         for key in [key for key in self._compiled if hook in key[0].hooks]:
             del self._compiled[key]
 
+    def _linked(self, params: Params | None) -> Params | None:
+        """Weights, and by what the devices reach each other."""
+        if params is None or self._link is None:
+            return params
+        return {**params, LINK: self._link.table}
+
     def _lower(self, key: StepKey, *args: Any) -> Any:
-        mesh = self._mesh
+        mesh, (params, *rest, draft) = self._mesh, args
+        args = (self._linked(params), *rest, self._linked(draft))
 
         def step(
             params: Params, cache: PagedCache, seq: SeqState, plan: Packed, tables: Any, draft: Any

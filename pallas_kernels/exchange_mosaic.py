@@ -5,8 +5,8 @@ Apart from `exchange`, because importing Mosaic changes the environment of the p
 Each device writes its part straight into a slot of its own in every device's memory, by addresses
 that it is given, and reads the others' from its own memory. Words of data go with a word that says
 which exchange they are of, in one store (NCCL's protocol LL does so): who waits for them polls the
-data itself, and there is neither a barrier nor a fence. Slots are used in turns, two of a device: who
-begins exchange i + 2 has the others' parts of i + 1, which they sent when they were done with i.
+data itself, and there is neither a barrier nor a fence. Slots are used in turns, two of a device:
+who begins exchange i + 2 has the others' parts of i + 1, which they sent when done with i.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, gpu, scf
+from jaxlib.mlir.dialects import arith, gpu, llvm, scf
 
+from pallas_kernels.exchange_layout import COUNTERS, SLOT_WORDS, VECTOR, message_slots
 from pallas_kernels.sm90_ir import add, bits_and, const, inline_mgpu, mul
 
 THREADS = 128
-BLOCKS = 32  # whatever the size: each counts exchanges, and all must have counted as many
-VECTOR = 8  # numbers of two bytes that a thread loads at once
-SLOT_BYTES = 32  # that they take, with what says which exchange they are of
+BLOCKS = COUNTERS  # whatever the size: each counts exchanges, and all must have counted as many
+SLOT_BYTES = 4 * SLOT_WORDS  # of a vector, with what says which exchange it is of
 PATIENCE = 1 << 27  # polls, a minute or so: then the kernel fails, for a device is gone
 ADD = {jnp.dtype(jnp.bfloat16): "add.rn.bf16x2", jnp.dtype(jnp.float16): "add.rn.f16x2"}
 
 
-def exchange(x: jax.Array, link: jax.Array, *, devices: int, capacity: int) -> jax.Array:
+def exchange(x: jax.Array, link: jax.Array, *, devices: int) -> jax.Array:
     """As `exchange.exchange`, whose checks have passed."""
-    body = partial(_block, devices=devices, capacity=capacity, count=x.size, op=ADD[x.dtype])
+    body = partial(_block, devices=devices, count=x.size, op=ADD[x.dtype])
     found = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((x.size,), x.dtype),
@@ -47,10 +47,8 @@ def exchange(x: jax.Array, link: jax.Array, *, devices: int, capacity: int) -> j
     return found.reshape(x.shape)
 
 
-def _block(
-    x_ref: Any, link_ref: Any, y_ref: Any, *, devices: int, capacity: int, count: int, op: str
-) -> None:
-    vectors = count // VECTOR
+def _block(x_ref: Any, link_ref: Any, y_ref: Any, *, devices: int, count: int, op: str) -> None:
+    vectors, capacity = count // VECTOR, message_slots()
     rounds = -(-vectors // (BLOCKS * THREADS))
 
     @inline_mgpu(arg_types=(plgpu.RefType(),) * 3)
@@ -91,7 +89,11 @@ def _block(
                 here = _plus(own, mul(add(where, place), SLOT_BYTES))
                 part = [*_receive(here, number)]
                 part += _receive(_plus(here, None, SLOT_BYTES // 2), number)
-                total = part if not total else [_sum(op, a, b) for a, b in zip(total, part, strict=True)]
+                total = (
+                    part
+                    if not total
+                    else [_sum(op, a, b) for a, b in zip(total, part, strict=True)]
+                )
             utils.inline_ptx(
                 "st.global.v4.u32 [$0], {$1, $2, $3, $4};",
                 _plus(y, mul(place, 2 * VECTOR)), *total, predicate=inside,
@@ -109,8 +111,6 @@ def _i64() -> Any:
 
 
 def _address(ref: Any) -> Any:
-    from jaxlib.mlir.dialects import llvm
-
     return llvm.ptrtoint(_i64(), utils.memref_ptr(ref))
 
 

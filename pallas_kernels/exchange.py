@@ -1,0 +1,93 @@
+"""Sums of partial results over the devices of a mesh axis, in the order of the devices.
+
+`exchange` is the op: it picks a backend. `exchange_mosaic` is one kernel in which devices write
+into each other's memory, by addresses that `connect` collects; elsewhere it is collectives of
+XLA's, whose sums have the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels.exchange_layout import CAPACITY, VECTOR, memory_words
+
+DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
+
+
+@dataclass(frozen=True)
+class Link:
+    """Memory of each device that the others write into.
+
+    Attributes:
+        table: uint32 [devices, 2 n + 3], a row on each device: addresses of the memory of the n
+            devices of its group and of its own, in two words each, and its place in the group.
+        memory: what the addresses are of. It must live as long as anybody uses the table.
+    """
+
+    table: jax.Array
+    memory: jax.Array
+
+
+def connectable(mesh: Mesh) -> bool:
+    """Whether `connect` can: GPUs of capability 9 or more, all of them this process's, and several
+    along the last axis."""
+    if mesh.devices.shape[-1] == 1 or mesh.is_multi_process:
+        return False
+    return all(d.platform == "gpu" and float(d.compute_capability) >= 9 for d in mesh.devices.flat)
+
+
+def connect(mesh: Mesh) -> Link:
+    """Connects the devices along the last axis of a mesh. All must be this process's, GPUs that can
+    reach each other's memory. What uses the link must run in the same order on each of them."""
+    axes, n = mesh.axis_names, mesh.devices.shape[-1]
+    place = NamedSharding(mesh, PartitionSpec(axes))
+    memory = jax.jit(
+        lambda: jnp.zeros((mesh.size, memory_words(n)), jnp.uint32), out_shardings=place
+    )()
+    jax.block_until_ready(memory)
+    at = {s.device: s.data.unsafe_buffer_pointer() for s in memory.addressable_shards}
+    rows = [
+        [*_words(*(at[peer] for peer in group), at[own]), place]
+        for group in mesh.devices.reshape(-1, n)
+        for place, own in enumerate(group)
+    ]
+    return Link(jax.device_put(np.array(rows, np.uint32), place), memory)
+
+
+def _words(*addresses: int) -> list[int]:
+    return [word for a in addresses for word in (a & 0xFFFFFFFF, a >> 32)]
+
+
+def exchange(x: jax.Array, axis: str, link: jax.Array | None = None) -> jax.Array:
+    """The sum of x over the devices of a mesh axis, under `shard_map`; the same on all of them.
+
+    Summed in x's dtype and in the order of the devices, so that no size of a message changes bits.
+
+    Args:
+        x: a float type.
+        link: this device's row of `Link.table`, whose groups are along `axis`; None: by XLA.
+    """
+    n = lax.axis_size(axis)
+    if link is not None and fits(x):
+        from pallas_kernels import exchange_mosaic  # importing Mosaic changes the environment
+
+        return exchange_mosaic.exchange(x, link.reshape(-1), devices=n)
+    if n == 2:
+        return lax.psum(x, axis)  # the order of two does not matter
+    first, *others = lax.all_gather(x, axis)
+    for part in others:
+        first = first + part
+    return first
+
+
+def fits(x: jax.Array) -> bool:
+    """Whether the kernel takes it."""
+    count = math.prod(x.shape)
+    return x.dtype in DTYPES and count % VECTOR == 0 and count <= CAPACITY
