@@ -4,27 +4,32 @@
     python -m bench.estimate_check --shapes llama-3.1-8b:int4 --batch 64
 
 `memory_error`: of weights, pages and compiled temporaries together; `decode_error`: of a step. Both
-are the distance of predicted over measured from 1; every figure is in the detail.
+are the distance of predicted over measured from 1, and there only where something was predicted;
+every figure is in the detail.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from bench import parts, record, shapes
 from bench.parts import Part, emit
 from bench.record import Record
 
+if TYPE_CHECKING:
+    from jaxinfer.cli.checking import Check
+
 SHAPES = ("llama-3.2-1b", "llama-3.1-8b", "llama-3.2-1b:int4", "llama-3.1-8b:int4")
-MEMORY = ("weights", "KV cache", "temporaries of compiled steps")
+ERRORS = {"memory_error": "memory, of these", "decode_error": "decode step"}
 CONTEXT, LIMIT_S = 2048, 150.0
 
 
 def check(shape: str, batch: int) -> Iterator[Record]:
     """One shape, `NAME` or `NAME:PRECISION`."""
-    from jaxinfer.cli.checking import Item, json_record, measured
+    from jaxinfer.cli.checking import measured
     from jaxinfer.cli.estimating import EstimateOptions
     from jaxinfer.cli.measuring import MeasureOptions, load_measured, settled
 
@@ -35,16 +40,17 @@ def check(shape: str, batch: int) -> Iterator[Record]:
     )
     with (loaded := load_measured(chosen, config)).llm:
         found = measured(options, chosen, config, loaded)
+    yield from errors(f"estimate.{shapes.short(shape)}.b{batch}", found)
+
+
+def errors(stem: str, found: Check) -> Iterator[Record]:
+    """Of what was predicted."""
+    from jaxinfer.cli.checking import json_record
+
     items = {item.what: item for item in found.items}
-
-    def error(names: Sequence[str]) -> float:
-        some = [items[name] for name in names]
-        both = Item("", "", sum(i.predicted or 0 for i in some), sum(i.measured or 0 for i in some))
-        return abs(both.error or 0)
-
-    stem = f"estimate.{shapes.short(shape)}.b{batch}"
-    yield Record(f"{stem}.memory_error", round(error(MEMORY), 4), "ratio", json_record(found))
-    yield Record(f"{stem}.decode_error", round(error(["decode step"]), 4), "ratio", {})
+    for name, what in ERRORS.items():
+        if (error := items[what].error) is not None:
+            yield Record(f"{stem}.{name}", round(abs(error), 4), "ratio", json_record(found))
 
 
 def main() -> None:

@@ -201,6 +201,7 @@ def links(count: int) -> Iterator[Record]:
         return whole.reshape(x.shape)
 
     (mesh,) = replica_meshes(count)
+    assert mesh is not None, "several devices"
     kinds: dict[str, Any] = {
         f.__name__: f for f in (gather_and_add, scatter_and_gather, jax.lax.psum)
     }

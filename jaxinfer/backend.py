@@ -14,9 +14,21 @@ from pathlib import Path
 import jax
 from jax._src import xla_bridge  # JAX has no public way to ask whether it has started
 
+from jaxinfer.config import EngineOptions
+
 logger = logging.getLogger(__name__)
 
 PINNED, PINNED_DEFAULT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64  # of XLA
+
+
+def prepare_backend(options: EngineOptions) -> None:
+    """All that an LLM does to the JAX of this process, before its first computation."""
+    reserve_memory(options.gpu_memory_utilization)
+    if options.device_weight_bytes is not None or options.kv_host_bytes:
+        allow_pinned()
+    if options.compilation_cache != "":
+        chosen = options.compilation_cache
+        use_compilation_cache(default_cache_directory() if chosen is None else Path(chosen))
 
 
 def reserve_memory(fraction: float) -> None:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxinfer import batcher, eventlog, sampling, warmup
+from jaxinfer import batcher, eventlog, warmup
 from jaxinfer.batch import Plan, SeqState, init_penalties, init_state
 from jaxinfer.buckets import make_buckets
 from jaxinfer.cache import PagedCache
@@ -27,7 +27,6 @@ from jaxinfer.drafting import Drafter, init_drafting, of_stage
 from jaxinfer.errors import JaxinferError
 from jaxinfer.guesser import Guesser, catch_up_key, catch_up_plan
 from jaxinfer.hooked import LOGITS, HookTables
-from jaxinfer.hooks import Bound
 from jaxinfer.metrics import Metrics
 from jaxinfer.models.decoder import Params
 from jaxinfer.observe import (
@@ -37,7 +36,6 @@ from jaxinfer.observe import (
     faults,
     sequences_of,
     start_of,
-    taken,
 )
 from jaxinfer.packing import Packed, flatten, send
 from jaxinfer.page_copies import PageCopies
@@ -53,6 +51,14 @@ from jaxinfer.plans import (
     top_bucket,
 )
 from jaxinfer.runner import Sampled, StepCompiler, StepKey
+from jaxinfer.sequences import (
+    Tracked,
+    hooks_of,
+    take_activations,
+    take_scores,
+    take_tokens,
+    track,
+)
 from jaxinfer.state import (
     EngineState,
     Live,
@@ -154,13 +160,8 @@ class Engine:
             eventlog.write_header(self._log, self.limits)
         self._batcher = batcher.create_state(self.limits)
         self._events: list[batcher.Event] = []
-        self._live: dict[int, SequenceSpec] = {}
-        self._kinds: dict[int, Kind] = {}
-        self._outputs: dict[int, list[int]] = {}
-        self._scored: dict[int, int] = {}  # prompt tokens whose scores were given out
-        self._captured: dict[int, int] = {}  # tokens whose activations were given out
+        self._live: dict[int, Tracked] = {}
         self._preempted: set[int] = set()
-        self._cached: dict[int, int] = {}  # from a sequence's first chunk to its last
         self._in_flight: deque[InFlight] = deque()
         empty = init_state(self.limits.max_num_seqs, self._table_width)
         self._seq = self._with_draft(replicate(empty, self._mesh))
@@ -183,15 +184,12 @@ class Engine:
         if self._link is not None:
             self._link.check_leads()
         sequences = list(sequences)
-        used = {bound.hook for s in self._live.values() for bound in _hooks(s)}
-        self._hooks.add((bound.hook for s in sequences for bound in _hooks(s)), used)
+        used = {bound.hook for one in self._live.values() for bound in hooks_of(one.spec)}
+        self._hooks.add((bound.hook for spec in sequences for bound in hooks_of(spec)), used)
         numbers = self._ids if ids is None else ids
-        new = {i: sequence for sequence, i in zip(sequences, numbers, strict=False)}
+        new = {i: track(spec) for spec, i in zip(sequences, numbers, strict=False)}
         self._live |= new
-        self._kinds |= {i: Kind.of(s.params) for i, s in new.items()}
-        self._outputs |= {i: [] for i in new}
-        self._scored |= {i: s.score_from for i, s in new.items() if s.score is not None}
-        self.metrics.submit({i: len(s.prompt) for i, s in new.items()})
+        self.metrics.submit({i: len(one.spec.prompt) for i, one in new.items()})
         self._queue(new)
         return list(new)
 
@@ -200,37 +198,25 @@ class Engine:
         ids, hashed = list(ids), {}
         for i in ids:
             # Samples of a request have one prompt.
-            spec = self._live[i]
-            what = (id(spec.prompt), id(spec.inside), self._whole(spec), *self._outputs[i])
-            hashed[i] = hashed[what] = hashed[what] if what in hashed else self._keys(i)
-        specs = [self._live[i] for i in ids]
-        ranks = [i + PRIORITY_ARRIVALS * s.priority for i, s in zip(ids, specs, strict=True)]
+            one = self._live[i]
+            what = (id(one.spec.prompt), id(one.spec.inside), one.whole, *one.outputs)
+            hashed[i] = hashed[what] = hashed[what] if what in hashed else self._keys(one)
+        some = [self._live[i] for i in ids]
+        ranks = [i + PRIORITY_ARRIVALS * x.spec.priority for i, x in zip(ids, some, strict=True)]
         self._events.append(
             batcher.Submit(
                 np.array(ids, np.int64),
-                np.array([len(self._tokens(i)) for i in ids], np.int64),
-                np.array([s.limit for s in specs], np.int64),
+                np.array([len(one) for one in some], np.int64),
+                np.array([one.spec.limit for one in some], np.int64),
                 np.array(ranks, np.int64),
                 batcher.objects([hashed[i] for i in ids]),
             )
         )
 
-    def _tokens(self, sequence: int) -> np.ndarray:
-        """All that is known of a sequence: its prompt, and what was sampled."""
-        prompt, outputs = self._live[sequence].prompt, self._outputs[sequence]
-        return np.concatenate([prompt, np.array(outputs, np.int32)]) if outputs else prompt
-
-    @staticmethod
-    def _whole(spec: SequenceSpec) -> bool:
-        """Whether it is computed whole: it is scored, its activations are wanted, or the device
-        must see its tokens for a penalty."""
-        captures = spec.inside is not None and bool(spec.inside.capture)
-        return captures or spec.score is not None or spec.params.penalised
-
-    def _keys(self, sequence: int) -> np.ndarray:
+    def _keys(self, one: Tracked) -> np.ndarray:
         """Of the pages of its tokens; none where it is computed whole."""
-        spec, tokens = self._live[sequence], self._tokens(sequence)
-        return self._page_keys(spec, tokens[: spec.score_from] if self._whole(spec) else tokens)
+        tokens = one.tokens
+        return self._page_keys(one.spec, tokens[: one.spec.score_from] if one.whole else tokens)
 
     def _page_keys(self, spec: SequenceSpec, tokens: np.ndarray) -> np.ndarray:
         """Of the pages that `tokens` fill; none where nothing is to be shared."""
@@ -249,16 +235,13 @@ class Engine:
 
         `complete`: it has all that was wanted of it, as when a stop string was found.
         """
-        if self._live.pop(sequence, None) is not None:
+        if sequence in self._live:
             self._forget(sequence)
             self._events.append(batcher.Cancel(sequence))
             (self.metrics.finish if complete else self.metrics.cancel)(sequence)
 
     def _forget(self, sequence: int) -> None:
-        del self._outputs[sequence], self._kinds[sequence]
-        self._scored.pop(sequence, None)
-        self._captured.pop(sequence, None)
-        self._cached.pop(sequence, None)
+        del self._live[sequence]
         self._preempted.discard(sequence)
         if self._guesser is not None:
             self._guesser.forget(sequence)
@@ -327,7 +310,7 @@ class Engine:
                 f"{len(self._in_flight)} dispatches are in flight: read them by "
                 "Engine.read before a snapshot"
             )
-        hooked = [i for i, spec in self._live.items() if spec.inside is not None]
+        hooked = [i for i, one in self._live.items() if one.spec.inside is not None]
         if hooked:
             raise JaxinferError(
                 f"sequences {hooked} have functions of their own or capture activations, which "
@@ -336,8 +319,8 @@ class Engine:
         next_id = next(self._ids)
         self._ids = itertools.count(next_id)
         live = tuple(
-            Live(i, spec, tuple(self._outputs[i]), self._scored.get(i), self._cached.get(i))
-            for i, spec in self._live.items()
+            Live(i, one.spec, tuple(one.outputs), one.scored, one.cached)
+            for i, one in self._live.items()
         )
         running = None
         if pages:
@@ -370,24 +353,24 @@ class Engine:
             )
         self._settle()
         self._ids = itertools.count(max(state.next_id, next(self._ids)))
-        self._live = {live.id: live.spec for live in state.live}
-        self._kinds = {i: Kind.of(spec.params) for i, spec in self._live.items()}
-        self._outputs = {live.id: list(live.outputs) for live in state.live}
-        self._scored = {live.id: live.scored for live in state.live if live.scored is not None}
-        self.metrics.submit({i: len(spec.prompt) for i, spec in self._live.items()})
+        self._live = {
+            one.id: Tracked(one.spec, list(one.outputs), one.scored) for one in state.live
+        }
+        self.metrics.submit({one.id: len(one.spec.prompt) for one in state.live})
         if state.running is None:
             if self._live:
                 self._queue(self._live)
             return
         try:
-            self._cached = {live.id: live.cached for live in state.live if live.cached is not None}
+            for one in state.live:
+                self._live[one.id].cached = one.cached
             self._batcher = with_host(state.running.scheduler, self.limits.host_slots)
             self._copies.clear()
             self._events = list(state.running.events)
             copy = partial(jnp.array, device=self.compiler.everywhere)
             self._seq = jax.tree.map(copy, state.running.seq)._replace(draft=self._seq.draft)
             if self._guesser is not None:
-                self._guesser.restored({i: len(self._tokens(i)) for i in self._live})
+                self._guesser.restored({i: len(one) for i, one in self._live.items()})
             self._cache = put_pages(state.running, self._cache)
         except BaseException:
             self.reset()
@@ -441,7 +424,10 @@ class Engine:
             sizes = itertools.product(self._buckets.tokens, self._buckets.pages)
             behind = dict(self._catching_up([], tokens, pages) for tokens, pages in sizes)
         self.compile([*keys, *behind])
-        found = self._probed(keys, warmup.probe(self.limits, self.config.vocab_size))
+        found = warmup.probed(
+            keys, warmup.probe(self.limits, self.config.vocab_size), self.limits,
+            run=self._dispatch, cache=lambda: self._cache,
+        )  # fmt: skip
         for key, plan in behind.items():
             self._dispatch(key, plan)
         if self.limits.host_slots:
@@ -466,41 +452,8 @@ class Engine:
         """A plan in the shapes of a key."""
         if key.catch_up:
             return catch_up_plan((), key, self.limits)
-        return self._probe(key, warmup.probe(self.limits, self.config.vocab_size))
-
-    def _probe(self, key: StepKey, probe: warmup.Probe) -> Plan:
-        known = {0: probe.tokens, 1: probe.others}
-        longest = self.limits.max_model_len
-        specs = {i: SequenceSpec(x, warmup.GREEDY, longest, seed=0) for i, x in known.items()}
-        action = warmup.probing(probe, key, self.limits)
-        return make_plan(action, key, specs, known, table_width=self._table_width)
-
-    def _probed(self, keys: list[StepKey], probe: warmup.Probe) -> dict[StepKey, bytes]:
-        """What each program makes of the probe: keys and values, those that lie in this process,
-        and the token that follows.
-
-        Programs that read prompts are given a token more, which the others decode.
-        """
-        read = next(key for key in keys if key.chunks)
-
-        def said(key: StepKey, probe: warmup.Probe) -> np.ndarray:
-            plan = self._probe(key, probe)
-            place = int(plan.count) - 1
-            if plan.chunks is not None:
-                place = key.rows + int(np.argmax(plan.chunks.last))
-            return np.asarray(self._dispatch(key, plan).tokens)[0, place]
-
-        longer = np.append(probe.tokens, said(read, probe)).astype(np.int32)
-        found = {}
-        for key in keys:
-            if not key.chunks:
-                said(read, probe)
-            following = said(key, probe._replace(tokens=longer) if key.chunks else probe)
-            last = (self._cache.k[-1], self._cache.v[-1])  # layers, of each stage its own
-            parts = (part for x in last for part in x.addressable_shards)
-            written = (np.asarray(part.data[probe.pages]) for part in parts)
-            found[key] = b"".join([following.tobytes(), *(x.tobytes() for x in written)])
-        return found
+        probe = warmup.probe(self.limits, self.config.vocab_size)
+        return warmup.probe_plan(probe, key, self.limits)
 
     def count_penalties(self) -> None:
         """Has the state count tokens from now on, if it does not."""
@@ -579,30 +532,26 @@ class Engine:
         on_the_way = {i for done in self._in_flight for i in sequences_of(done.action)}
         for sequence in sorted(self._preempted - on_the_way):
             self._preempted.remove(sequence)
-            tokens = len(self._live[sequence].prompt) + len(self._outputs[sequence])
-            self._events.append(batcher.Return(sequence, tokens, self._keys(sequence)))
+            one = self._live[sequence]
+            self._events.append(batcher.Return(sequence, len(one), self._keys(one)))
 
     def _run(self, action: batcher.Run) -> InFlight:
-        reading = [chunk.id for chunk in action.chunks]
-        specs = {i: self._live[i] for i in reading}
-        if any(s.params.penalised for s in specs.values()):
+        live = {i: self._live[i] for i in sequences_of(action) if i in self._live}
+        reading = {chunk.id: self._live[chunk.id] for chunk in action.chunks}
+        if any(one.spec.params.penalised for one in reading.values()):
             self.count_penalties()
-        kind = together(self._kinds[i] for i in sequences_of(action) if i in self._kinds)
-        scores = [s.score for s in specs.values() if s.score is not None]
-        inside = {
-            i: s for i in sequences_of(action) if (s := self._live.get(i)) and s.inside is not None
-        }
+        scores = [s for one in reading.values() if (s := one.spec.score) is not None]
+        inside = {i: one.spec for i, one in live.items() if one.spec.inside is not None}
         key = step_key(
             action,
-            warmup.covering(self._variants, kind),
+            warmup.covering(self._variants, together(one.kind for one in live.values())),
             top_bucket(max(scores, default=None)),
-            [s.inside for s in inside.values() if s.inside is not None],
+            [spec.inside for spec in inside.values() if spec.inside is not None],
             limits=self.limits, buckets=self._buckets, invariant=self._invariant,
         )  # fmt: skip
         for chunk in action.chunks:
             if chunk.first:
-                self._hooks.note(chunk.row, _hooks(specs[chunk.id]))
-        known = {i: self._tokens(i) for i in reading}
+                self._hooks.note(chunk.row, hooks_of(reading[chunk.id].spec))
         guessed, under_way = np.zeros(len(action.ids), bool), bool(self._in_flight)
         if self._guesser is not None:
             guessed = self._guesser.guessed(action, self._live)
@@ -613,8 +562,10 @@ class Engine:
                 under_way = under_way and not sizes
             self._guesser.dispatched(action, guessed)
         plan = make_plan(
-            action, key, inside | specs, known, table_width=self._table_width, guessed=guessed
-        )
+            action, key, inside | {i: one.spec for i, one in reading.items()},
+            {i: one.tokens for i, one in reading.items()},
+            table_width=self._table_width, guessed=guessed,
+        )  # fmt: skip
         return InFlight(action, key, self._dispatch(key, plan), guessed, under_way)
 
     def _catching_up(self, rows: Sequence[int], tokens: int, pages: int) -> tuple[StepKey, Plan]:
@@ -663,21 +614,23 @@ class Engine:
         updates = self._fail(done)
         for place, sequence in enumerate(done.action.ids.tolist()):
             if sequence in self._live and columns[place][0] >= 0:  # neither given up nor ended
-                at = len(self._live[sequence].prompt) + len(self._outputs[sequence]) - 1
-                update = self._update(sequence, columns[place], place, done.sampled)
+                one = self._live[sequence]
+                at = len(one) - 1
+                update = take_tokens(one, sequence, columns[place], place, done.sampled)
                 count = len(update.tokens)
-                seen = self._seen(sequence, at, count, done, np.s_[:count, place])
+                self.metrics.give(sequence, count)
+                where = np.s_[:count, place]
+                seen = take_activations(one, at, count, done.sampled, where)
                 updates.append(update._replace(activations=seen))
         for place, chunk in enumerate(done.action.chunks, done.key.rows):
             if chunk.id in self._live:
                 updates += self._read(chunk, columns[place], place, done)
         finished = [u.id for u in updates if u.finished and u.fault is None]
         if finished:
-            known = [self._page_keys(self._live[i], self._tokens(i)[:-1]) for i in finished]
-            keys = batcher.objects(known)
+            ended = [self._live[i] for i in finished]
+            keys = batcher.objects([self._page_keys(one.spec, one.tokens[:-1]) for one in ended])
             self._events.append(batcher.Finished(np.array(finished, np.int64), keys))
         for sequence in finished:
-            del self._live[sequence]
             self._forget(sequence)
             self.metrics.finish(sequence)
         if done.action.guesses:
@@ -690,8 +643,8 @@ class Engine:
         going = [i for i in ids if i in self._live]
         if not going:
             return
-        known = np.array([len(self._live[i].prompt) + len(self._outputs[i]) for i in going])
-        limits = np.array([self._live[i].limit for i in going])
+        known = np.array([len(self._live[i]) for i in going])
+        limits = np.array([self._live[i].spec.limit for i in going])
         least, most = known.copy(), known.copy()
         for done in self._in_flight:
             on_the_way = np.isin(going, done.action.ids)
@@ -704,33 +657,22 @@ class Engine:
         self, chunk: batcher.Prefill, column: list[int], place: int, done: InFlight
     ) -> list[Update]:
         """News of a chunk: scores of its tokens, and the token after the last of them."""
-        scores = self._scores(chunk, done)
+        one = self._live[chunk.id]
+        scores = take_scores(one, chunk, done)
         if chunk.first:
-            again = bool(self._outputs[chunk.id])
-            self._cached[chunk.id] = 0 if again else chunk.start
+            one.cached = 0 if one.outputs else chunk.start
         count = chunk.stop - chunk.start
         at = start_of(done.action, chunk)
-        seen = self._seen(chunk.id, chunk.start, count, done, np.s_[0, at : at + count])
+        where = np.s_[0, at : at + count]
+        seen = take_activations(one, chunk.start, count, done.sampled, where)
         if not chunk.last:
             update = Update(chunk.id, [], None, scores, False, activations=seen)
             return [update] if scores is not None or seen is not None else []
-        update = self._update(chunk.id, column, place, done.sampled)
-        cached = self._cached.pop(chunk.id)
+        update = take_tokens(one, chunk.id, column, place, done.sampled)
+        self.metrics.give(chunk.id, len(update.tokens))
+        cached, one.cached = one.cached, None
+        assert cached is not None, "its first chunk comes first"
         return [update._replace(scores=scores, cached=cached, activations=seen)]
-
-    def _seen(
-        self, id: int, start: int, count: int, done: InFlight, where: Any
-    ) -> dict[str, np.ndarray] | None:
-        """A sequence's activations from position `start` on, which lie at `where`; what was given
-        out before a preemption is left out."""
-        inside = self._live[id].inside
-        if inside is None or not inside.capture:
-            return None
-        new = max(0, self._captured.get(id, 0) - start)
-        self._captured[id] = max(start + count, self._captured.get(id, 0))
-        # Copies: a view would keep all of the step in memory.
-        captured = done.sampled.captured
-        return {site: np.asarray(captured[site])[where][new:].copy() for site in inside.capture}
 
     def _fail(self, done: InFlight) -> list[Update]:
         """Ends the sequences whose functions went wrong, and those that would have found the same
@@ -748,46 +690,19 @@ class Engine:
     def _alike(self, sequence: int, position: int) -> list[int]:
         """Live sequences that go through an intervention as this one does up to `position`, itself
         among them; what they wrote is not found again."""
-        spec, tokens = self._live[sequence], self._tokens(sequence)
+        spec, tokens = self._live[sequence].spec, self._live[sequence].tokens
         new = position >= len(tokens)  # nobody shares what the host has not read yet
         if new or spec.inside is None or spec.inside.change is None:
             return [sequence]
         salt, tokens = self._salt(spec), tokens[: position + 1]
         found = [
             i for i, other in self._live.items()
-            if other.inside is not None and other.inside.change is not None
-            and self._salt(other) == salt
-            and np.array_equal(self._tokens(i)[: position + 1], tokens)
+            if other.spec.inside is not None and other.spec.inside.change is not None
+            and self._salt(other.spec) == salt
+            and np.array_equal(other.tokens[: position + 1], tokens)
         ]  # fmt: skip
         self._hooks.renumber(spec.inside.change.hook)
         return found
-
-    def _scores(self, chunk: batcher.Prefill, done: InFlight) -> sampling.Logprobs | None:
-        """Of the chunk's prompt tokens; those that were given out before a preemption are not given
-        out again, and what follows the prompt's last token is no part of it."""
-        spec = self._live[chunk.id]
-        if spec.score is None:
-            return None
-        before, last = self._scored[chunk.id], len(spec.prompt) - 1
-        begin, end = max(before, chunk.start), min(chunk.stop, last)
-        if begin >= end and before:
-            return None
-        self._scored[chunk.id] = max(before, end)
-        at = start_of(done.action, chunk) - chunk.start
-        return taken(done.sampled.scores, slice(at + begin, at + max(begin, end)), spec.score)
-
-    def _update(self, id: int, column: list[int], place: int, sampled: Sampled) -> Update:
-        """Notes the tokens of a sequence, those of column `place`."""
-        spec = self._live[id]
-        there = [i for i, token in enumerate(column) if token >= 0]
-        tokens, logprobs = [column[i] for i in there], None
-        if spec.params.logprobs is not None and tokens:
-            logprobs = taken(sampled.logprobs, (there, place), spec.params.logprobs)
-        self._outputs[id] += tokens
-        self.metrics.give(id, len(tokens))
-        ended = len(spec.prompt) + len(self._outputs[id]) >= spec.limit
-        stopped = bool(tokens) and tokens[-1] in spec.stop_ids
-        return Update(id, tokens, logprobs, None, ended or stopped)
 
 
 def _placed(leaf: Any, sharding: Any) -> jax.Array:
@@ -795,7 +710,3 @@ def _placed(leaf: Any, sharding: Any) -> jax.Array:
     if isinstance(leaf, jax.Array):
         return jax.device_put(leaf, sharding)
     return jax.block_until_ready(jax.device_put(np.array(leaf), sharding))
-
-
-def _hooks(spec: SequenceSpec) -> list[Bound]:
-    return [] if spec.inside is None else spec.inside.hooks

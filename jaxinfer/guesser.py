@@ -17,8 +17,8 @@ from jaxinfer.config import BatcherConfig
 from jaxinfer.controller import Control, Costs, Load
 from jaxinfer.drafting import Drafter
 from jaxinfer.observe import DISPATCHES_AHEAD, InFlight
-from jaxinfer.plans import SequenceSpec
 from jaxinfer.runner import StepKey
+from jaxinfer.sequences import Tracked
 
 
 class Guesser:
@@ -62,7 +62,7 @@ class Guesser:
         """Sequences go on, of which the draft has read nothing; and how many tokens each has."""
         self._unread = dict(sequences)
 
-    def wanted(self, state: BatcherState, live: Mapping[int, SequenceSpec]) -> int:
+    def wanted(self, state: BatcherState, live: Mapping[int, Tracked]) -> int:
         """How many tokens to guess for each row in the next step."""
         rows = state.rows
         decoding = (rows.id != NO_SEQUENCE) & (rows.prefilled == rows.prompt)
@@ -70,7 +70,7 @@ class Guesser:
         some = [i for i in ids if _speculates(i, live)]
         if not some or len(ids) > self._buckets.guessing[-1]:
             return 0
-        if any(i in live and live[i].inside is not None for i in ids):
+        if any(i in live and live[i].spec.inside is not None for i in ids):
             return 0  # what it wants of the inside is of one token a step
         if not self.drafter.how.adapt:
             return self.choices[-1]
@@ -93,7 +93,7 @@ class Guesser:
             return False
         return self._unread.get(sequence, 0) > guesses + 1
 
-    def behind(self, action: Run, live: Mapping[int, SequenceSpec]) -> tuple[list[int], list[int]]:
+    def behind(self, action: Run, live: Mapping[int, Tracked]) -> tuple[list[int], list[int]]:
         """What the draft must read before an action that guesses: rows, and of each of the
         dispatches that it takes how many tokens. They count as read."""
         pairs = zip(action.rows.tolist(), action.ids.tolist(), strict=True)
@@ -108,7 +108,7 @@ class Guesser:
             sizes.append(fit(self._buckets.tokens, total % most))
         return [row for row, _ in late], sizes
 
-    def guessed(self, action: Run, live: Mapping[int, SequenceSpec]) -> np.ndarray:
+    def guessed(self, action: Run, live: Mapping[int, Tracked]) -> np.ndarray:
         """bool [n]: for which of an action's sequences tokens are guessed."""
         return np.array([_speculates(i, live) for i in action.ids.tolist()], bool)
 
@@ -152,9 +152,9 @@ class Guesser:
         self._control = controller.learned(self._control, found)
 
 
-def _speculates(sequence: int, live: Mapping[int, SequenceSpec]) -> bool:
+def _speculates(sequence: int, live: Mapping[int, Tracked]) -> bool:
     """Whether a sequence still runs and may have guesses."""
-    return sequence in live and live[sequence].params.speculate
+    return sequence in live and live[sequence].spec.params.speculate
 
 
 def catch_up_key(

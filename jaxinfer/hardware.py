@@ -48,6 +48,7 @@ class Gpu:
         pcie_bandwidth: bytes/s one way, 16 lanes.
         source: the maker's datasheet.
         bfloat16: whether its tensor cores take it.
+        hopper: whether Hopper's kernels run there (or are taken to: Blackwell has none yet).
     """
 
     name: str
@@ -63,6 +64,7 @@ class Gpu:
     efficiency: Efficiency
     source: str
     bfloat16: bool = True
+    hopper: bool = False
 
     @property
     def visible_bytes(self) -> int:
@@ -104,6 +106,7 @@ def _gpu(
     efficiency: Efficiency = _ASSUMED,
     *,
     bfloat16: bool = True,
+    hopper: bool = False,
 ) -> Gpu:
     """A row of the table, in a datasheet's units.
 
@@ -127,6 +130,7 @@ def _gpu(
         efficiency=efficiency,
         source=source,
         bfloat16=bfloat16,
+        hopper=hopper,
     )
 
 
@@ -160,15 +164,20 @@ _ROWS = (
     _gpu("a100-40g", 40960, 1555, (312, 19.5, 624, None), (600, 8, 64), _A100_SHEET),
     _gpu("a100-40g-pcie", 40960, 1555, (312, 19.5, 624, None), (600, 2, 64), _A100_SHEET),
     _gpu("a100-80g", 81920, 2039, (312, 19.5, 624, None), (600, 8, 64), _A100_SHEET),
-    _gpu("h100-pcie", 81559, 2000, (756, 51, 1513, 1513), (600, 2, 128), _H100_SHEET),
-    _gpu("h100", 81559, 3350, (989.4, 67, 1979, 1979), (900, 8, 128), _H100_SHEET, _H100),
+    _gpu(
+        "h100-pcie", 81559, 2000, (756, 51, 1513, 1513), (600, 2, 128), _H100_SHEET, hopper=True,
+    ),
+    _gpu(
+        "h100", 81559, 3350, (989.4, 67, 1979, 1979), (900, 8, 128), _H100_SHEET, _H100,
+        hopper=True,
+    ),
     _gpu(
         "h200", 143771, 4800, (989.4, 67, 1979, 1979), (900, 8, 128),
-        "https://www.nvidia.com/en-us/data-center/h200/", _H200,
+        "https://www.nvidia.com/en-us/data-center/h200/", _H200, hopper=True,
     ),
     _gpu(
         "b200", 183359, 8000, (2250, 75, 4500, 4500), (1800, 8, 128),
-        "https://resources.nvidia.com/en-us-dgx-systems/dgx-b200-datasheet",
+        "https://resources.nvidia.com/en-us-dgx-systems/dgx-b200-datasheet", hopper=True,
     ),
 )  # fmt: skip
 

@@ -7,77 +7,33 @@ import logging
 import random
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, Sharding
 
 from jaxinfer import functional, saving, warmup
 from jaxinfer.cache import resolve_kv_dtype
 from jaxinfer.config import EngineOptions, ModelConfig, Speculative
+from jaxinfer.delivery import Owners, deliver, fail_all, give_up, queue
 from jaxinfer.distributed import connect, together
 from jaxinfer.engine import Engine
-from jaxinfer.errors import (
-    CapacityError,
-    CheckpointError,
-    FunctionFault,
-    InvalidRequest,
-    JaxinferError,
-    QueueFull,
-)
+from jaxinfer.errors import InvalidRequest, JaxinferError
 from jaxinfer.following import follow
 from jaxinfer.functional import Functional
-from jaxinfer.hooks import Hook, Inside, Intervention, LogitsFn, Rows, bind, check
-from jaxinfer.loading import (
-    agree,
-    batcher_config,
-    check_dense,
-    check_params,
-    has_quantised,
-    load_weights,
-    make_meshes,
-    model_config,
-    model_tokenizer,
-    open_source,
-    plan,
-    prepare_backend,
-    read_bytes,
-    split_given,
-    split_stored,
-)  # fmt: skip
-from jaxinfer.models.sites import widths
-from jaxinfer.models.weights import abstract_params, declare
-from jaxinfer.observe import DISPATCHES_AHEAD
-from jaxinfer.offload import host_places, lies, place_of
-from jaxinfer.parallel import arrange, copy_to, device_bytes, lay_out, reading_mesh, said
-from jaxinfer.quant import pack_params
+from jaxinfer.hooks import Inside, Intervention, LogitsFn, Rows, bind, check
+from jaxinfer.in_memory import as_loaded, check_update
+from jaxinfer.memory import check_steps
+from jaxinfer.preparing import Rules, check_one_device, insides, prepare, single_sequences
 from jaxinfer.replicas import Replicas
-from jaxinfer.requests import (
-    Request,
-    Sample,
-    answer,
-    finish,
-    refused,
-    sequences,
-    share_beginnings,
-    take,
-    token_logprobs,
-)
+from jaxinfer.requests import Request, answer, finish, refused
 from jaxinfer.response_cache import Key, ResponseCache, response_key
-from jaxinfer.speculative import Draft, costs, load_draft, parse, prepare, settled
-from jaxinfer.types import (
-    MAX_PRIORITY,
-    MAX_SEED,
-    MAX_TOP_LOGPROBS,
-    Delta,
-    RequestOutput,
-    SamplingParams,
-    TokenLogprobs,
-)
+from jaxinfer.scoring import scoring_params, share_beginnings, token_logprobs
+from jaxinfer.sources import given, stored
+from jaxinfer.speculative import parse
+from jaxinfer.starting import Started, start
+from jaxinfer.types import Delta, RequestOutput, SamplingParams, TokenLogprobs
 from jaxinfer.validation import (
     as_list,
     as_prompts,
@@ -85,7 +41,6 @@ from jaxinfer.validation import (
     one_each,
     one_or_each,
     validate,
-    validate_prompt,
 )
 from jaxinfer.warmup import WarmUp
 
@@ -99,7 +54,6 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
-Encode = Callable[[Any], Any]
 LogitsFns = LogitsFn | Callable[[jax.Array, Rows, Any], jax.Array]
 
 
@@ -193,8 +147,6 @@ class LLM:
         compilation_cache: str | None = None,
         speculative: str | Mapping[str, Any] | Speculative | None = None,
     ) -> None:
-        from jaxinfer.hub import resolve_model
-
         self._link = connect()
         with together(self._link):
             options = EngineOptions(
@@ -211,33 +163,7 @@ class LLM:
                 compilation_cache=compilation_cache,
                 speculative=None if speculative is None else parse(speculative),
             )  # fmt: skip
-            source = open_source(resolve_model(str(model), revision))
-            config = model_config(source)
-            agree(self._link, config, options)
-            prepare_backend(options)
-            meshes = make_meshes(config, options)
-            mesh = reading_mesh(meshes)
-            how = options.speculative
-            draft = None if how is None else prepare(how, config, options, mesh=mesh)
-            others = 0 if draft is None else draft.bytes
-            split = split_stored(source, config, options, mesh)
-            drafter = None if draft is None else draft.drafter
-            plan(  # whether it fits, before reading
-                config, options, loaded=False, weights=split.device + others, drafter=drafter,
-                host_weights=split.host, buffers=split.buffers, meshes=meshes, link=self._link,
-            )  # fmt: skip
-            tokenizer = model_tokenizer(source)
-            # The smaller one first: if it cannot be read, nothing else is.
-            guessing = None if draft is None else load_draft(draft, options, mesh)
-            params = load_weights(source, config, jnp.dtype(dtype), mesh, split.layers)
-            if draft is not None:
-                draft = settled(draft, params, config, tokenizer)
-            given = _shapes(params) if mesh is None else abstract_params(config, jnp.dtype(dtype))
-            if mesh is not None and has_quantised(params):
-                given = None  # split: not laid out anew in memory
-            self._start(
-                params, config, tokenizer, options, draft, guessing, given, meshes, owned=True
-            )
+            self._take(start(stored(model, revision), options, self._link), options)
 
     @classmethod
     def from_params(
@@ -265,91 +191,22 @@ class LLM:
         with together(self._link):
             how = None if speculative is None else parse(speculative)
             chosen = EngineOptions(speculative=how, **options)
-            dtype = jnp.dtype(chosen.dtype)
-            check_params(params, config, dtype)
-            if how is None and draft is not None:
-                raise ValueError('a draft was given: expected speculative="draft" with it')
-            agree(self._link, config, chosen)
-            prepare_backend(chosen)
-            meshes = make_meshes(config, chosen)
-            mesh = reading_mesh(meshes)
-            found = None if how is None else prepare(how, config, chosen, given=draft, mesh=mesh)
-            if draft is not None:
-                check_params(*draft, dtype)
-            if mesh is not None:
-                check_dense([params, draft and draft[0]], mesh)
-            split = split_given(params, config, chosen, mesh)
-            given, guessing = _shapes(params), None
-            params = _put(params, config, mesh, split.layers)
-            if draft is not None:
-                guessing = pack_params(_put(*draft, mesh), dtype, consume=False, mesh=mesh)
-            elif found is not None:
-                guessing = load_draft(found, chosen, mesh)
-            if found is not None:
-                found = settled(found, params, config, tokenizer)
-            self._start(
-                params, config, tokenizer, chosen, found, guessing, given, meshes, owned=False
-            )
+            source = given(params, config, chosen, tokenizer=tokenizer, draft=draft)
+            self._take(start(source, chosen, self._link), chosen)
         return self
 
-    def _start(
-        self,
-        params: Params,
-        config: ModelConfig,
-        tokenizer: Tokenizer | None,
-        options: EngineOptions,
-        draft: Draft | None,
-        guessing: Params | None,
-        given: Params | None,
-        meshes: Sequence[Mesh | None],
-        *,
-        owned: bool,
-    ) -> None:
-        mesh = reading_mesh(meshes)
-        params = pack_params(params, jnp.dtype(options.dtype), consume=owned, mesh=mesh)
-        drafter = None if draft is None else draft.drafter
-        split, others = lies(params), 0 if guessing is None else device_bytes(guessing)
-        if split.layers and jax.tree.structure(given) != jax.tree.structure(declare(config)):
-            given = None  # quantised: all would be packed on the device at once
-        self._given, self._mesh = given, mesh  # `given`: as updates must be; None: there are none
-        copies = [copy_to((params, guessing), mesh) for mesh in meshes]
-        memory = plan(
-            config, options, loaded=True, weights=split.device + others, drafter=drafter,
-            host_weights=split.host, buffers=split.buffers, meshes=meshes, link=self._link,
-        )  # fmt: skip
-        devices = sum(mesh.size for mesh in meshes if mesh is not None)
-        logger.info("%s%s", f"each of {devices} devices: " if devices else "", memory)
-        self.config, self.memory_plan, self.tokenizer = config, memory, tokenizer
-        self._options = options
+    def _take(self, started: Started, options: EngineOptions) -> None:
+        """Begins with an engine that nobody else has."""
+        self._engine: Engine | Replicas | None = started.engine
+        self.config, self.tokenizer = started.config, started.tokenizer
+        self.memory_plan = started.memory
+        self._mesh, self._updatable = started.mesh, started.updatable
+        self._event_log, self._options = started.event_log, options
         self._seeds = random.Random(options.seed)
         self._ids = itertools.count()
-        self._owners: dict[int, tuple[Request, Sample]] = {}
+        self._owners: Owners = {}
         self.params_version: int | str = 0  # of the weights; see `update_params`
         self.response_cache = ResponseCache(options.response_cache)
-        limits = batcher_config(config, options, memory, drafter)
-        kv_dtype = resolve_kv_dtype(options.kv_cache_dtype, options.dtype)
-        follows = self._link is not None and not self._link.leads
-        log = None if follows else options.event_log
-        self._event_log = open(log, "w") if log else None  # noqa: SIM115
-        stages = options.pipeline_parallel_size  # they read theirs one after the other
-        engines = [
-            Engine(
-                own, config, limits, dtype=kv_dtype, invariant=options.invariant,
-                event_log=self._event_log, drafter=drafter, draft=guess,
-                costs=None if drafter is None else costs(
-                    config, drafter, draft_bytes=stages * others,
-                    weight_bytes=stages * (round(read_bytes(memory)) - others),
-                    gpu=jax.devices()[0].platform == "gpu", devices=options.tensor_parallel_size,
-                ),
-                mesh=mesh, link=self._link,
-            )
-            for mesh, (own, guess) in zip(meshes, copies, strict=True)
-        ]  # fmt: skip
-        self._engine: Engine | Replicas | None = (
-            engines[0] if len(engines) == 1 else Replicas(engines)
-        )
-        if self._link is not None:
-            self._link.meet()  # a collective would not wait for ever for one that still reads
 
     # -- life -------------------------------------------------------------------------------
 
@@ -359,7 +216,7 @@ class LLM:
         Of several processes the first lets the others go; another one that closes before that is
         a failure of all.
         """
-        self._fail_all(JaxinferError("the LLM was closed"))
+        fail_all(self._owners, JaxinferError("the LLM was closed"))
         self._engine = None
         if self._link is not None:
             self._link.close()
@@ -440,12 +297,7 @@ class LLM:
         logger.info("%d programs in %.1f s", done.programs, done.seconds)
         if done.unequal:
             logger.warning("not invariant: other bits come out of %s", done.unequal)
-        planned = self.memory_plan
-        if planned.limit is not None and done.step_bytes > planned.steps:
-            raise CapacityError(
-                f"a step needs {done.step_bytes} bytes beside weights and cache, {planned.steps} "
-                "were kept free: lower max_num_batched_tokens, max_num_seqs or kv_cache_bytes"
-            )
+        check_steps(self.memory_plan, done.step_bytes)
         return done
 
     # -- generation -------------------------------------------------------------------------
@@ -480,8 +332,8 @@ class LLM:
             FunctionFault: an `intervene` or `logits_fn` made NaN or infinity.
         """
         several = as_prompts(prompts)
-        inside = self._inside(len(several), capture, intervene, logits_fn)
-        return self._complete(several, params, on_error, self._encode, priority, inside)
+        inside = insides(self._rules, len(several), capture, intervene, logits_fn)
+        return self._complete(several, params, on_error, priority=priority, inside=inside)
 
     def stream(
         self,
@@ -516,7 +368,7 @@ class LLM:
         several = as_list(messages, "messages")
         if len(several) and isinstance(several[0], Mapping):
             several = [several]
-        return self._complete(several, params, on_error, self.chat_tokens)
+        return self._complete(several, params, on_error, encode=self.chat_tokens)
 
     def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation, ready for the model's answer."""
@@ -545,13 +397,9 @@ class LLM:
         Raises:
             InvalidRequest, QueueFull, FunctionFault.
         """
-        if not isinstance(top, int | np.integer) or not 0 <= top <= MAX_TOP_LOGPROBS:
-            raise InvalidRequest(
-                f"{top!r} is not an integer from 0 to {MAX_TOP_LOGPROBS}", field="top"
-            )
-        params = SamplingParams(temperature=0.0, prompt_logprobs=int(top))
+        params = scoring_params(top)
         several = as_prompts(sequences)
-        inside = self._inside(len(several), capture, intervene, None)
+        inside = insides(self._rules, len(several), capture, intervene, None)
         requests = [
             self._prepare(sequence, params, index, generate=False, inside=inside(index))
             for index, sequence in enumerate(several)
@@ -592,7 +440,7 @@ class LLM:
         Raises:
             InvalidRequest, CapacityError.
         """
-        self._check_one_device("functional")
+        check_one_device(self._mesh, "functional")
         several = as_prompts(prompts)
         each = one_each(params, len(several))
         requests = [self._prepare(p, each[i], i) for i, p in enumerate(several)]
@@ -600,13 +448,7 @@ class LLM:
         inside = bind(capture, None, logits_fn, self.config) or Inside()
         for bound in inside.hooks:
             check(bound.hook, self.config, jnp.dtype(self._options.dtype), count=M)
-        for index, request in enumerate(requests):
-            if request.params.n > 1 or request.params.penalised:
-                raise InvalidRequest(
-                    "n > 1 and penalties are not for `functional`: fork rows, or use generate",
-                    index=index, field="params",
-                )  # fmt: skip
-        specs = [sequences(request)[0] for request in requests]
+        specs = single_sequences(requests)
         return functional.start(
             self.params, self.config, self.engine.compiler, specs,
             rows=M,
@@ -638,7 +480,7 @@ class LLM:
             InvalidRequest.
         """
         params = SamplingParams() if params is None else params
-        inside = self._inside(1, capture, intervene, logits_fn)
+        inside = insides(self._rules, 1, capture, intervene, logits_fn)
         request = self._prepare(prompt, params, 0, priority=priority, inside=inside(0))
         request.deltas = deque()
         return request
@@ -653,23 +495,10 @@ class LLM:
             request.key, request.params_version = self._key(request), self.params_version
         known = [self.response_cache.get(request.key) for request in requests]
         queued = [r for r, found in zip(requests, known, strict=True) if found is None]
-        self._queue(queued)
+        queue(self.engine, self._owners, queued, self._options.max_waiting)
         for request, found in zip(requests, known, strict=True):
             if found is not None:
                 answer(request, found)
-
-    def _queue(self, requests: Sequence[Request]) -> None:
-        wanted = sum(len(r.samples) for r in requests)
-        if self.engine.waiting + wanted > self._options.max_waiting:
-            raise QueueFull(
-                f"{wanted} sequences do not fit in the queue: {self.engine.waiting} of "
-                f"{self._options.max_waiting} wait already"
-            )
-        pairs = [(request, sample) for request in requests for sample in request.samples]
-        ids = self.engine.submit([s for request in requests for s in sequences(request)])
-        for sequence, (request, sample) in zip(ids, pairs, strict=True):
-            sample.sequence = sequence
-            self._owners[sequence] = (request, sample)
 
     def pump(self, *, schedule: bool = True) -> None:
         """One turn of the engine, its news given to the requests they belong to.
@@ -680,30 +509,12 @@ class LLM:
         engine = self.engine
         try:
             for update in engine.step() if schedule else engine.read():
-                owner = self._owners.get(update.id)
-                if owner is None:  # given up meanwhile
-                    continue
-                request, sample = owner
-                if update.fault is not None:
-                    request.failed = FunctionFault(
-                        update.fault, index=request.index, request_id=request.id
-                    )
-                    self.cancel([request])
-                    continue
-                try:
-                    take(request, sample, update, self.tokenizer)
-                    self._keep(request)
-                except Exception as error:
-                    request.failed = JaxinferError(f"{type(error).__name__}: {error}")
-                    self.cancel([request])
-                    continue
-                if sample.finish_reason:
-                    del self._owners[update.id]
-                    engine.cancel(update.id, complete=True)
+                deliver(update, engine, self._owners, tokenizer=self.tokenizer, keep=self._keep)
         except BaseException as error:
             # A step that broke off may have consumed the state it was given, and news half given
             # out are lost: start anew.
-            self._fail_all(JaxinferError(f"interrupted by {type(error).__name__}: {error}"))
+            broken = JaxinferError(f"interrupted by {type(error).__name__}: {error}")
+            fail_all(self._owners, broken)
             if self._link is None:
                 engine.reset()
             else:  # nobody knows what the other processes have run
@@ -713,9 +524,8 @@ class LLM:
 
     def cancel(self, requests: Sequence[Request]) -> None:
         """Gives up what is left of requests; nothing where they have finished."""
-        for sample in (s for request in requests for s in request.samples):
-            if sample.sequence is not None and self._owners.pop(sample.sequence, None):
-                self.engine.cancel(sample.sequence)
+        if self._engine is not None:  # else there is nothing left of them
+            give_up(self._engine, self._owners, requests)
 
     def update_params(
         self,
@@ -745,13 +555,8 @@ class LLM:
         if in_flight not in ("drain", "abort"):
             raise ValueError(f"in_flight={in_flight!r}: expected 'drain' or 'abort'")
         version = next_version(self.params_version, version)
-        if self._given is None:
-            how = said(self._mesh) or f"device_weight_bytes={self._options.device_weight_bytes}"
-            raise CheckpointError(
-                f"quantised weights with {how} are not updated: expected dense ones; "
-                "make another LLM of the directory"
-            )
-        check_params(params, self.config, jnp.dtype(self._options.dtype), like=self._given)
+        config, options, mesh = self.config, self._options, self._mesh
+        check_update(params, config, options, like=self._updatable, mesh=mesh)
         if in_flight == "abort":
             owners = saving.distinct(request for request, _ in self._owners.values())
             self.cancel(owners)
@@ -760,11 +565,7 @@ class LLM:
         while self._owners:
             self.pump()
         try:
-            if self._mesh is not None:  # dense, and whole
-                params = arrange(params, self.config, self._mesh)
-            self.engine.update_params(
-                pack_params(params, jnp.dtype(self._options.dtype), consume=False)
-            )
+            self.engine.update_params(as_loaded(params, config, jnp.dtype(options.dtype), mesh))
         except BaseException as error:
             self.close()
             raise JaxinferError(f"the update broke off, the LLM is closed: {error}") from error
@@ -823,12 +624,24 @@ class LLM:
 
     # -- inside -----------------------------------------------------------------------------
 
+    @property
+    def _rules(self) -> Rules:
+        return Rules(
+            self.config, self.tokenizer, self.memory_plan,
+            self.engine.limits.max_num_batched_tokens, jnp.dtype(self._options.dtype), self._mesh,
+        )  # fmt: skip
+
+    def _prepare(self, prompt: Any, params: SamplingParams, index: int, **more: Any) -> Request:
+        """See `preparing.prepare`."""
+        return prepare(self._rules, prompt, params, index, ids=self._ids, seeds=self._seeds, **more)
+
     def _complete(
         self,
         prompts: Sequence[Any],
         params: SamplingParams | Sequence[SamplingParams] | None,
         on_error: Literal["raise", "return"],
-        encode: Encode,
+        *,
+        encode: Callable[[Any], Any] | None = None,
         priority: int | Sequence[int] = 0,
         inside: Callable[[int], Inside | None] = lambda _: None,
     ) -> list[RequestOutput]:
@@ -856,105 +669,10 @@ class LLM:
             return finish(request, self.tokenizer)
         return refused(request.prompt or request.prompt_ids, request.failed, request.id)
 
-    def _inside(
-        self, count: int, capture: Any, intervene: Any, logits_fn: Any
-    ) -> Callable[[int], Inside | None]:
-        """What each of `count` requests wants of the inside, checked when it is asked for."""
-        named = {"capture": capture, "intervene": intervene, "logits_fn": logits_fn}
-        for name, value in named.items():
-            if value is not None and not (name == "capture" and not value):
-                self._check_one_device(name)
-        changes = one_or_each(intervene, count, "intervene")
-        logits = one_or_each(logits_fn, count, "logits_fn")
-        checked: set[Hook] = set()
-
-        def of(index: int) -> Inside | None:
-            found = bind(capture, changes[index], logits[index], self.config, index=index)
-            self._check_room(found.capture if found else (), index)
-            new = {bound.hook for bound in (found.hooks if found else ())} - checked
-            for hook in new:
-                check(hook, self.config, jnp.dtype(self._options.dtype), index=index)
-            checked.update(new)
-            return found
-
-        return of
-
-    def _check_one_device(self, field: str) -> None:
-        """Raises InvalidRequest where several devices share the model: each sees a part of it."""
-        if self._mesh is not None:
-            raise InvalidRequest(f"not with {said(self._mesh)}: expected 1", field=field)
-
     def _check_one_process(self, method: str) -> None:
         """Raises JaxinferError where several share the model."""
         if self._link is not None:
             raise JaxinferError(f"{method}: not with {self._link.count} processes: expected 1")
-
-    def _encode(self, prompt: Any) -> Any:
-        """Token ids of text; what is not text is taken for token ids, and checked later."""
-        if not isinstance(prompt, str):
-            return prompt
-        if self.tokenizer is None:
-            raise InvalidRequest("this model has no tokenizer: give token ids")
-        return self.tokenizer.encode(prompt)
-
-    def _check_room(self, capture: Sequence[str], index: int) -> None:
-        """Raises InvalidRequest if steps that capture these sites could run out of memory."""
-        every, memory = widths(self.config), self.memory_plan
-        tokens = self.engine.limits.max_num_batched_tokens
-        token_bytes = sum(every[site] for site in capture) * jnp.dtype(self._options.dtype).itemsize
-        needed = DISPATCHES_AHEAD * tokens * token_bytes
-        if memory.limit is not None and needed > memory.steps:
-            raise InvalidRequest(
-                f"{len(capture)} sites take {needed} bytes in steps of {tokens} tokens, "
-                f"{memory.steps} are free: name fewer, or lower max_num_batched_tokens",
-                index=index, field="capture",
-            )  # fmt: skip
-
-    def _prepare(
-        self,
-        prompt: Any,
-        params: SamplingParams,
-        index: int,
-        *,
-        encode: Encode | None = None,
-        generate: bool = True,
-        priority: int = 0,
-        inside: Inside | None = None,
-    ) -> Request:
-        """Checks a request and tokenises it; touches nothing else."""
-        validate(params, index=index, vocab_size=self.config.vocab_size)
-        if not isinstance(priority, int | np.integer) or not abs(priority) <= MAX_PRIORITY:
-            raise InvalidRequest(
-                f"{priority!r} is not an integer from -{MAX_PRIORITY} to {MAX_PRIORITY}",
-                index=index, field="priority",
-            )  # fmt: skip
-        if params.stop_strings and self.tokenizer is None:
-            raise InvalidRequest("stop strings need a tokenizer", index=index, field="stop")
-        try:
-            ids = (encode or self._encode)(prompt)
-        except InvalidRequest as error:  # the tokenizer does not know which request it serves
-            raise InvalidRequest(error.message, index=index, field=error.field) from error
-        longest = self.memory_plan.max_model_len
-        tokens = validate_prompt(
-            ids,
-            index=index,
-            vocab_size=self.config.vocab_size,
-            max_prompt=longest - 1 if generate else longest,
-        )
-        most = longest if params.max_tokens is None else len(tokens) + params.max_tokens
-        return Request(
-            id=str(next(self._ids)),
-            prompt=prompt if isinstance(prompt, str) else None,
-            prompt_ids=tokens,
-            params=params,
-            seed=self._seeds.randrange(MAX_SEED) if params.seed is None else params.seed,
-            limit=min(most, longest) if generate else len(tokens),
-            eos_ids=self.config.eos_token_ids,
-            samples=[Sample(i) for i in range(params.n)],
-            priority=int(priority),
-            inside=inside,
-            index=index,
-        )
 
     def _run(
         self, requests: Sequence[Request], on_error: Literal["raise", "return"] = "raise"
@@ -996,27 +714,3 @@ class LLM:
         """Keeps a finished request's answer, unless the weights have changed meanwhile."""
         if request.finished and request.key is not None and request.key == self._key(request):
             self.response_cache.put(request.key, finish(request, self.tokenizer))
-
-    def _fail_all(self, error: JaxinferError) -> None:
-        for request, _ in self._owners.values():
-            request.failed = error
-        self._owners.clear()
-
-
-def _shapes(params: Params) -> Params:
-    return jax.eval_shape(lambda tree: tree, params)
-
-
-def _put(
-    params: Params, config: ModelConfig, mesh: Mesh | None, layers: Sequence[int] = ()
-) -> Params:
-    """Weights in memory to where they are to lie, the matrices of `layers` on the host."""
-    if mesh is not None:
-        return lay_out(params, config, mesh, layers)
-    if not layers:
-        return jax.device_put(params)
-
-    def put(place: Sharding, matrix: Any) -> Any:
-        return jax.device_put(matrix, jax.tree.map(partial(place_of, place), matrix))
-
-    return jax.tree.map(put, host_places(declare(config), None, layers), params)

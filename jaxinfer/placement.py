@@ -7,10 +7,11 @@ GPUs share each layer, `pp` stages hold the layers in turn, `dp` copies of all s
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from jaxinfer.batch import MIN_ROWS
 from jaxinfer.buckets import MOST_CHUNKS
 from jaxinfer.cache import KV_DTYPES, page_bytes, resolve_kv_dtype
 from jaxinfer.config import EngineOptions, ModelConfig
@@ -28,7 +29,8 @@ from jaxinfer.roofline import (
     shard,
     step_time,
 )
-from jaxinfer.sizing import step_bytes
+from jaxinfer.sizing import most_step_bytes
+from jaxinfer.temporaries import StepShape, hungriest
 
 HOST_GPUS, MOST_GPUS = 8, 64  # most that share a layer; most that `search` looks at
 MOST_ROWS = 1 << 20
@@ -86,6 +88,11 @@ class Setting:
         return found if self.dtype is None else replace(found, dtype=self.dtype)
 
     @property
+    def dense(self) -> bool:
+        """Whether the layers' matrices are of the activations' dtype."""
+        return PRECISIONS[self.precision].weight_bytes >= 2
+
+    @property
     def kv_name(self) -> str:
         """The dtype of the pages."""
         return resolve_kv_dtype(self.kv_dtype, self.stored.dtype).name
@@ -98,9 +105,11 @@ class Memory:
     Attributes:
         weights: its share.
         kv: pages of its rows.
-        activations: of the largest step, which reads prompts too.
-        temporaries: compiled steps' other needs: logits and what sampling makes of them, and what
-            libraries keep.
+        activations: the layers' arrays of tokens, of the hungriest compiled step.
+        temporaries: that step's other needs: libraries' workspace, attention's partial results,
+            logits.
+        margin: what an engine keeps free beside them: for the steps of requests of other kinds
+            than greedy ones, and for all that is not in compiled steps; see `sizing`.
         usable: what may be used.
     """
 
@@ -108,11 +117,23 @@ class Memory:
     kv: int
     activations: int
     temporaries: int
+    margin: int
     usable: int
 
     @property
+    def steps(self) -> int:
+        """All that the hungriest step needs beside weights and pages."""
+        return self.activations + self.temporaries
+
+    @property
+    def occupied(self) -> int:
+        """Used, while that step runs."""
+        return self.weights + self.kv + self.steps
+
+    @property
     def needed(self) -> int:
-        return self.weights + self.kv + self.activations + self.temporaries
+        """That an engine will start."""
+        return self.occupied + self.margin
 
     @property
     def fits(self) -> bool:
@@ -185,18 +206,51 @@ def check_stages(config: ModelConfig, tp: int, pp: int, asked: str) -> None:
     )
 
 
-def memory_of(config: ModelConfig, setting: Setting) -> Memory:
-    """What the fullest GPU holds. Pages of the engine's default size, one of them for trash."""
+def check_degrees(config: ModelConfig, options: EngineOptions, name: str) -> None:
+    """Raises ValueError unless as many devices and stages as `options` say can share the model,
+    which the message calls `name`; it says which degrees work."""
+    size, stages = options.tensor_parallel_size, options.pipeline_parallel_size
+    if size > 1 and not can_split(config, size):
+        raise ValueError(
+            f"tensor_parallel_size={size}: {name} has {config.num_heads} heads, "
+            f"{config.num_kv_heads} KV heads, {config.intermediate_size} columns in the MLP and "
+            f"{config.vocab_size} tokens, which must be shared out evenly; what works: "
+            f"{', '.join(map(str, degrees(config)))}"
+        )
+    check_stages(config, size, stages, f"pipeline_parallel_size={stages}: {name}")
+
+
+def memory_of(
+    config: ModelConfig, setting: Setting, shapes: Sequence[StepShape] | None = None
+) -> Memory:
+    """What the fullest GPU holds. Pages of the engine's default size, one of them for trash.
+
+    `shapes`: the steps that may run; None: those of greedy requests, as large as the engine's
+    defaults let them be.
+    """
     part, stored, size = shard(config, setting.tp, setting.pp), setting.stored, PAGE
-    pages = setting.rows * pages_for(setting.context, size) + 1
-    rows, tokens = setting.rows + MOST_CHUNKS, max(CHUNK_TOKENS, 2 * setting.rows)
-    temporaries = step_bytes(part, rows=rows, tokens=0, dtype=stored.dtype)
-    steps = step_bytes(part, rows=rows, tokens=tokens, dtype=stored.dtype)
+    columns = pages_for(setting.context, size)
+    rows, tokens = setting.rows, max(CHUNK_TOKENS, 2 * setting.rows)
+    if shapes is None:
+        padded = pages_for(rows, MIN_ROWS) * MIN_ROWS
+        shapes = [
+            StepShape(padded, n, MOST_CHUNKS if n else 0, columns * size) for n in (0, tokens)
+        ]
+    how: dict[str, Any] = {
+        "dtype": stored.dtype, "kv_dtype": setting.kv_name, "shards": setting.tp,
+        "hopper": setting.gpu.hopper,
+    }  # fmt: skip
+    phases = (hungriest(part, shape, dense=setting.dense, **how) for shape in shapes)
+    step = max(phases, key=lambda phase: phase.bytes)
+    # Log-probabilities are of whole rows of logits.
+    whole = replace(part, vocab_size=config.vocab_size)
+    most, margin = most_step_bytes(whole, rows=rows, tokens=tokens, max_kv=columns * size, **how)
     return Memory(
         weights=round(count_sizes(part).bytes(stored)),
-        kv=pages * page_bytes(part, size, setting.kv_name),
-        activations=steps - temporaries,
-        temporaries=temporaries,
+        kv=(rows * columns + 1) * page_bytes(part, size, setting.kv_name),
+        activations=step.activations,
+        temporaries=step.bytes - step.activations,
+        margin=max(0, most - step.bytes) + margin,
         usable=int(setting.utilization * setting.gpu.visible_bytes),
     )
 

@@ -6,7 +6,6 @@ Host side only: the engine knows sequences, this module knows what a user asked 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +21,6 @@ from jaxinfer.types import (
     Logprob,
     RequestOutput,
     SamplingParams,
-    TokenLogprobs,
 )
 
 if TYPE_CHECKING:
@@ -190,30 +188,6 @@ def merged_scores(request: Request) -> Any:
     return type(parts[0])(*(np.concatenate(part) for part in zip(*parts, strict=True)))
 
 
-def share_beginnings(
-    requests: Sequence[Request], least: int
-) -> tuple[list[Request], list[Request]]:
-    """Those whose prompts are to be scored first, and those that begin like one of them with at
-    least `least` tokens: they are scored from where they differ on."""
-    first: list[Request] = []
-    rest: list[Request] = []
-    for request in sorted(requests, key=lambda r: r.prompt_ids):
-        same = _common(request.prompt_ids, first[-1].prompt_ids) if first else 0
-        # What follows the last token that is the same must be computed, and so must that token.
-        if same <= least:
-            first.append(request)
-            continue
-        request.score_from, request.like = same - 1, first[-1]
-        rest.append(request)
-    return first, rest
-
-
-def _common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with that are the same."""
-    pairs = zip(a, b, strict=False)
-    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))
-
-
 def refused(prompt: Any, error: JaxinferError, request_id: str) -> RequestOutput:
     """The result of a prompt that was not served, or not to its end."""
     return RequestOutput(
@@ -246,20 +220,7 @@ def sequences(request: Request) -> list[SequenceSpec]:
     ]
 
 
-def token_logprobs(request: Request) -> TokenLogprobs:
-    """The result of a request that only scored its prompt."""
-    scores = merged_scores(request)
-    return TokenLogprobs(
-        token_ids=request.prompt_ids,
-        logprobs=scores.logprob,
-        top_ids=scores.top_ids,
-        top_logprobs=scores.top_logprobs,
-        activations=_activations(request.samples[0], len(request.prompt_ids)),
-        params_version=request.params_version,
-    )
-
-
-def _activations(sample: Sample, count: int) -> dict[str, np.ndarray] | None:
+def activations_of(sample: Sample, count: int) -> dict[str, np.ndarray] | None:
     """Of the first `count` tokens: of what came after a stop string nothing was asked."""
     if not sample.activations:
         return None
@@ -331,7 +292,7 @@ def _completion(sample: Sample, request: Request) -> CompletionOutput:
         logprobs=tuple(sample.logprobs) if wanted else None,
         finish_reason=sample.finish_reason,
         stop_reason=sample.stop_reason,
-        activations=_activations(sample, len(request.prompt_ids) + len(sample.tokens) - 1),
+        activations=activations_of(sample, len(request.prompt_ids) + len(sample.tokens) - 1),
     )
 
 

@@ -29,9 +29,9 @@ LAYER_S = 36e-6  # a layer's kernels: launches, beginnings and ends, what is sma
 KV_READ, KV8_READ = 0.957, 0.88  # of the copy bandwidth: decode attention, 16- and 8-bit pages
 ROWS = 8  # a step has a multiple of them (ADR 003)
 CHUNK_TOKENS = 2048  # of prompts in one step, by the engine's default
-# Assumed, not fitted: this engine runs on one GPU so far.
-LINK_SHARE = 0.75  # of a link's rate, by a large all-reduce
-MESSAGE_S = 10e-6  # of any message between GPUs, however small
+# Two H200s, 2026-11-28 (bench/multi_gpu.md); more of them, and other links, are assumed alike.
+LINK_SHARE = 0.53  # of a link's rate one way, by an all-reduce of 34 MB: 161 us
+MESSAGE_S = 25e-6  # of any message between GPUs, however small: 20 to 37 us
 
 
 @dataclass(frozen=True)

@@ -395,6 +395,11 @@ class StepCompiler:
         return len(self._compiled)
 
     @property
+    def keys(self) -> list[tuple[StepKey, bool]]:
+        """Of the steps compiled so far, and whether each has penalties."""
+        return list(self._compiled)
+
+    @property
     def texts(self) -> list[str]:
         """Of the steps compiled so far, what the compiler made of them."""
         return [compiled.as_text() for compiled in self._compiled.values()]

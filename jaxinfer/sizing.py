@@ -7,19 +7,26 @@ from typing import Any
 
 import numpy as np
 
-from jaxinfer.buckets import MOST_CHUNKS
+from jaxinfer.buckets import MOST_CHUNKS, MULTIPLE
 from jaxinfer.cache import page_bytes
 from jaxinfer.config import ModelConfig
 from jaxinfer.errors import CapacityError
 from jaxinfer.models.weights import count_params
 from jaxinfer.pages import pages_for
+from jaxinfer.temporaries import StepShape, step_bytes
+from jaxinfer.types import MAX_TOP_LOGPROBS
 
 GIB = 1 << 30
 CPU_CACHE_BYTES = 1 * GIB  # on a CPU there is no pool to fill: a modest default
-SPARE_BYTES = GIB // 4  # what libraries keep for themselves: workspaces, graphs
-# Arrays of a sampled step that are as large as its logits, in float32: logits, scaled ones, keys,
-# masses and noise.
-LOGIT_ARRAYS = 5
+# What is kept free beside temporaries. Libraries' own, graphs of kernels, state, plans and outputs
+# of two dispatches, what the allocator cannot use, and small arrays that `temporaries` leaves out.
+SPARE_BYTES = GIB // 4
+# A byte and an int32 for each token of the vocabulary and row: `batch.init_penalties`, which is
+# allocated when the first request asks for penalties.
+PENALTY_BYTES = 5
+# Of a logit, while the likeliest of many are sorted: CUB's second copy of values and tokens, which
+# programs that are compiled without a GPU lack.
+SORT_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,8 @@ class MemoryPlan:
         weights: the parameters that lie on the device.
         host_weights: those on the host, which every step copies to the device; see `offload`.
         cache: the KV pages, `num_pages` of `page_size` tokens, the trash page included.
-        steps: kept free for the compiled steps' own needs.
+        steps: kept free for the compiled steps' own needs, and `margin` of it beyond the
+            temporaries that the hungriest is expected to need.
         max_model_len: longest sequence, in tokens.
         host_cache: KV pages on the host, `host_pages`; see `tier`.
     """
@@ -45,6 +53,7 @@ class MemoryPlan:
     host_weights: int = 0
     host_cache: int = 0
     host_pages: int = 0
+    margin: int = 0
 
     def __str__(self) -> str:
         limit = "not limited" if self.limit is None else f"{self.limit / GIB:.2f} GiB"
@@ -60,22 +69,40 @@ class MemoryPlan:
         )
 
 
-def step_bytes(config: ModelConfig, *, rows: int, tokens: int, dtype: Any) -> int:
-    """Temporary memory of the hungriest compiled step, estimated from above.
+def most_step_bytes(
+    config: ModelConfig,
+    *,
+    rows: int,
+    tokens: int,
+    max_kv: int,
+    guessing: tuple[int, int] = (0, 0),
+    **how: Any,
+) -> tuple[int, int]:
+    """(Temporaries of the hungriest step that requests of any kind may need, the margin to keep
+    free beside them), in bytes.
 
-    `LLM.warm_up` holds it against what the compiled programs say.
+    `LLM.warm_up` holds their sum against what the compiled programs say.
 
     Args:
-        config: the model.
-        rows: whose logits are computed, at most: those that decode, and prompts that end.
+        config: the model, or one device's part of it.
+        rows: sequences that run at once, at most.
         tokens: of one step, at most.
-        dtype: of the activations.
+        max_kv: tokens of a sequence, at most.
+        guessing: rows for which tokens are guessed at most, and how many; 0 of each: none.
+        how: see `temporaries.hungriest`.
     """
-    E, F, D = config.hidden_size, config.intermediate_size, config.head_dim
-    heads = config.num_heads + 2 * config.num_kv_heads
-    width = 4 * E + 4 * F + 3 * heads * D  # residuals and norms, the MLP, attention's in and out
-    activations = tokens * width * np.dtype(dtype).itemsize
-    return SPARE_BYTES + LOGIT_ARRAYS * 4 * rows * config.vocab_size + activations
+    rows = pages_for(rows, 8) * 8  # see `buckets.make_buckets`
+    tokens = pages_for(tokens, MULTIPLE) * MULTIPLE
+    any_kind: dict[str, Any] = {"truncated": True, "penalties": True, "top": MAX_TOP_LOGPROBS}
+    shapes = [
+        StepShape(rows, 0, 0, max_kv, **any_kind),
+        StepShape(rows, tokens, MOST_CHUNKS, max_kv, **any_kind, score=MAX_TOP_LOGPROBS),
+    ]
+    if guessing[1]:
+        shapes.append(StepShape(guessing[0], 0, 0, max_kv, **any_kind, guesses=guessing[1]))
+    most = max(step_bytes(config, shape, **how) for shape in shapes)
+    logits = config.vocab_size * max(shape.logit_rows for shape in shapes)
+    return most, SPARE_BYTES + SORT_BYTES * logits + PENALTY_BYTES * rows * config.vocab_size
 
 
 def plan_memory(
@@ -92,9 +119,11 @@ def plan_memory(
     max_num_batched_tokens: int = 2048,
     weights: int | None = None,
     page_extra: int = 0,
-    guessed_rows: int = 0,
+    guessing: tuple[int, int] = (0, 0),
     host_weights: int = 0,
     buffers: int = 0,
+    shards: int = 1,
+    hopper: bool = True,
 ) -> MemoryPlan:
     """Sizes the KV cache: what is asked for, or what is left, and no more than can be used.
 
@@ -111,8 +140,9 @@ def plan_memory(
         max_num_batched_tokens: most tokens of one step.
         weights: bytes of the weights on the device, a draft's included; None: all of `dtype`.
         page_extra: bytes of a page beside the model's keys and values: a draft's, and the text.
-        guessed_rows: rows of logits of a step that guesses, at most.
+        guessing: see `most_step_bytes`.
         host_weights, buffers: bytes of weights on the host, and of what steps need for them.
+        shards, hopper: see `temporaries.hungriest`.
 
     Raises:
         CapacityError: the weights do not fit, not even one page is left, or a sequence of
@@ -120,12 +150,18 @@ def plan_memory(
     """
     if weights is None:
         weights = count_params(config) * np.dtype(dtype).itemsize
-    rows = max(max_num_seqs + MOST_CHUNKS, guessed_rows)
-    steps = 0
-    if limit is not None:
-        steps = step_bytes(config, rows=rows, tokens=max_num_batched_tokens, dtype=dtype) + buffers
     one = page_bytes(config, page_size, dtype if kv_dtype is None else kv_dtype) + page_extra
     longest = config.max_position if max_model_len is None else max_model_len
+    steps, margin = 0, 0
+    if limit is not None:
+        # No sequence is longer than what a cache could hold that left nothing to the steps.
+        room = limit - in_use - weights if kv_cache_bytes is None else kv_cache_bytes
+        held = max(room // one - 1, 1) * page_size
+        most, margin = most_step_bytes(
+            config, rows=max_num_seqs, tokens=max_num_batched_tokens, max_kv=min(longest, held),
+            guessing=guessing, dtype=dtype, kv_dtype=kv_dtype, shards=shards, hopper=hopper,
+        )  # fmt: skip
+        steps = most + margin + buffers
     useful = (max_num_seqs * pages_for(longest, page_size) + 1) * one
     if kv_cache_bytes is None:
         left = CPU_CACHE_BYTES if limit is None else limit - in_use - weights - steps
@@ -165,6 +201,7 @@ def plan_memory(
         page_size=page_size,
         max_model_len=min(longest, held),
         host_weights=host_weights,
+        margin=margin,
     )
 
 

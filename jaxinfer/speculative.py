@@ -16,16 +16,11 @@ from jaxinfer.config import EngineOptions, Method, ModelConfig, Speculative
 from jaxinfer.controller import Costs
 from jaxinfer.drafting import Drafter
 from jaxinfer.errors import CheckpointError
-from jaxinfer.loading import (
-    check_degrees,
-    load_weights,
-    model_config,
-    open_source,
-    weight_bytes,
-)  # fmt: skip
+from jaxinfer.loading import load_weights, model_config, open_source, weight_bytes
 from jaxinfer.models.decoder import Params
 from jaxinfer.models.weights import count_params
 from jaxinfer.parallel import said
+from jaxinfer.placement import check_degrees
 from jaxinfer.progress import layers_bar
 from jaxinfer.quant import pack_params
 from jaxinfer.skipping import choose_layers

@@ -7,18 +7,20 @@ come out with the same bits from every program, which is what `invariant` promis
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, combinations
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxinfer import batcher
+from jaxinfer.batch import Plan
 from jaxinfer.buckets import Buckets
+from jaxinfer.cache import PagedCache
 from jaxinfer.config import BatcherConfig
 from jaxinfer.pages import pages_for
-from jaxinfer.plans import Kind, together, top_bucket
-from jaxinfer.runner import StepKey
+from jaxinfer.plans import Kind, SequenceSpec, make_plan, together, top_bucket
+from jaxinfer.runner import Sampled, StepKey
 from jaxinfer.types import SamplingParams
 
 PROBE_TOKENS = 12  # with one more, no more than the smallest program takes
@@ -142,6 +144,56 @@ def probing(of: Probe, key: StepKey, limits: BatcherConfig) -> batcher.Run:
         columns=np.zeros(M, np.int32), pages=np.zeros((M, W), np.int32),
         chunks=tuple(chunks), released=np.full(M, bool(key.chunks)),
     )  # fmt: skip
+
+
+def probe_plan(of: Probe, key: StepKey, limits: BatcherConfig) -> Plan:
+    """What `probing` asks for, in the shapes of a key."""
+    known = {0: of.tokens, 1: of.others}
+    longest, size = limits.max_model_len, limits.page_size
+    specs = {i: SequenceSpec(x, GREEDY, longest, seed=0) for i, x in known.items()}
+    action = probing(of, key, limits)
+    return make_plan(action, key, specs, known, table_width=pages_for(longest, size))
+
+
+def probed(
+    keys: Sequence[StepKey],
+    of: Probe,
+    limits: BatcherConfig,
+    *,
+    run: Callable[[StepKey, Plan], Sampled],
+    cache: Callable[[], PagedCache],
+) -> dict[StepKey, bytes]:
+    """What each program makes of the probe: keys and values, those that lie in this process, and
+    the token that follows.
+
+    Programs that read prompts are given a token more, which the others decode.
+
+    Args:
+        keys: of the programs, some of which read prompts.
+        of, limits: of an engine that runs nothing.
+        run: runs a step of it.
+        cache: its cache, as the last step left it.
+    """
+    read = next(key for key in keys if key.chunks)
+
+    def said(key: StepKey, of: Probe) -> np.ndarray:
+        plan = probe_plan(of, key, limits)
+        place = int(plan.count) - 1
+        if plan.chunks is not None:
+            place = key.rows + int(np.argmax(plan.chunks.last))
+        return np.asarray(run(key, plan).tokens)[0, place]
+
+    longer = np.append(of.tokens, said(read, of)).astype(np.int32)
+    found = {}
+    for key in keys:
+        if not key.chunks:
+            said(read, of)
+        following = said(key, of._replace(tokens=longer) if key.chunks else of)
+        last = (cache().k[-1], cache().v[-1])  # layers, of each stage its own
+        parts = (part for x in last for part in x.addressable_shards)
+        written = (np.asarray(part.data[of.pages]) for part in parts)
+        found[key] = b"".join([following.tobytes(), *(x.tobytes() for x in written)])
+    return found
 
 
 def _size(kind: Kind) -> tuple[int, int, int]:

@@ -10,6 +10,7 @@ from jax import lax
 
 SPLIT = 1024  # KV tokens of a split, counted from position 0; a multiple of every tile
 ROWS = 64  # query rows of a tile: (token, head of the group), token-major
+SCRATCH_BYTES = 256 << 20  # partial results of `sm80`, at most: more run one after the other
 NEG = -1e30  # where a running maximum starts: finite, so that nothing subtracts infinities
 LOG2E = 1.4426950408889634
 

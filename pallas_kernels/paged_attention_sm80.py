@@ -24,6 +24,7 @@ from jax import lax
 from pallas_kernels.attention_common import (
     LOG2E,
     ROWS,
+    SCRATCH_BYTES,
     SPLIT,
     Partial,
     RowTiles,
@@ -62,7 +63,7 @@ class Config:
     split: int = SPLIT
     block: int = 64
     stages: int = 3
-    scratch_bytes: int = 256 << 20
+    scratch_bytes: int = SCRATCH_BYTES
     arch: Arch = "sm80"
     interpret: bool = False
 

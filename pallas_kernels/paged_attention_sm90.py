@@ -25,50 +25,29 @@ from jax import lax
 
 from pallas_kernels import attention_plan as ap
 from pallas_kernels import sm90_quantised, sm90_rows
-from pallas_kernels.attention_common import LOG2E, ROWS, SPLIT, kv_tile
+from pallas_kernels.attention_common import LOG2E, ROWS
 from pallas_kernels.attention_plan import Work
 from pallas_kernels.sm90_block import consume, produce
+from pallas_kernels.sm90_config import (
+    Config,
+    default_config,
+    planned_tokens,
+    scratch_rows,
+    tile_tokens,
+    unit_rows,
+)
 from pallas_kernels.sm90_fragments import permuted
 from pallas_kernels.sm90_overlap import attend_overlapped
 from pallas_kernels.sm90_shapes import (
     BITS16,
-    Config,
     Refs,
     Shape,
     Swizzle,
     Tile,
     bytes_of,
-    unit_rows,
 )
 from pallas_kernels.sm90_sums import attend_in_turn
-from pallas_kernels.sm90_tiles import FEWEST_SMS, SHARED_BYTES, consumer_registers
-from pallas_kernels.tuning import tuned
-
-
-def default_config(max_query: int, G: int, D: int, quantised: bool) -> Config:
-    """The tuning for a call whose sequences have at most `max_query` new tokens."""
-    few = max_query * G <= (Config().columns if quantised else ROWS)
-    found = tuned("sm90", "decode" if few else "prefill", D, G, 8 if quantised else 16)
-    if found is not None:
-        return Config(**found)
-    if quantised:
-        return _quantised_config(max_query, G, D)
-    if D > 128:
-        return Config(stages=2)
-    if few:
-        return Config(teams=1, stages=2) if D == 128 else Config(teams=2, stages=1)
-    return Config(consumers=2, stages=2, overlap=True)
-
-
-def _quantised_config(max_query: int, G: int, D: int) -> Config:
-    """As many stages as shared memory has room for, up to four."""
-    config = Config()
-    few = max_query * G <= config.columns
-    config = replace(config, teams=2 if few else 1, consumers=1 if few or config.columns < G else 2)
-    rows, tile = unit_rows(max_query, G, True, config), kv_tile(D)
-    worker = rows * (6 * D + 2 * tile + 24)  # queries, results, weights, maxima and sums
-    left = SHARED_BYTES - config.teams * config.consumers * worker
-    return replace(config, stages=min(4, left // (config.teams * tile * (2 * D + 8))))
+from pallas_kernels.sm90_tiles import FEWEST_SMS, consumer_registers
 
 
 def make_plan(
@@ -79,17 +58,12 @@ def make_plan(
     """The work list that `attend` walks; the layers of a step with the same window share one."""
     G = H // K
     config = config or default_config(max_query, G, D, quantised)
-    T = _planned(T, kv_lengths, max_query, into)
+    T = planned_tokens(T, kv_lengths.shape[0], max_query, into)
     return ap.plan(
         query_starts, kv_lengths, T=T, max_kv=max_kv,
-        tile_tokens=config.consumers * (unit_rows(max_query, G, quantised, config) // G),
+        tile_tokens=tile_tokens(max_query, G, quantised, config),
         window=window, walked=ap.splits_walked(T, K), rest=not into,
     )  # fmt: skip
-
-
-def _planned(T: int, kv_lengths: jax.Array, max_query: int, into: bool) -> int:
-    """Rows of q that may need work: with `into` those alone that belong to somebody."""
-    return min(T, kv_lengths.shape[0] * max_query) if into else T
 
 
 @partial(
@@ -139,7 +113,7 @@ def attend(
         on_gpu: False runs what the interpreter can: one block, no semaphores.
     """
     _, H, D = q.shape
-    T = _planned(q.shape[0], kv_lengths, max_query, into is not None)
+    T = planned_tokens(q.shape[0], kv_lengths.shape[0], max_query, into is not None)
     _, K, page_size, _ = k_pages.shape
     P = page_table.shape[1]
     G = H // K
@@ -152,7 +126,7 @@ def attend(
         if quantised:  # plain products want host threads, of which consumers block one each
             config = replace(config, consumers=1)
     rows = unit_rows(max_query, G, quantised, config)
-    tile_tokens = config.consumers * (rows // G)
+    tokens = tile_tokens(max_query, G, quantised, config)
     if plan is None:
         plan = make_plan(
             query_starts, kv_lengths, T=T, H=H, K=K, D=D, max_kv=P * page_size,
@@ -160,17 +134,14 @@ def attend(
             into=into is not None,
         )  # fmt: skip
     units = plan.units.shape[0]
-    scratch_rows = 0
-    if P * page_size > SPLIT:  # some tile may be shared
-        scratch_rows = -(-min(max_query, tile_tokens) * G // 8) * 8
-        scratch_rows = scratch_rows if config.consumers == 1 else config.consumers * ROWS
     shape = Shape(
         T=T, H=H, K=K, D=D, page_size=page_size, columns=P, max_units=units,
-        max_tiles=T // tile_tokens + page_table.shape[0] + 1, scratch_rows=scratch_rows,
+        max_tiles=T // tokens + page_table.shape[0] + 1,
+        scratch_rows=scratch_rows(max_query, G, P * page_size, tokens, config),
         dtype=q.dtype, kv_dtype=k_pages.dtype, scale=scale, window=window, softcap=softcap,
         sinks=sinks is not None, token_scales=k_scales is not None and k_scales.ndim == 3,
-        rows=rows, box=min(max_query, rows // G, T), whole=max_query > tile_tokens,
-        merge=invariant and (max_query > tile_tokens or ap.splits_walked(T, K) > 1),
+        rows=rows, box=min(max_query, rows // G, T), whole=max_query > tokens,
+        merge=invariant and (max_query > tokens or ap.splits_walked(T, K) > 1),
         blocks=min(sm_count, -(-units * K // config.teams)) if on_gpu else 1,
         config=config, on_gpu=on_gpu, into=into is not None,
     )  # fmt: skip

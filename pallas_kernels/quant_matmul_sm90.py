@@ -36,10 +36,10 @@ from pallas_kernels.quant_packing import (
     PackedMatrix,
     unpack_chunks,
 )
+from pallas_kernels.sm90_config import SHARED_BYTES
 from pallas_kernels.sm90_shapes import ACC, BITS16, ROW, WGMMA, Refs, Swizzle, Tile
 from pallas_kernels.sm90_tiles import (
     FEWEST_SMS,
-    SHARED_BYTES,
     Tiles,
     drain,
     fill,

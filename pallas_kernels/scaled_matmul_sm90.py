@@ -24,10 +24,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.quant_packing import BLOCK, COLUMNS
+from pallas_kernels.sm90_config import SHARED_BYTES
 from pallas_kernels.sm90_shapes import ACC, BITS16, COLUMN, ROW, WGMMA, Refs, Swizzle, Tile
 from pallas_kernels.sm90_tiles import (
     FEWEST_SMS,
-    SHARED_BYTES,
     Tiles,
     drain,
     fill,

@@ -15,6 +15,7 @@ from jax import lax
 
 from pallas_kernels import attention_plan as ap
 from pallas_kernels.attention_common import NEG, ROWS, kv_tile
+from pallas_kernels.sm90_config import Config
 
 # Pyright takes the transforms for abstract, and the accumulator for private.
 Tile: Any = plgpu.TilingTransform
@@ -35,31 +36,6 @@ BITS16 = (Tile((8, 64)), Swizzle(128))
 def bytes_of(head_dim: int) -> tuple[Any, Any]:
     """How a tile of 8-bit keys or values lies in shared memory."""
     return Tile((8, min(128, head_dim))), Swizzle(min(128, head_dim))
-
-
-@dataclass(frozen=True)
-class Config:
-    """Tuning of one kernel. None of it changes a bit of the result.
-
-    Attributes:
-        consumers: warpgroups that compute the same unit, 64 rows each.
-        teams: units that a block works on at once, each with its own consumers and copies.
-        stages: KV tiles in flight for each team.
-        overlap: multiply a tile's values during the next tile's softmax; not of 8-bit pages.
-        columns: with quantised pages, the most query rows of a consumer, or a token's if more.
-    """
-
-    consumers: int = 1
-    teams: int = 1
-    stages: int = 2
-    overlap: bool = False
-    columns: int = 32
-
-    def __post_init__(self) -> None:
-        if self.stages < 1 or self.consumers < 1 or not 1 <= self.consumers * self.teams <= 4:
-            raise ValueError(f"{self}: expected stages >= 1, and consumers * teams of 1 to 4")
-        if self.columns % 8 or not 8 <= self.columns <= ROWS:
-            raise ValueError(f"{self}: expected columns to be a multiple of 8, up to {ROWS}")
 
 
 @dataclass(frozen=True)
@@ -169,13 +145,6 @@ def tile_range(s: Shape, f: Any) -> tuple[Any, Any]:
     return lax.div(f[ap.LOW], jnp.int32(s.tile)), lax.div(
         f[ap.HIGH] + s.tile - 1, jnp.int32(s.tile)
     )
-
-
-def unit_rows(max_query: int, group: int, quantised: bool, config: Config) -> int:
-    """Query rows of a consumer. With quantised pages they are columns: as few as will do."""
-    if not quantised:
-        return ROWS
-    return -(-min(max_query, max(1, config.columns // group)) * group // 8) * 8
 
 
 def widened_by(s: Shape) -> float:

@@ -19,7 +19,6 @@ from jax.experimental.mosaic.gpu import utils
 from pallas_kernels.sm90_ir import inline_mgpu
 from pallas_kernels.sm90_shapes import BITS16, WGMMA, Refs
 
-SHARED_BYTES = 225 << 10  # of a block, less what barriers and alignment need
 FEWEST_SMS = 78  # of any Hopper GPU (H20)
 COPIER = 40  # registers of a copying thread
 

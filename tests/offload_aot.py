@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax._src import compiler  # compiling for a topology has no public way to name a memory
-from jax.experimental import topologies
 from jax.experimental.mosaic.gpu.core import artificial_shared_memory_limit
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxlib import xla_client
@@ -33,7 +32,7 @@ from jaxinfer.plans import SequenceSpec, make_plan
 from jaxinfer.quant import QuantisedMatrix, Scheme
 from jaxinfer.quant.packing import pack_matrix
 from jaxinfer.runner import INVARIANT_OPTIONS, StepKey, run_step
-from tests.pallas_kernels.aot import SPECS, TARGETS
+from tests.pallas_kernels.aot import topology
 
 LAYERS = 4
 CONFIG = ModelConfig(
@@ -95,7 +94,7 @@ def arguments(case: Case, key: StepKey, place: NamedSharding) -> tuple[Any, ...]
     return weights(case, place), *(placed(x, place) for x in (cache, seq, plan))
 
 
-def compiled(case: Case, device: Any) -> Any:
+def compiled(case: Case, device: Any, shared_bytes: int) -> Any:
     key = StepKey(
         rows=8, tokens=case.tokens, chunks=2 if case.tokens else 0, pages=32, page_size=32,
         steps=case.steps,
@@ -109,7 +108,7 @@ def compiled(case: Case, device: Any) -> Any:
         donate_argnums=(1, 2),
     )
     given = arguments(case, key, place)
-    with jax.default_device(device), artificial_shared_memory_limit(232448):
+    with jax.default_device(device), artificial_shared_memory_limit(shared_bytes):
         lowered = step.trace(*given).lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
     options = compiler.get_compile_options(
         num_replicas=1, num_partitions=1, env_options_overrides=INVARIANT_OPTIONS,
@@ -122,11 +121,9 @@ def compiled(case: Case, device: Any) -> Any:
 def main(folder: Path, names: list[str]) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     jax.devices()  # finds the plugin
-    spec = (TARGETS / SPECS["sm90"][0]).read_text()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=spec, topology="1x1x1")
-    device = topology.devices[0]
+    (device,), shared_bytes = topology("sm90")
     for name in names:
-        made = compiled(CASES[name], device)
+        made = compiled(CASES[name], device, shared_bytes)
         (folder / f"{name}.hlo").write_text(made.hlo_modules()[0].to_string())
         found = made.get_compiled_memory_stats()
         (folder / f"{name}.temp").write_text(str(found.temp_size_in_bytes))

@@ -19,8 +19,8 @@ from jaxinfer import (
     RequestOutput,
     SamplingParams,
     async_llm,
+    delivery,
 )
-from jaxinfer import llm as llm_module
 from tests.conftest import TinyModel, small_llm
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=20, ignore_eos=True)
@@ -118,14 +118,14 @@ def test_refusals(tiny: TinyModel) -> None:
 def test_what_breaks_one_request_fails_it_alone(
     tiny: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take = llm_module.take
+    take = delivery.take
 
     def fragile(request: Any, *rest: Any) -> None:
         if request.prompt_ids == tuple(PROMPTS[1]):
             raise UnicodeError("no such text")
         take(request, *rest)
 
-    monkeypatch.setattr(llm_module, "take", fragile)
+    monkeypatch.setattr(delivery, "take", fragile)
 
     async def talk(server: AsyncLLM) -> list[Any]:
         return await asyncio.gather(*(read(server, p) for p in PROMPTS), return_exceptions=True)

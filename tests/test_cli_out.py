@@ -14,8 +14,7 @@ from typing import Any
 
 import pytest
 
-from jaxinfer import LLM, cli
-from jaxinfer import llm as llm_module
+from jaxinfer import LLM, cli, delivery
 from jaxinfer.cli import resumable
 from jaxinfer.cli.results import open_results
 from jaxinfer.progress import RunState, run_bar
@@ -206,7 +205,7 @@ def test_ctrl_c_lets_results_arrive(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    pump, take = llm.pump, llm_module.take
+    pump, take = llm.pump, delivery.take
     finished: list[str] = []
 
     def pressed() -> None:
@@ -219,7 +218,7 @@ def test_ctrl_c_lets_results_arrive(
         finished.extend([request.id] * request.finished)
 
     monkeypatch.setattr(llm, "pump", pressed)
-    monkeypatch.setattr(llm_module, "take", watched)
+    monkeypatch.setattr(delivery, "take", watched)
     handler = signal.getsignal(signal.SIGINT)
     out = tmp_path / "out"
     assert generate(prompts, out) == 130
@@ -255,7 +254,7 @@ def test_one_that_fails_is_tried_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    take = llm_module.take
+    take = delivery.take
 
     def failing(request: Any, *rest: Any) -> None:
         if request.prompt_ids == (300,):
@@ -264,7 +263,7 @@ def test_one_that_fails_is_tried_again(
 
     out = tmp_path / "out"
     with monkeypatch.context() as broken:
-        broken.setattr(llm_module, "take", failing)
+        broken.setattr(delivery, "take", failing)
         assert generate(prompts, out) == 1
     assert "prompt 4: failed, and has no line: ZeroDivisionError" in capsys.readouterr().err
     assert 4 not in by_index(out)

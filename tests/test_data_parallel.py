@@ -135,7 +135,7 @@ def given_up(llm: LLM) -> list[Any]:
 
 def broken(llm: LLM) -> list[Any]:
     """Something goes wrong with one request's text."""
-    import jaxinfer.llm as module
+    import jaxinfer.delivery as module
 
     good, requests = module.take, [llm.prepare(prompt, GREEDY) for prompt in PROMPTS]
 

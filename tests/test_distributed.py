@@ -25,8 +25,8 @@ from jaxinfer.backend import default_cache_directory, use_compilation_cache
 from jaxinfer.config import EngineOptions
 from jaxinfer.distributed import ADDRESS, COUNT, PROCESS
 from jaxinfer.engine import Engine
-from jaxinfer.loading import agree
 from jaxinfer.models.weights import declare
+from jaxinfer.starting import agree
 from tests.test_tensor_parallel import (
     CONFIG,
     GREEDY,

@@ -41,7 +41,7 @@ def shared(tiny: TinyModel) -> Engine:
 def engine(shared: Engine) -> Iterator[Engine]:
     yield shared
     assert drain(shared) == {}
-    assert shared._outputs == {}
+    assert shared._live == {}
     assert shared._batcher.pool.available == LIMITS.num_pages - 1
 
 

@@ -67,7 +67,7 @@ def llm(shared: LLM) -> Iterator[LLM]:
 def check_idle(llm: LLM) -> None:
     assert llm._owners == {}
     engine = llm.engine
-    assert engine._live == engine._outputs == engine._cached == engine._scored == {}
+    assert engine._live == {}
     assert not engine._preempted
     while not llm.engine.idle:
         assert llm.engine.step() == []

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from jaxinfer import LLM, InvalidRequest, JaxinferError, QueueFull, SamplingParams
-from jaxinfer import llm as llm_module
+from jaxinfer import LLM, InvalidRequest, JaxinferError, QueueFull, SamplingParams, delivery
 from jaxinfer.offline import Job, as_completed, seed_of
 from jaxinfer.requests import Request
 from jaxinfer.types import MAX_SEED
@@ -89,14 +88,14 @@ def test_refused_ones_are_told_by_their_own_index(llm: LLM, window: int) -> None
 
 
 def test_one_that_fails_does_not_stop_the_others(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    take = llm_module.take
+    take = delivery.take
 
     def failing(request: Request, *rest: Any) -> None:
         if request.prompt_ids[0] == 3:
             raise ZeroDivisionError("no")
         take(request, *rest)
 
-    monkeypatch.setattr(llm_module, "take", failing)
+    monkeypatch.setattr(delivery, "take", failing)
     got = dict(as_completed(llm, jobs(6)))
     assert [i for i, result in got.items() if result.error is not None] == [2]
     assert isinstance(got[2].error, JaxinferError)
@@ -107,7 +106,7 @@ def test_one_that_fails_does_not_stop_the_others(llm: LLM, monkeypatch: pytest.M
 def test_what_a_broken_turn_had_finished_is_not_lost(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, error: BaseException
 ) -> None:
-    take = llm_module.take
+    take = delivery.take
     finished: set[str] = set()
 
     def breaking(request: Request, *rest: Any) -> None:
@@ -117,7 +116,7 @@ def test_what_a_broken_turn_had_finished_is_not_lost(
         if request.finished:
             finished.add(request.id)
 
-    monkeypatch.setattr(llm_module, "take", breaking)
+    monkeypatch.setattr(delivery, "take", breaking)
     got = []
     with pytest.raises(type(error)):
         got.extend(result for _, result in as_completed(llm, jobs(8)))

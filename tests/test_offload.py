@@ -24,7 +24,7 @@ from checkpoints.model_store import save_model
 from checkpoints.write import write_hf
 from jaxinfer import LLM, CapacityError, CheckpointError, SamplingParams
 from jaxinfer.cli import main as cli
-from jaxinfer.loading import LINK_BYTES_PER_S, batcher_config, read_bytes
+from jaxinfer.memory import LINK_BYTES_PER_S, batcher_config, read_bytes
 from jaxinfer.models import apply
 from jaxinfer.models.families import parse_config
 from jaxinfer.models.weights import declare, init_params, tree_bytes
@@ -262,7 +262,7 @@ def test_what_cannot_be_done_is_refused_before_weights_are_read(
         LLM(tmp_path, dtype="float32", device_weight_bytes=9)
     with pytest.raises(ValueError, match="device_weight_bytes=0"):
         LLM(tmp_path, dtype="float32", device_weight_bytes=0)
-    monkeypatch.setattr("jaxinfer.loading.pinnable_bytes", lambda: 3 * LAYER - 1)
+    monkeypatch.setattr("jaxinfer.memory.pinnable_bytes", lambda: 3 * LAYER - 1)
     with pytest.raises(CapacityError, match=f"leaves {3 * LAYER} bytes to the host's memory"):
         LLM(tmp_path, dtype="float32", device_weight_bytes=BUDGET)
     save_model(tmp_path / "saved", weights(), HF)

@@ -46,7 +46,7 @@ def llm(shared: LLM) -> Iterator[LLM]:
     yield shared
     engine = shared.engine
     assert shared._owners == {}
-    assert engine._live == engine._outputs == engine._captured == engine._cached == {}
+    assert engine._live == {}
     while not engine.idle:
         assert engine.step() == []
     assert engine._batcher.pool.available == shared.memory_plan.num_pages - 1

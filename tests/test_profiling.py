@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxinfer.cli.plotting import _labels, _shown
 from jaxinfer.config import LayerConfig, ModelConfig
 from jaxinfer.known_models import HF_CONFIGS, RECIPES
 from jaxinfer.models.families import parse_config
@@ -207,3 +208,22 @@ def test_decode_is_timed_at_the_end_of_a_context(context):
     assert at.prompt + at.long == context
     assert (at.long - at.short) % 8 == 0
     assert at.prompt < at.context < context
+
+
+def test_a_bar_is_as_high_as_the_time_in_the_engine():
+    """What is below 0 closes the gaps between kernels first, the largest part but the roofline."""
+    parts = {"roofline": 40, "matmul": -1, "attention": 4, "between kernels": 21, "graphs": -20.5}
+    found = _shown(parts)
+    assert found == {
+        "roofline": 40,
+        "matmul": 0,
+        "attention": 3.5,
+        "between kernels": 0,
+        "graphs": 0,
+    }
+    assert sum(found.values()) == sum(parts.values())
+
+
+def test_points_that_would_cover_each_other_share_a_label():
+    labels = _labels(["qkv", "o", "attention"], [8, 8.1, 3], [3e13, 3.2e13, 1e12])
+    assert labels == [("qkv, o", (8, 3e13)), ("attention", (3, 1e12))]

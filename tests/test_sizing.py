@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxinfer.buckets import MOST_CHUNKS
 from jaxinfer.cache import init_cache, page_bytes
 from jaxinfer.config import LayerConfig, ModelConfig
 from jaxinfer.errors import CapacityError
@@ -19,16 +18,18 @@ from jaxinfer.models.weights import abstract_params
 from jaxinfer.sizing import (
     CPU_CACHE_BYTES,
     GIB,
+    SPARE_BYTES,
     device_memory,
+    most_step_bytes,
     plan_memory,
-    step_bytes,
 )
 
 CONFIG = ModelConfig(
     family="llama", vocab_size=100, hidden_size=32, intermediate_size=64, num_heads=4,
     num_kv_heads=2, head_dim=8, layers=(LayerConfig(),) * 3, max_position=128,
 )  # fmt: skip
-STEP_BYTES = step_bytes(CONFIG, rows=4 + MOST_CHUNKS, tokens=2048, dtype=jnp.float32)
+STEPS = {"rows": 4, "tokens": 2048, "dtype": jnp.float32}
+STEP_BYTES = sum(most_step_bytes(CONFIG, max_kv=128, **STEPS))
 PAGE = 2 * 3 * 2 * 8 * 16 * 4  # k and v, layers, KV heads, head dim, tokens, bytes
 
 
@@ -82,8 +83,7 @@ def test_cpu_has_a_modest_default():
 def test_gpu_takes_what_is_left():
     model = replace(CONFIG, max_position=1 << 24)
     got = plan(model, limit=2 * GIB, in_use=1 << 20)
-    left = 2 * GIB - (1 << 20) - got.weights - STEP_BYTES
-    assert got.steps == STEP_BYTES
+    left = 2 * GIB - (1 << 20) - got.weights - got.steps
     assert got.num_pages == left // PAGE
     assert got.max_model_len == (got.num_pages - 1) * 16
 
@@ -120,7 +120,7 @@ def test_the_plan_in_words():
     words = str(plan(limit=2 * GIB, max_model_len=64))
     assert words == (
         "memory 2.00 GiB: weights 0.00 GiB, KV cache 0.00 GiB (16 pages of 16 tokens), "
-        "steps 0.25 GiB; sequences of up to 64 tokens"
+        "steps 0.28 GiB; sequences of up to 64 tokens"
     )
     assert str(plan()).startswith("memory not limited: ")
 
@@ -130,12 +130,27 @@ def test_kv_cache_bytes_beyond_the_limit():
         plan(kv_cache_bytes=GIB, limit=GIB)
 
 
-def test_what_a_step_may_take_grows_with_its_rows_and_tokens():
-    few = step_bytes(CONFIG, rows=8, tokens=64, dtype=jnp.bfloat16)
-    assert step_bytes(CONFIG, rows=9, tokens=64, dtype=jnp.bfloat16) - few == 5 * 4 * 100
-    assert step_bytes(CONFIG, rows=8, tokens=65, dtype=jnp.bfloat16) > few
-    most = plan(limit=2 * GIB, max_num_batched_tokens=1 << 16).steps
-    assert most > plan(limit=2 * GIB).steps
+def test_what_steps_may_take_is_kept_free():
+    got = plan(limit=2 * GIB)
+    most, margin = most_step_bytes(CONFIG, max_kv=128, **STEPS)
+    assert (got.steps, got.margin) == (most + margin, margin)
+    assert margin > SPARE_BYTES
+    for change in ({"max_num_seqs": 1 << 12}, {"max_num_batched_tokens": 1 << 16}):
+        assert plan(limit=2 * GIB, **change).steps > got.steps
+    # A row and four guesses are five rows of logits.
+    guessing = {"max_num_seqs": 64, "max_num_batched_tokens": 64}
+    alone = plan(limit=2 * GIB, **guessing).steps
+    assert plan(limit=2 * GIB, guessing=(64, 4), **guessing).steps > alone
+
+
+def test_partial_results_of_long_sequences_are_kept_free():
+    long = replace(CONFIG, max_position=1 << 20, head_dim=64)
+    short, whole = (plan(long, limit=8 * GIB, max_model_len=n) for n in (1 << 10, 1 << 18))
+    assert whole.steps > short.steps
+    # No more than for sequences that the cache could hold.
+    small = plan(long, limit=GIB)
+    held = most_step_bytes(long, max_kv=small.max_model_len, **STEPS)
+    assert sum(held) <= small.steps < GIB
 
 
 def test_weights_that_do_not_fit():

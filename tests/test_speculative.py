@@ -98,7 +98,7 @@ def said(engine: Engine, specs: Sequence[SequenceSpec]) -> tuple[list[list[int]]
     finally:
         engine._run = run
     assert engine._batcher.pool.available == engine.limits.num_pages - 1
-    assert (engine._live, engine._outputs) == ({}, {})
+    assert engine._live == {}
     if engine._guesser is not None:
         assert engine._guesser._unread == {}
     return [tokens[i] for i in ids], runs

@@ -277,7 +277,7 @@ def test_an_llm_refuses_before_it_reads_weights(
     def unwanted(*_: Any) -> None:
         raise AssertionError("weights are read")
 
-    monkeypatch.setattr("jaxinfer.llm.load_weights", unwanted)
+    monkeypatch.setattr("jaxinfer.sources.load_weights", unwanted)
     edit(draft, vocab_size=10)
     for how, words in (
         (f"draft={draft}", "a vocabulary of 10 tokens"),

@@ -19,7 +19,7 @@ import pytest
 from jaxinfer import LLM, CapacityError, CheckpointError, JaxinferError, SamplingParams
 from jaxinfer.config import BatcherConfig
 from jaxinfer.engine import Engine
-from jaxinfer.plans import SequenceSpec
+from jaxinfer.plans import Kind, SequenceSpec, together
 from jaxinfer.requests import Request, finish
 from jaxinfer.state import EngineState, from_plain, to_plain
 from jaxinfer.types import RequestOutput
@@ -270,6 +270,9 @@ def make(tiny: TinyModel, **options: Any) -> LLM:
 @pytest.fixture(scope="module")
 def llms(tiny: TinyModel) -> Iterator[tuple[LLM, LLM]]:
     with make(tiny) as one, make(tiny) as other:
+        for llm in (one, other):  # as after a warm-up: programs of one kind do for all
+            llm.engine._variants = (together(Kind.of(r.params) for r in prepared(llm)),)
+            anew(llm)
         yield one, other
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxinfer import LLM, CapacityError, SamplingParams, loading
+from jaxinfer import LLM, CapacityError, SamplingParams, memory
 from jaxinfer.batcher import Move
 from jaxinfer.cache import PagedCache, init_cache, page_bytes, resolve_kv_dtype
 from jaxinfer.cli import main as cli
@@ -198,11 +198,11 @@ def test_the_plan_says_how_much_is_on_the_host(tiny: TinyModel) -> None:
 
 
 def test_copies_under_way_are_planned_for(tiny: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "device_memory", lambda _: (1 << 34, 0))
+    monkeypatch.setattr(memory, "device_memory", lambda _: (1 << 34, 0))
     one = page_bytes(tiny.config, SIZE, jnp.float32)
 
     def steps(**options: Any) -> int:
         chosen = EngineOptions(dtype="float32", page_size=SIZE, **options)
-        return loading.plan(tiny.config, chosen, loaded=False, weights=0).steps
+        return memory.plan(tiny.config, chosen, loaded=False, weights=0).steps
 
     assert steps(kv_host_bytes=one) == steps() + STAGED * one

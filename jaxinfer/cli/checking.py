@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from jaxinfer.config import ModelConfig
     from jaxinfer.llm import LLM
     from jaxinfer.placement import Setting
+    from jaxinfer.runner import StepKey
+    from jaxinfer.temporaries import StepShape
 
 # Of an estimate, but not of a check: it is of one device, this one.
 REFUSED = ("gpu", "tp", "pp", "dp", "price", "tpot_ms")
@@ -107,13 +109,17 @@ def measured(
         o.kv_dtype, o.batch, chosen.context, chosen.prompt, dtype=loaded.dtype,
     )  # fmt: skip
     reasons = []
+    if not _known_steps(device, setting):
+        reasons.append("temporaries: they are known of a GPU's kernels, of 16 bits")
     if gpu is None:
         reasons.append(f"speed: the hardware table has no row for {device.device_kind!r}")
     if stored == MIXED:
         reasons.append("weights and speed: several precisions; --precision says which to take")
     known = gpu is not None and stored != MIXED
     speed = [*_speed(config, setting, loaded.llm, known=known)]  # compiles what memory looks at
-    memory = _memory(config, setting, loaded.llm, device, known=stored != MIXED)
+    memory = memory_items(
+        config, setting, loaded.llm, device, known=stored != MIXED, drawn=chosen.random is not None
+    )
     return Check(
         o.model, device.device_kind, stored, loaded.dtype, o.batch, chosen.context, chosen.prompt,
         gpu.name if gpu is not None and known else None, "; ".join(reasons) or None,
@@ -121,23 +127,44 @@ def measured(
     )  # fmt: skip
 
 
-def _memory(
-    config: ModelConfig, setting: Setting, llm: LLM, device: Any, *, known: bool
+def memory_items(
+    config: ModelConfig, setting: Setting, llm: LLM, device: Any, *, known: bool, drawn: bool
 ) -> Iterator[Item]:
+    """`known`: whether the precision of the matrices is; `drawn`: they were made here, which took
+    more memory than running them does."""
     from jaxinfer.cache import page_bytes
     from jaxinfer.parallel import device_bytes
     from jaxinfer.placement import memory_of
 
-    memory, plan = memory_of(config, setting), llm.memory_plan
-    cache, stats = llm.engine.cache_bytes, device.memory_stats() or {}
-    yield Item("weights", "B", memory.weights if known else None, device_bytes(llm.params))
+    compiler, plan = llm.engine.compiler, llm.memory_plan
+    memory = memory_of(config, setting, [shape_of(*key) for key in compiler.keys])
+    weights, cache = device_bytes(llm.params), llm.engine.cache_bytes
+    steps = memory.steps if _known_steps(device, setting) else None
+    whole = memory.occupied if known and steps is not None else None
+    yield Item("weights", "B", memory.weights if known else None, weights)
     a_token = cache / (plan.num_pages * plan.page_size)
     yield Item("KV cache, a token", "B", page_bytes(config, 1, setting.kv_name), a_token)
     yield Item("KV cache", "B", memory.kv, cache)
-    steps = memory.activations + memory.temporaries
-    yield Item("temporaries of compiled steps", "B", steps, llm.engine.compiler.step_bytes)
-    if (peak := stats.get("peak_bytes_in_use")) is not None:
-        yield Item("peak", "B", memory.needed if known else None, peak)
+    yield Item("temporaries of compiled steps", "B", steps, compiler.step_bytes)
+    yield Item("memory, of these", "B", whole, weights + cache + compiler.step_bytes)
+    peak = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    if peak is not None and not drawn:
+        yield Item("peak", "B", whole, peak)
+
+
+def _known_steps(device: Any, setting: Setting) -> bool:
+    """Whether `temporaries` describes the steps that are compiled there."""
+    return device.platform == "gpu" and setting.stored.dtype != "float32"
+
+
+def shape_of(key: StepKey, penalties: bool) -> StepShape:
+    """What decides the memory of a compiled step."""
+    from jaxinfer.temporaries import StepShape
+
+    return StepShape(
+        key.rows, key.tokens, key.chunks, key.pages * key.page_size, key.random, key.truncated,
+        key.top, key.score, key.guesses, penalties,
+    )  # fmt: skip
 
 
 def _speed(config: ModelConfig, setting: Setting, llm: LLM, *, known: bool) -> Iterator[Item]:

@@ -259,6 +259,7 @@ def _lines(e: Estimate) -> Iterator[tuple[str, str]]:
     yield "", f"{m.kv / GB:.2f} GB a GPU, of {s.rows} sequences"
     yield "activations", f"{m.activations / GB:.2f} GB"
     yield "compiled temporaries", f"{m.temporaries / GB:.2f} GB"
+    yield "kept free beside them", f"{m.margin / GB:.2f} GB"
     verdict = "fits" if m.fits else "does not fit"
     yield "memory of a GPU", f"{m.needed / GB:.2f} of {m.usable / GB:.2f} GB: {verdict}"
     if not m.fits:

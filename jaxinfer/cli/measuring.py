@@ -61,7 +61,8 @@ def settled(options: MeasureOptions, context: int) -> tuple[ModelConfig, Measure
     """
     from jaxinfer.cli.estimating import read_model
     from jaxinfer.hardware import GPUS
-    from jaxinfer.loading import DEFAULT_BATCHED_TOKENS, model_config
+    from jaxinfer.loading import model_config
+    from jaxinfer.memory import DEFAULT_BATCHED_TOKENS
     from jaxinfer.placement import Setting, check_setting
     from jaxinfer.profiling.engine_times import LEAST_CONTEXT
     from jaxinfer.quant.make import Recipe
@@ -115,10 +116,12 @@ def load_measured(
     dtype = choose_dtype(chosen)
     import jax.numpy as jnp
 
+    from jaxinfer.backend import prepare_backend
     from jaxinfer.cache import page_bytes, resolve_kv_dtype
     from jaxinfer.config import EngineOptions
     from jaxinfer.llm import LLM
-    from jaxinfer.loading import open_source, plan, prepare_backend, weight_bytes
+    from jaxinfer.loading import open_source, weight_bytes
+    from jaxinfer.memory import plan
     from jaxinfer.pages import pages_for
     from jaxinfer.profiling.weights import DENSE, random_params
     from jaxinfer.roofline import PRECISIONS, count_sizes

@@ -141,7 +141,8 @@ def describe(options: ModelOptions) -> dict[str, Any]:
 
     from jaxinfer.cache import page_bytes, resolve_kv_dtype
     from jaxinfer.config import EngineOptions
-    from jaxinfer.loading import model_config, open_source, plan, weight_bytes
+    from jaxinfer.loading import model_config, open_source, weight_bytes
+    from jaxinfer.memory import plan
     from jaxinfer.models.weights import count_params
 
     source = open_source(directory)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -91,15 +93,15 @@ def plot_profile(model: str, found: Profile, path: Path) -> None:
         x = [max(left, op.flops / op.bytes) for op in points]
         y = [at * op.bytes / op.seconds for at, op in zip(x, points, strict=True)]
         roof.plot(x, y, marker, label=phase.name)
-        for op, *at in zip(points, x, y, strict=True):
-            roof.annotate(op.name, at, textcoords="offset points", xytext=(5, -10), fontsize=8)
+        for label, at in _labels([op.name for op in points], x, y):
+            roof.annotate(label, at, textcoords="offset points", xytext=(5, -10), fontsize=8)
     roof.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="FLOP/s")
     roof.set_title("copy bandwidth and matrix product, as measured here")
     roof.legend()
     names, below = [phase.name for phase in found.phases], [0.0] * len(found.phases)
+    shown = [_shown(phase.parts) for phase in found.phases]
     for i, part in enumerate(found.phases[0].parts):
-        # What is below 0 takes away from the others: it is in the table alone.
-        heights = [max(0.0, p.parts[part] / p.engine_s) for p in found.phases]
+        heights = [one[part] / p.engine_s for one, p in zip(shown, found.phases, strict=True)]
         if any(heights):
             hatch = "//" if i >= COLOURS else None
             bars.bar(names, heights, bottom=below, label=part, hatch=hatch)
@@ -113,6 +115,30 @@ def plot_profile(model: str, found: Profile, path: Path) -> None:
         f"context {found.context}, prompt {found.prompt}"
     )
     _write(figure, path)
+
+
+def _labels(
+    names: Sequence[str], x: Sequence[float], y: Sequence[float]
+) -> list[tuple[str, tuple[float, float]]]:
+    """A label for each point; one for those that lie so close that they would cover each other."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for i, at in enumerate(zip(x, y, strict=True)):
+        close = tuple(round(math.log10(v) / step) for v, step in zip(at, (0.5, 0.3), strict=True))
+        found.setdefault((close[0], close[1]), []).append(i)
+    return [
+        (", ".join(names[i] for i in some), (x[some[0]], min(y[i] for i in some)))
+        for some in found.values()
+    ]
+
+
+def _shown(parts: Mapping[str, float]) -> dict[str, float]:
+    """Seconds as a bar can show them: what is below 0 taken off the largest part but the first, the
+    gaps between kernels where CUDA graphs, which are off in the recording, close them."""
+    found, less = dict(parts), -sum(seconds for seconds in parts.values() if seconds < 0)
+    for part in sorted([*found][1:], key=lambda name: -found[name]):
+        off = min(less, max(0.0, found[part]))
+        found[part], less = max(0.0, found[part]) - off, less - off
+    return found
 
 
 def _write(figure: Figure, path: Path) -> None:

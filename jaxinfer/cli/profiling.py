@@ -28,7 +28,7 @@ def profile(options: MeasureOptions, tensor_parallel_size: int) -> Profile:
         ValueError: an option that makes no sense; it says what is accepted.
         CapacityError, CheckpointError, UnsupportedModel: see `LLM`.
     """
-    from jaxinfer.loading import DEFAULT_BATCHED_TOKENS
+    from jaxinfer.memory import DEFAULT_BATCHED_TOKENS
     from jaxinfer.profiling.ceilings import measure_ceilings
 
     if tensor_parallel_size != 1:

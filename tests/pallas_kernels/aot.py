@@ -87,20 +87,15 @@ def compile_all(arch: str, cases: Sequence[Any]) -> Iterator[dict[str, Any]]:
     """Compiles each case here. The process must have been started with the environment above."""
     import jax
     import numpy as np
-    from jax.experimental import topologies
 
     # MLIR has no public way to lower a limit that it takes from the GPU that is there.
     from jax.experimental.mosaic.gpu.core import artificial_shared_memory_limit
 
     jax.config.update("jax_enable_compilation_cache", False)
     jax.devices()  # finds the plugin and registers it: to initialise it by hand would do so twice
-    spec = (TARGETS / SPECS[arch][0]).read_text()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=spec, topology="1x1x1")
-    mesh = jax.sharding.Mesh(np.array(topology.devices), ("gpu",))
+    devices, limit = topology(arch)
+    mesh = jax.sharding.Mesh(np.array(devices), ("gpu",))
     on_gpu = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    found = re.search(r"shared_memory_per_block_optin: (\d+)", spec)
-    assert found is not None
-    limit = int(found[1])
     for case in cases:
         began = time.perf_counter()
         error = None
@@ -108,7 +103,7 @@ def compile_all(arch: str, cases: Sequence[Any]) -> Iterator[dict[str, Any]]:
             try:
                 # Mosaic asks the default device which architecture it lowers for.
                 with (
-                    jax.default_device(topology.devices[0]),
+                    jax.default_device(devices[0]),
                     artificial_shared_memory_limit(limit),
                 ):
                     jitted = jax.jit(case.function, in_shardings=on_gpu, out_shardings=on_gpu)
@@ -120,6 +115,19 @@ def compile_all(arch: str, cases: Sequence[Any]) -> Iterator[dict[str, Any]]:
         seconds = round(time.perf_counter() - began, 2)
         allowed = getattr(case, "spill_bytes", 0)
         yield {"name": case.name, **report(arch, text, error, allowed), "seconds": seconds}
+
+
+def topology(arch: str, count: int = 1) -> tuple[Any, int]:
+    """So many devices to compile for, and the shared memory of a block there, in bytes. JAX must
+    have found the plugin."""
+    from jax.experimental import topologies
+
+    spec = (TARGETS / SPECS[arch][0]).read_text()
+    found = re.search(r"shared_memory_per_block_optin: (\d+)", spec)
+    assert found is not None
+    shape = f"1x1x{count}"
+    described = topologies.get_topology_desc(platform="cuda", target_config=spec, topology=shape)
+    return described.devices, int(found[1])
 
 
 def report(arch: str, log: str, error: str | None, allowed_spill: int = 0) -> dict[str, Any]:

@@ -12,8 +12,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.paged_attention_sm90 import attend, default_config
-from pallas_kernels.sm90_shapes import Config
+from pallas_kernels.paged_attention_sm90 import attend
+from pallas_kernels.sm90_config import Config, default_config
 
 
 def primitives(jaxpr) -> Counter:
