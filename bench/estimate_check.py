@@ -65,14 +65,12 @@ def main() -> None:
         for found in check(args.part, args.batch):
             emit(args.records, found)
         return
-    run = record.start(parts.command_line("bench.estimate_check"))
     made = [
         Part(f"estimate.{shapes.short(shape)}", "bench.estimate_check",
              ("--part", shape, "--batch", str(args.batch)), LIMIT_S)
         for shape in args.shapes
     ]  # fmt: skip
-    path = record.path_for(run, "estimate_check", args.out)
-    parts.print_table(parts.run_parts(made, run, path))
+    parts.run_and_print(made, "bench.estimate_check", args.out)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from jaxinfer.batch import MIN_ROWS
 from jaxinfer.buckets import MOST_CHUNKS
 from jaxinfer.cache import KV_DTYPES, page_bytes, resolve_kv_dtype
 from jaxinfer.config import EngineOptions, ModelConfig
@@ -25,6 +24,7 @@ from jaxinfer.roofline import (
     StepTime,
     count_sizes,
     decode_step,
+    padded,
     send_time,
     shard,
     step_time,
@@ -232,9 +232,8 @@ def memory_of(
     columns = pages_for(setting.context, size)
     rows, tokens = setting.rows, max(CHUNK_TOKENS, 2 * setting.rows)
     if shapes is None:
-        padded = pages_for(rows, MIN_ROWS) * MIN_ROWS
         shapes = [
-            StepShape(padded, n, MOST_CHUNKS if n else 0, columns * size) for n in (0, tokens)
+            StepShape(padded(rows), n, MOST_CHUNKS if n else 0, columns * size) for n in (0, tokens)
         ]
     how: dict[str, Any] = {
         "dtype": stored.dtype, "kv_dtype": setting.kv_name, "shards": setting.tp,

@@ -13,6 +13,7 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.errors import CapacityError
 from jaxinfer.models.weights import count_params
 from jaxinfer.pages import pages_for
+from jaxinfer.roofline import padded
 from jaxinfer.temporaries import StepShape, step_bytes
 from jaxinfer.types import MAX_TOP_LOGPROBS
 
@@ -91,7 +92,7 @@ def most_step_bytes(
         guessing: rows for which tokens are guessed at most, and how many; 0 of each: none.
         how: see `temporaries.hungriest`.
     """
-    rows = pages_for(rows, 8) * 8  # see `buckets.make_buckets`
+    rows = padded(rows)
     tokens = pages_for(tokens, MULTIPLE) * MULTIPLE
     any_kind: dict[str, Any] = {"truncated": True, "penalties": True, "top": MAX_TOP_LOGPROBS}
     shapes = [

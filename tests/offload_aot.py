@@ -28,11 +28,11 @@ from jaxinfer.config import BatcherConfig, LayerConfig, ModelConfig
 from jaxinfer.models.weights import declare
 from jaxinfer.offload import host_places, place_of, spread
 from jaxinfer.packing import pack, unpack
-from jaxinfer.plans import SequenceSpec, make_plan
 from jaxinfer.quant import QuantisedMatrix, Scheme
 from jaxinfer.quant.packing import pack_matrix
 from jaxinfer.runner import INVARIANT_OPTIONS, StepKey, run_step
 from tests.pallas_kernels.aot import topology
+from tests.step_aot import placed
 
 LAYERS = 4
 CONFIG = ModelConfig(
@@ -77,20 +77,12 @@ def weights(case: Case, place: NamedSharding) -> Any:
     return jax.tree.map(one, declared, places)
 
 
-def placed(tree: Any, place: NamedSharding) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
-
-
 def arguments(case: Case, key: StepKey, place: NamedSharding) -> tuple[Any, ...]:
     cache = jax.eval_shape(
         partial(init_cache, CONFIG, LIMITS.num_pages, LIMITS.page_size, jnp.bfloat16)
     )
     seq = jax.eval_shape(partial(init_state, LIMITS.max_num_seqs, key.pages))
-    probe = warmup.probe(LIMITS, CONFIG.vocab_size)
-    known = {0: probe.tokens, 1: probe.others}
-    specs = {i: SequenceSpec(x, warmup.GREEDY, 1024, seed=0) for i, x in known.items()}
-    action = warmup.probing(probe, key, LIMITS)
-    plan = pack(make_plan(action, key, specs, known, table_width=key.pages))
+    plan = pack(warmup.probe_plan(warmup.probe(LIMITS, CONFIG.vocab_size), key, LIMITS))
     return weights(case, place), *(placed(x, place) for x in (cache, seq, plan))
 
 

@@ -33,7 +33,6 @@ from jaxinfer.models.weights import abstract_params
 from jaxinfer.packing import pack
 from jaxinfer.pages import pages_for
 from jaxinfer.parallel import declared_on
-from jaxinfer.plans import SequenceSpec, make_plan
 from jaxinfer.quant import QuantisedMatrix
 from jaxinfer.quant.make import Recipe
 from jaxinfer.quant.packing import pack_matrix
@@ -91,6 +90,7 @@ def weights(case: Case, config: ModelConfig, mesh: Mesh) -> Any:
 
 
 def placed(tree: Any, place: NamedSharding) -> Any:
+    """The shapes of a tree's arrays, where they are to lie."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
 
 
@@ -120,11 +120,7 @@ def arguments(case: Case, config: ModelConfig, key: StepKey, mesh: Mesh) -> tupl
         seq = seq._replace(
             penalties=jax.eval_shape(partial(init_penalties, rows, config.vocab_size))
         )
-    probe = warmup.probe(limits, config.vocab_size)
-    known = {0: probe.tokens, 1: probe.others}
-    specs = {i: SequenceSpec(x, warmup.GREEDY, case.context, seed=0) for i, x in known.items()}
-    action = warmup.probing(probe, key, limits)
-    plan = pack(make_plan(action, key, specs, known, table_width=key.pages))
+    plan = pack(warmup.probe_plan(warmup.probe(limits, config.vocab_size), key, limits))
     whole = NamedSharding(mesh, PartitionSpec())
     heads = NamedSharding(mesh, PartitionSpec(None, mesh.axis_names[0]))
     return (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -32,7 +31,7 @@ from jaxinfer.offload import BUFFERS, host_places, lies, on_host, split, spread
 from jaxinfer.quant.make import Recipe
 from jaxinfer.quantise import Method, quantise_params
 from tests.conftest import env_of_devices
-from tests.pallas_kernels.aot import plugin_path
+from tests.pallas_kernels.aot import run_with_plugin
 
 ROOT = Path(__file__).parents[1]
 HF = {
@@ -311,15 +310,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def compile_steps(folder: Path, names: Sequence[str]) -> None:
-    extra = plugin_path()
-    assert extra is not None, "no CUDA plugin to compile with: run `make aot`"
-    path = os.pathsep.join(filter(None, (str(ROOT), extra)))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.offload_aot", str(folder), *names], cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_with_plugin("tests.offload_aot", str(folder), *names)
 
 
 def schedule(text: str) -> list[tuple[str, str, list[str]]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from functools import cache
 from pathlib import Path
@@ -25,7 +23,7 @@ from jaxinfer.runner import SCORE_BLOCK, StepKey
 from jaxinfer.sampling import SUMMED_AT_ONCE
 from jaxinfer.sizing import most_step_bytes
 from jaxinfer.temporaries import MASSES, SCORE_ROWS, SUMS, StepShape, hungriest, step_bytes
-from tests.pallas_kernels.aot import plugin_path
+from tests.pallas_kernels.aot import run_with_plugin
 
 ROOT = Path(__file__).parents[1]
 # Fields of `step_aot.Case`, and `temp`: bytes that XLA allocated (JAX 0.11.2).
@@ -173,19 +171,9 @@ CASES = [
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the CUDA plugin is for Linux")
 def test_steps_compiled_now_take_what_was_recorded(tmp_path: Path):
-    extra = plugin_path()
-    assert extra is not None, "no CUDA plugin to compile with: run `make aot`"
     (tmp_path / "cases.json").write_text(json.dumps(CASES))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.step_aot", str(tmp_path / "cases.json")], cwd=ROOT,
-        env={
-            **os.environ, "JAX_PLATFORMS": "cpu",
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), extra))),
-        },
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = [json.loads(line) for line in done.stdout.splitlines()]
+    said = run_with_plugin("tests.step_aot", str(tmp_path / "cases.json"))
+    found = [json.loads(line) for line in said.splitlines()]
     assert len(found) == len(CASES)
     recorded = {name_of(case): case["temp"] for case in RECORDED}
     for case in found:

@@ -23,10 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
@@ -62,25 +63,36 @@ def compile_in_subprocess(
     Raises:
         RuntimeError: the plugin is missing, or the process failed as a whole.
     """
+    words = ("--here", arch, "--cases", cases, "--only", only)
+    dumps = {"MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_RESOURCES": "1"}
+    said = run_with_plugin("tests.pallas_kernels.aot", *words, timeout_s=timeout_s, env=dumps)
+    return [json.loads(line) for line in said.splitlines()]
+
+
+def run_with_plugin(
+    module: str, *words: str, timeout_s: float = 600, env: Mapping[str, str] = MappingProxyType({})
+) -> str:
+    """What a module prints that compiles for GPUs, in a process of its own that finds the plugin.
+
+    Args:
+        words: its command line.
+        env: added to the environment.
+
+    Raises:
+        RuntimeError: the plugin is missing, or the process failed.
+    """
     extra = plugin_path()
     if extra is None:
         raise RuntimeError("no CUDA plugin to compile with: run `make aot`")
     path = os.pathsep.join(filter(None, (str(ROOT), extra, os.environ.get("PYTHONPATH"))))
-    env = {
-        **os.environ,
-        "PYTHONPATH": path,
-        "JAX_PLATFORMS": "cpu",
-        "MOSAIC_GPU_DUMP_PTXAS": "1",
-        "MOSAIC_GPU_DUMP_RESOURCES": "1",
-    }
-    command = [sys.executable, "-m", "tests.pallas_kernels.aot", "--here", arch]
-    command += ["--cases", cases, "--only", only]
+    command = [sys.executable, "-m", module, *words]
     done = subprocess.run(
-        command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s
-    )
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu", **env},
+        capture_output=True, text=True, timeout=timeout_s,
+    )  # fmt: skip
     if done.returncode:
         raise RuntimeError(f"{' '.join(command[1:])}: {done.stderr[-3000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout
 
 
 def compile_all(arch: str, cases: Sequence[Any]) -> Iterator[dict[str, Any]]:

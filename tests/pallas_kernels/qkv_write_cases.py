@@ -20,7 +20,7 @@ from jax import lax
 
 from pallas_kernels.qkv_heads import Heads
 from pallas_kernels.qkv_write import qkv_write
-from tests.pallas_kernels.aot import SPECS, TARGETS
+from tests.pallas_kernels.aot import topology
 from tests.pallas_kernels.aot_cases import Case
 
 FORMATS = {
@@ -76,17 +76,14 @@ def steps(pools: Any, qkv: Any, slots: Any, heads: Any, n: Any) -> Any:
 
 
 def memory() -> Iterator[dict[str, Any]]:
-    from jax.experimental import topologies
-
     jax.devices()  # finds the plugin
-    spec = (TARGETS / SPECS["sm90"][0]).read_text()
-    topology = topologies.get_topology_desc(platform="cuda", target_config=spec, topology="1x1x1")
-    mesh = jax.sharding.Mesh(np.array(topology.devices), ("gpu",))
+    devices, _ = topology("sm90")
+    mesh = jax.sharding.Mesh(np.array(devices), ("gpu",))
     there = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     run = jax.jit(steps, in_shardings=there, out_shardings=there, donate_argnums=0)
     for name in FORMATS:
         args = arguments(8, 128, name)
-        with jax.default_device(topology.devices[0]):
+        with jax.default_device(devices[0]):
             compiled = run.lower(*args, jax.ShapeDtypeStruct((), jnp.int32)).compile()
         needs = compiled.memory_analysis()
         yield {

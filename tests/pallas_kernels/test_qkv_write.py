@@ -4,8 +4,6 @@ kernel compiles to on the GPUs that it is for."""
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -23,7 +21,7 @@ from pallas_kernels import qkv_write as op
 from pallas_kernels.kv_quantise import calibrate, quantise
 from pallas_kernels.qkv_heads import Heads, prepare
 from pallas_kernels.qkv_write import BACKENDS, qkv_write
-from tests.pallas_kernels.aot import ROOT, compile_in_subprocess, plugin_path
+from tests.pallas_kernels.aot import compile_in_subprocess, run_with_plugin
 
 E4M3 = jnp.float8_e4m3fn
 LARGEST = {jnp.int8: 127.0, E4M3: 448.0}
@@ -345,12 +343,8 @@ def test_it_compiles_without_spills(arch):
 
 @linux
 def test_the_pools_are_written_in_place():
-    path = os.pathsep.join(filter(None, (str(ROOT), plugin_path())))
-    env = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "tests.pallas_kernels.qkv_write_cases"]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    said = run_with_plugin("tests.pallas_kernels.qkv_write_cases", timeout_s=300)
+    rows = [json.loads(line) for line in said.splitlines()]
     assert len(rows) == 6
     for row in rows:
         assert row["donated_bytes"] >= row["pool_bytes"]
