@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 SHAPE, LARGE = "llama-3.1-8b", "llama-3.1-70b"
 CONTEXT, BATCHES, REPEATS, SHORT, LONG = 1024, (1, 64), 3, 17, 145
 PROMPTS, PROMPT = 8, 4095  # of the prefill that is timed
+SHARE = 12 << 30  # bytes of KV cache, where settings share GPUs
 COPY = 3.0e12  # bytes/s that one H100 copies at; `ceilings` of other runs
 # XLA's options, one at a time; see docs/parallel.md for what came of them.
 GRAPHS = (
@@ -95,27 +96,40 @@ def name_of(options: dict[str, Any]) -> str:
 
 
 def speed(shape: str, options: dict[str, Any], batches: list[int]) -> Iterator[Record]:
-    """Decode and prefill of one setting."""
-    from jaxinfer import SamplingParams
-
+    """Decode and prefill of one setting. All settings start and compile at once, on the same GPUs,
+    and are then timed in turns."""
     stem = f"multi_gpu.{shapes.short(shape)}.{name_of(options)}"
     sizes = {"max_num_seqs": max(*batches, PROMPTS), "max_model_len": PROMPT + 1 + LONG}
-    llm = start(shape, {**sizes, "prefix_caching": False, **options})
+    llm = start(shape, {**sizes, "prefix_caching": False, "kv_cache_bytes": SHARE, **options})
+
+    def steps_of(batch: int, repeats: int) -> list[float]:
+        pairs = decode.timed_pairs(llm, batch, CONTEXT, repeats=repeats, short=SHORT, long=LONG)
+        return timing.step_ms(pairs, SHORT, LONG)
+
     for batch in batches:
-        pairs = decode.timed_pairs(llm, batch, CONTEXT, repeats=REPEATS, short=SHORT, long=LONG)
-        steps = timing.step_ms(pairs, SHORT, LONG)
-        detail = {"options": options, "context": CONTEXT, "memory_plan": str(llm.memory_plan)}
-        detail["ms_of_each_repeat"] = [round(ms, 3) for ms in steps]
-        yield Record(f"{stem}.decode.b{batch}.ms", statistics.median(steps), "ms", detail)
-    times = []
-    for seed in range(1 + REPEATS):
-        prompts = decode.random_prompts(50 + seed, PROMPTS, PROMPT, llm.config.vocab_size)
-        began = time.perf_counter()
-        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
-        times.append(time.perf_counter() - began)
-    rate = PROMPTS * PROMPT / statistics.median(times[1:])  # the first compiles
-    yield Record(f"{stem}.prefill.tok_s", rate, "tok/s", {"prompts": PROMPTS, "tokens": PROMPT})
+        steps_of(batch, 1)
+    prefill_seconds(llm, 0)
+    with parts.turn():
+        for batch in batches:
+            steps = steps_of(batch, REPEATS)
+            detail = {"options": options, "context": CONTEXT, "memory_plan": str(llm.memory_plan)}
+            detail["ms_of_each_repeat"] = [round(ms, 3) for ms in steps]
+            yield Record(f"{stem}.decode.b{batch}.ms", statistics.median(steps), "ms", detail)
+        times = [prefill_seconds(llm, seed) for seed in range(1, 1 + REPEATS)]
+    rate = PROMPTS * PROMPT / statistics.median(times)
+    detail = {"prompts": PROMPTS, "tokens": PROMPT, "seconds_of_each_repeat": times}
+    yield Record(f"{stem}.prefill.tok_s", rate, "tok/s", detail)
     yield Record(f"{stem}.exchanges", float(sum(exchanges(llm).values())), "", exchanges(llm))
+
+
+def prefill_seconds(llm: LLM, seed: int) -> float:
+    """Of one token after each of several long prompts."""
+    from jaxinfer import SamplingParams
+
+    prompts = decode.random_prompts(50 + seed, PROMPTS, PROMPT, llm.config.vocab_size)
+    began = time.perf_counter()
+    llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+    return time.perf_counter() - began
 
 
 def exchanges(llm: LLM) -> dict[str, int]:
@@ -234,9 +248,10 @@ def links(count: int) -> Iterator[Record]:
 # -- processes ------------------------------------------------------------------------------------
 
 
-def make_parts(args: argparse.Namespace) -> list[Part]:
-    """What is asked for, each in a process of its own."""
-    made, wanted = [], args.measure.split(",")
+def make_parts(args: argparse.Namespace) -> list[Part | list[Part]]:
+    """What is asked for, each in a process of its own; those of an inner list run together."""
+    made: list[Part] = []
+    wanted, together = args.measure.split(","), []
     degrees = [{"tensor_parallel_size": n} if n > 1 else {} for n in args.devices]
     most = max(args.devices)
     fraction = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
@@ -248,7 +263,9 @@ def make_parts(args: argparse.Namespace) -> list[Part]:
 
     if "speed" in wanted:
         for options in degrees:
-            add("speed", options, f"speed.{name_of(options)}", 240, {})
+            env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            add("speed", options, f"speed.{name_of(options)}", 420, env)
+        together, made[:] = [made[:]], []
     if "replicas" in wanted:
         for options in ({}, {"data_parallel_size": 2}):
             add("replicas", options, f"replicas.{name_of(options)}", 240, {})
@@ -266,7 +283,7 @@ def make_parts(args: argparse.Namespace) -> list[Part]:
     if args.large:
         options = {"tensor_parallel_size": 4, "max_num_seqs": 1, "max_model_len": 2048}
         add("large", options, "large", 420, {})
-    return made
+    return [*together, *made]
 
 
 def run_part(args: argparse.Namespace) -> Iterator[Record]:

@@ -29,7 +29,7 @@ from bench.record import ROOT, Record, Run
 STARTED = "BENCH_PART_STARTED"  # environment: time.time() at which the part's process was made
 TURNS = "BENCH_TURNS"  # environment: a folder in which processes say that they are ready
 TURNS_OF = "BENCH_TURNS_OF"  # environment: how many there are
-PATIENCE_S = 150.0  # for the others to be ready
+PATIENCE_S = 300.0  # for the others to be ready
 TORCH_PYTHON = "BENCH_TORCH_PYTHON"  # environment: the interpreter that has torch
 ERROR_CHARS = 2000
 UNITS = {"ms": 1e-3, "us": 1e-6}  # seconds

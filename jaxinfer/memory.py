@@ -25,6 +25,7 @@ from jaxinfer.parallel import device_share
 from jaxinfer.roofline import LAYER_S, shard
 from jaxinfer.sizing import MemoryPlan, device_memory, plan_memory
 from pallas_kernels.device import capability
+from pallas_kernels.exchange import connectable, memory_bytes
 from pallas_kernels.scaled_matmul import has_kernel
 
 DEFAULT_BATCHED_TOKENS = 2048
@@ -91,7 +92,7 @@ def plan(
         max_num_batched_tokens=batched_tokens(options),
         weights=weights,
         host_weights=host_weights,
-        buffers=buffers + (STAGED * one if far else 0),
+        buffers=buffers + (STAGED * one if far else 0) + _link_bytes(meshes),
         shards=options.tensor_parallel_size,
         hopper=has_kernel(capability()),
         **_guessing(drafter, options),
@@ -129,6 +130,12 @@ def _host_pages(
             "before JAX starts)"
         )
     return one, budget // one
+
+
+def _link_bytes(meshes: Sequence[Mesh | None]) -> int:
+    """Of each device, for exchanges of partial results; see `pallas_kernels.exchange`."""
+    linked = [mesh for mesh in meshes if mesh is not None and connectable(mesh)]
+    return max(map(memory_bytes, linked), default=0)
 
 
 def _local(config: ModelConfig, options: EngineOptions) -> ModelConfig:

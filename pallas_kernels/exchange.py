@@ -1,14 +1,15 @@
 """Sums of partial results over the devices of a mesh axis, in the order of the devices.
 
-`exchange` is the op: it picks a backend. `exchange_mosaic` is one kernel in which devices write
-into each other's memory, by addresses that `connect` collects; elsewhere it is collectives of
-XLA's, whose sums have the same bits.
+`exchange` is the op: it picks a backend. In the kernels of `exchange_small` and `exchange_large`
+devices write into each other's memory, by addresses that `connect` collects; elsewhere it is
+collectives of XLA's, whose sums have the same bits.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels.exchange_layout import CAPACITY, VECTOR, memory_words
+from pallas_kernels.exchange_layout import LARGE, LINE, SMALL, VECTOR, memory_words
 
 DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
@@ -41,6 +42,11 @@ def connectable(mesh: Mesh) -> bool:
     if mesh.devices.shape[-1] == 1 or mesh.is_multi_process:
         return False
     return all(d.platform == "gpu" and float(d.compute_capability) >= 9 for d in mesh.devices.flat)
+
+
+def memory_bytes(mesh: Mesh) -> int:
+    """Bytes that `connect` takes of each device."""
+    return 4 * memory_words(mesh.devices.shape[-1])
 
 
 def connect(mesh: Mesh) -> Link:
@@ -75,10 +81,13 @@ def exchange(x: jax.Array, axis: str, link: jax.Array | None = None) -> jax.Arra
         link: this device's row of `Link.table`, whose groups are along `axis`; None: by XLA.
     """
     n = lax.axis_size(axis)
-    if link is not None and fits(x):
-        from pallas_kernels import exchange_mosaic  # importing Mosaic changes the environment
+    kernel = None if link is None else kernel_for(x)
+    if link is not None and kernel is not None:
+        # Importing Mosaic changes the environment.
+        from pallas_kernels import exchange_large, exchange_small
 
-        return exchange_mosaic.exchange(x, link.reshape(-1), devices=n)
+        run = exchange_small.exchange if kernel == "small" else exchange_large.exchange
+        return run(x, link.reshape(-1), devices=n)
     if n == 2:
         return lax.psum(x, axis)  # the order of two does not matter
     first, *others = lax.all_gather(x, axis)
@@ -87,7 +96,11 @@ def exchange(x: jax.Array, axis: str, link: jax.Array | None = None) -> jax.Arra
     return first
 
 
-def fits(x: jax.Array) -> bool:
-    """Whether the kernel takes it."""
+def kernel_for(x: jax.Array) -> Literal["small", "large"] | None:
+    """Which of the kernels takes it; None: neither."""
     count = math.prod(x.shape)
-    return x.dtype in DTYPES and count % VECTOR == 0 and count <= CAPACITY
+    if x.dtype not in DTYPES:
+        return None
+    if count % LINE == 0 and count <= SMALL:
+        return "small"
+    return "large" if count % VECTOR == 0 and count <= LARGE else None

@@ -13,8 +13,8 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.exchange import connect, connectable, exchange, fits
-from pallas_kernels.exchange_layout import CAPACITY, memory_words
+from pallas_kernels.exchange import connect, connectable, exchange, kernel_for
+from pallas_kernels.exchange_layout import LARGE, SMALL
 from tests.conftest import env_of_devices
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -60,23 +60,28 @@ def test_by_collectives(devices: int) -> None:
     assert json.loads(done.stdout.splitlines()[-1]) == [True] * len(DTYPES)
 
 
-def test_what_the_kernel_takes() -> None:
-    def of(shape: tuple[int, ...], dtype: str = "bfloat16") -> bool:
-        return fits(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype)))
-
-    assert of((8, 4096))
-    assert of((CAPACITY,), "float16")
-    assert not of((CAPACITY + 8,))
-    assert not of((3, 4))
-    assert not of((8, 4096), "float32")
-    # A message of each device, twice, at 8 words for 8 numbers; and counters.
-    assert memory_words(4) == 2 * 4 * CAPACITY + 32
+@pytest.mark.parametrize(
+    ("shape", "dtype", "kernel"),
+    [
+        ((8, 4096), "bfloat16", "small"),
+        ((SMALL,), "float16", "small"),
+        ((SMALL + 8,), "float16", "large"),
+        ((LARGE,), "bfloat16", "large"),
+        ((LARGE + 8,), "bfloat16", None),
+        ((SMALL + 4,), "bfloat16", None),
+        ((3, 5), "bfloat16", None),
+        ((8, 4096), "float32", None),
+    ],
+)
+def test_what_the_kernels_take(shape: tuple[int, ...], dtype: str, kernel: str | None) -> None:
+    assert kernel_for(jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))) == kernel
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_the_kernel_sums_in_order(dtype: str) -> None:
-    """Messages of several sizes after each other: turns and counters are shared by all."""
+def test_the_kernels_sum_in_order(dtype: str) -> None:
+    """Messages of several sizes after each other, whose turns and counters are the same: both
+    kernels', of fewer vectors than threads, and of slices and tiles that are not full."""
     devices = jax.devices()
     if len(devices) < 2:
         pytest.skip("one GPU: nothing to exchange with")
@@ -89,7 +94,7 @@ def test_the_kernel_sums_in_order(dtype: str) -> None:
     def run(x: jax.Array, table: jax.Array) -> jax.Array:
         return exchange(x[0], "tensor", table)[None]
 
-    for rows in (8, 128, 1, 3, 64) * 3:
+    for rows in (8, 257, 128, 1, 4096, 1001, 3, 256, 8192) * 3:
         parts = parts_of(len(devices), (rows, 4096), dtype)
         found = np.asarray(run(jax.device_put(parts, link.table.sharding), link.table))
         for each in found:
