@@ -1,10 +1,9 @@
 """The strongest simple baseline: a decoder in plain PyTorch, compiled, in the manner of gpt-fast.
 
 Static keys and values, one decode step under `torch.compile(mode="reduce-overhead",
-fullgraph=True)` (CUDA graphs), a prefill compiled layer by layer, fused matrices for q, k, v and for
-gate and up.
-Decode attention is grouped: keys and values are read once for all heads that share them. Llama,
-Mistral and Qwen3 as far as they are plain; anything else is refused.
+fullgraph=True)` (CUDA graphs), a prefill compiled layer by layer, fused matrices for q, k, v and
+for gate and up. Decode attention is grouped: keys and values are read once for all heads that share
+them. Llama, Mistral and Qwen3 as far as they are plain; anything else is refused.
 """
 
 from __future__ import annotations
@@ -128,8 +127,8 @@ def begin(c: Config, model: Any, ids: Tensor) -> tuple[Tensor, At]:
 
 
 def layer(c: Config, w: Any, x: Tensor, keys: Tensor, values: Tensor, at: At) -> Tensor:
-    """Of x [B, T, E]. One token each is decode; more are a prompt, from position 0 on. Writes `keys`
-    and `values`, [B, K, S, D], which a prompt is not read from."""
+    """Of x [B, T, E]. One token each is decode; more are a prompt, from position 0 on. Writes
+    `keys` and `values`, [B, K, S, D]; a prompt reads nothing from them."""
     B, T, _ = x.shape
     h = _norm(x, w.norm, c.eps)
     q, k, v = F.linear(h, w.qkv).split([c.H * c.D, c.K * c.D, c.K * c.D], -1)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,11 @@ from bench import (
 )
 from bench.cases import Got
 from bench.engines import RAGGED, Memory, Options, Output, Request
-from bench.engines.client import EngineError, Missing, Reply
+from bench.engines.client import EngineError, Missing, NoAnswer, Reply
 from bench.record import Record, Run
 from bench.sessions import Failure, Session, Took, Trial
 from bench.sizes import SMOKE, Model
+from bench.until import OUT_OF_TIME, Until
 from tests.bench.test_engines import DEMO, STUBS
 
 TINY = Model({
@@ -146,47 +149,69 @@ def test_as_many_engines_share_a_device_as_fit() -> None:
     assert cases.concurrent_tokens(session.cases, 1) == held // 2
 
 
+class Clock:
+    """Seconds that fakes say have passed."""
+
+    seconds = 0.0
+
+
 class Fake:
-    """An engine whose clock is made up; `log` has whose turn it was."""
+    """An engine whose clock is made up; `log` has whose turn it was. `takes`: seconds of its first calls.
+    `after`: it answers once that one is warm."""
 
     log: list[tuple[str, int]]
+    clock: Clock
 
-    def __init__(self, name: str, step: float, *, token: int = 1, fails: str = "") -> None:
+    def __init__(self, name: str, step: float, *, token: int = 1, fails: str = "",
+                 takes: Sequence[float] = (), after: Fake | None = None) -> None:  # fmt: skip
         self.name, self.step, self.token, self.fails = name, step, token, fails
         self.alive, self.versions, self.cold = True, {"torch": "2"}, 1
+        self.takes, self.after, self.warm = list(takes), after, threading.Event()
 
     def __enter__(self) -> Fake:
         return self
 
     def __exit__(self, *_: object) -> None: ...
 
-    def wait(self) -> float:
+    def wait(self, timeout_s: float) -> float:
         if self.fails == "missing":
             raise Missing("it is not installed")
         return 0.0
 
     def generate(self, requests: list[Request], timeout_s: float) -> Reply:
         self.log.append((self.name, len(requests[0].prompt)))
+        if self.after is not None:
+            assert self.after.warm.wait(60)
+        seconds = self.takes.pop(0) if self.takes else 0.0
+        self.clock.seconds += min(seconds, timeout_s)
+        if seconds > timeout_s or not timeout_s:
+            self.alive = False
+            raise NoAnswer("no answer")
         if self.fails == "call":
             self.alive = False
             raise EngineError("it broke", "tail")
         (got,) = replies([requests], 0.1, self.step)
         outputs = [out._replace(tokens=[self.token] * len(out.tokens)) for out in got.outputs]
         cold, self.cold = self.cold, 0
+        if not cold:
+            self.warm.set()
         return Reply(outputs, got.seconds, 0.0, cold)
 
-    def memory(self) -> Memory:
+    def memory(self, timeout_s: float) -> Memory:
         return Memory(10, 20, 3)
 
 
-def run_fakes(*fakes: Fake, session: Session | None = None, late: bool = False) -> list[Any]:
+def run_fakes(*fakes: Fake, session: Session | None = None, seconds: float = 1e9) -> list[Any]:
+    """Events, and whose turn it was, when there are so many seconds."""
     log: list[tuple[str, int]] = []
+    clock = Clock()
     by = {fake.name: fake for fake in fakes}
     for fake in fakes:
-        fake.log = log
+        fake.log, fake.clock = log, clock
     groups = [list(by)]
     start: Any = lambda name, path, options: by[name]  # noqa: E731
-    found = list(sessions.run(session or one_case(), groups, lambda: late, start=start))
+    until = Until(seconds, lambda: clock.seconds)
+    found = list(sessions.run(session or one_case(), groups, until, start=start))
     return [found, log]
 
 
@@ -209,7 +234,7 @@ def test_one_that_breaks_leaves_and_the_others_go_on() -> None:
         Fake("jaxinfer", 0.01), Fake("vllm", 0.02, fails="call"), Fake("sglang", 1, fails="missing")
     )
     failed = [(e.engine, e.error, e.missing) for e in found if isinstance(e, Failure)]
-    assert failed == [("sglang", "it is not installed", True), ("vllm", "it broke", False)]
+    assert failed == [("vllm", "it broke", False), ("sglang", "it is not installed", True)]
     trials = [e for e in found if isinstance(e, Trial)]
     assert {(t.engine, t.case.name) for t in trials} == {
         ("jaxinfer", "b2.in4"), ("jaxinfer", "ragged")
@@ -225,13 +250,78 @@ def test_times_that_make_no_sense_are_taken_again_and_then_are_a_failure() -> No
     found, log = run_fakes(Fake("jaxinfer", 0.0), session=one_case(repeats=1))
     failed = {e.error for e in found if isinstance(e, Failure)}
     assert failed == {"3 times: 6 tokens took no longer than 2: use longer outputs"}
-    assert len(log) == (4 + 6) + (2 + 6)  # calls of both cases: until warm, then three tries of two
+    # calls of both cases: until warm, then a brief one and three tries of two
+    assert len(log) == (4 + 1 + 6) + (2 + 1 + 6)
 
 
-def test_without_time_nothing_is_measured() -> None:
-    found, log = run_fakes(Fake("jaxinfer", 0.01), late=True)
+def trials_of(found: Sequence[Any]) -> Counter[tuple[str, str]]:
+    """How many there are of each engine and case."""
+    return Counter((e.engine, e.case.name) for e in found if isinstance(e, Trial))
+
+
+def late_of(found: Sequence[Any]) -> list[tuple[str, str]]:
+    failed = [e for e in found if isinstance(e, Failure) and e.case is not None]
+    return [(e.engine, e.case.name) for e in failed if e.error == OUT_OF_TIME]
+
+
+def test_without_time_nothing_is_started() -> None:
+    found, log = run_fakes(Fake("jaxinfer", 0.01), Fake("hf-eager", 0.01), seconds=0)
     assert log == []
-    assert {e.error for e in found if isinstance(e, Failure)} == {"not started: out of time"}
+    assert late_of(found) == [
+        ("jaxinfer", "b2.in4"),
+        ("jaxinfer", "ragged"),
+        ("hf-eager", "b2.in4"),
+    ]
+    assert len(found) == 3
+
+
+def test_an_engine_that_warms_up_too_slowly_is_cut_off_and_the_others_are_reported() -> None:
+    quick = Fake("jaxinfer", 0.01)
+    slow = Fake("torch-compile", 0.01, takes=[100, 1e6], after=quick)
+    found, _ = run_fakes(quick, slow, session=replace(one_case(), cases=one_case().cases[:1]),
+                         seconds=1000)  # fmt: skip
+    assert slow.clock.seconds == pytest.approx(sessions.WARM_SHARE * 1000)
+    assert not slow.alive
+    assert trials_of(found) == {("jaxinfer", "b2.in4"): 3}
+    assert late_of(found) == [("torch-compile", "b2.in4")]
+    records = figures.summarise("m", found, greedy=True, exact=True, reference="jaxinfer")
+    text = report.table(Run("2026-12-01", GPU, {}, "cmd", records=tuple(records)))
+    assert "| b2.in4 | ms a step | 10 |" in text
+    assert "- torch-compile: not run: out of time (latency b2.in4)" in text
+
+
+def test_one_that_is_warm_for_some_cases_when_time_is_up_is_measured_in_these() -> None:
+    found, _ = run_fakes(Fake("jaxinfer", 0.01, takes=[0, 0, 0, 600]), seconds=1000)
+    assert trials_of(found) == {("jaxinfer", "b2.in4"): 3}
+    assert late_of(found) == [("jaxinfer", "ragged")]
+
+
+@pytest.mark.parametrize(
+    ("takes", "seconds", "repeats", "late"),
+    [
+        ([9, 9, 9, 9, 9, 9], 100, 3, []),  # no more than fits: 18 s each, thrice
+        ([9, 9, 9, 9], 50, 2, []),  # the third would end too late, and is not begun
+        ([9, 9, 9, 90], 50, 1, []),  # the second is cut off: the first is kept
+        ([9, 90], 50, 0, ["b2.in4"]),
+    ],
+)
+def test_repeats_end_in_time(
+    takes: list[float], seconds: float, repeats: int, late: list[str]
+) -> None:
+    session = replace(one_case(), cases=one_case().cases[:1])
+    warm_and_brief = [0.0] * 5
+    fake = Fake("jaxinfer", 0.01, takes=[*warm_and_brief, *takes])
+    found, _ = run_fakes(fake, session=session, seconds=seconds)
+    assert trials_of(found).total() == repeats
+    assert late_of(found) == [("jaxinfer", name) for name in late]
+    assert [e for e in found if isinstance(e, Failure)] == [] or late
+
+
+def test_a_slow_engine_repeats_a_case_less_often() -> None:
+    slow = Fake("hf-continuous", 0.01, takes=[0] * 5 + [6] * 6)
+    session = replace(one_case(), cases=one_case().cases[:1], case_seconds=30)
+    found, _ = run_fakes(Fake("jaxinfer", 0.01), slow, session=session)
+    assert trials_of(found) == {("jaxinfer", "b2.in4"): 3, ("hf-continuous", "b2.in4"): 2}
 
 
 # -- figures --------------------------------------------------------------------------------------
@@ -437,6 +527,18 @@ def test_a_small_run_of_jaxinfer_beside_a_stub(
     assert json.loads(path.read_text())["command"].startswith("python -m bench.compare")
 
 
+def test_a_run_without_time_says_of_everything_that_it_did_not_run(tmp_path: Path) -> None:
+    words = ["--smoke", "--engines", "jaxinfer,hf-static", "--minutes", "0"]
+    run = compare.main([*words, "--out", str(tmp_path)])
+    assert {r.value for r in run.records} <= {None, 0}
+    (text,) = (path.read_text() for path in tmp_path.glob("*.md"))
+    lines = {line.partition(":")[0]: line for line in text.splitlines() if line.startswith("- ")}
+    assert "not run: out of time (startup in16, latency b1.in16, " in lines["- jaxinfer"]
+    assert "throughput 8x4-6" in lines["- hf-static"]
+    assert "lognormal" not in lines["- hf-static"]  # which it cannot do
+    assert "- ceilings.jax" in lines
+
+
 @pytest.mark.slow
 def test_start_is_timed_with_and_without_programs_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -471,6 +573,13 @@ def test_cases_that_leave_room_for_fewer_engines_have_a_session_of_their_own(
         assert session.options.max_model_len == cases.longest(session.cases)
         mixed = session.cases[0].workload == "throughput"
         assert session.options.warm_up == mixed
+    args, sizes = compare_options.parse(["--short"])
+    (short,) = compare.make_sessions(args, sizes, checkpoint, None)
+    assert [case.workload for case in short.cases] == [
+        "latency", "latency", "prefill", "throughput", "serve"
+    ]  # fmt: skip
+    assert short.options.warm_up
+    assert not short.options.prefix_caching
     assert compare.find_checkpoint("demo", tmp_path, "float32")[1] == []
     with pytest.raises(ValueError, match="unknown shape"):
         compare.find_checkpoint("gpt", tmp_path, "bfloat16")
