@@ -43,6 +43,7 @@ class Sizes:
 
 
 FULL = Sizes()
+# What each of these costs, in seconds, is in docs/comparison.md.
 SHORT = Sizes(
     batch_sizes=(1, 64), input_lens=(1024,), output_lens=(33, 161), prefill_lens=(4096,),
     num_prompts=64, datasets=("lognormal",), burstiness=(1.0,), case_seconds=30.0,
