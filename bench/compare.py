@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from bench import (
 from bench.cases import Case
 from bench.compare_options import FIXED, MIXED, parse
 from bench.engines import ENGINES, Options
+from bench.engines.client import Client
 from bench.parts import Part
 from bench.record import Record, Run
 from bench.sessions import Failure, Session, Trial
@@ -156,8 +158,11 @@ def _by_fit(
 class Harness:
     """The run so far: its result file is written anew after every case."""
 
-    def __init__(self, args: argparse.Namespace, run: Run, path: Path) -> None:
+    def __init__(self, args: argparse.Namespace, run: Run, path: Path, folder: Path) -> None:
+        """`folder`: of files that the run does not need afterwards."""
         self.args, self.run, self.path = args, run, path
+        # PyTorch's caches are the run's own: who is ended while it compiles leaves broken files.
+        self.env = {name: str(folder / name) for name in startup.TORCH_CACHES}
         self.missing: set[str] = set()  # engines that are not installed
         self.until = NEVER
         if args.minutes is not None:
@@ -206,7 +211,8 @@ class Harness:
                 exact=args.dtype == "float32", reference=args.engines[0],
             ))  # fmt: skip
 
-        for event in sessions.run(session, groups, self.until):
+        start = partial(Client, env=self.env)
+        for event in sessions.run(session, groups, self.until, start=start):
             if events and event.case is not events[-1].case:
                 add()  # what is there, if the run is ended from outside
             events.append(event)
@@ -245,8 +251,8 @@ def main(words: list[str] | None = None) -> Run:
     run = record.start(parts.command_line("bench.compare"))
     if args.readme:
         report.check_device(run)
-    harness = Harness(args, run, record.path_for(run, "compare", args.out))
     with tempfile.TemporaryDirectory(prefix="bench-model-") as folder:
+        harness = Harness(args, run, record.path_for(run, "compare", args.out), Path(folder))
         checkpoint, writing = find_checkpoint(args.model, Path(folder), args.dtype)
         tiny = run.device["kind"] == "cpu"
         harness.run_parts([*ceilings.make_parts(tiny=tiny)[: 1 if args.smoke else 2], *writing])

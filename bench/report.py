@@ -125,7 +125,8 @@ def _missing(run: Run) -> Iterable[str]:
         why = r.detail.get("why") or (r.error if figure == "failed" else None)
         if why and not why.startswith("cannot"):
             how = "failed" if r.error and why != OUT_OF_TIME else "not run"
-            places = seen.setdefault(f"{r.detail.get('engine', stem)}: {how}: {why}", [])
+            said = why.partition("\n")[0]
+            places = seen.setdefault(f"{r.detail.get('engine', stem)}: {how}: {said}", [])
             if r.error and "case" in r.detail:
                 places.append(f"{r.detail['workload']} {r.detail['case']}")
     lines = [

@@ -230,6 +230,7 @@ def _warm_one(client: Client, session: Session, until: Until) -> list[Failure]:
             failures.append(Failure(name, case, str(error), error.tail))
             if not client.alive:
                 break
+            continue
         print(f"  {case.workload} {case.name} {name}: warm, "
               f"{time.monotonic() - began:.1f} s", flush=True)  # fmt: skip
     return failures

@@ -16,9 +16,10 @@ from bench.until import Until
 
 START_TOKENS = 16  # of the first request: long enough to need the decode step too
 # Programs compiled before are kept in these, by one engine or another.
+TORCH_CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 CACHES = (
-    "XDG_CACHE_HOME", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH",
-    "VLLM_CACHE_ROOT", "JAX_COMPILATION_CACHE_DIR",
+    *TORCH_CACHES, "XDG_CACHE_HOME", "CUDA_CACHE_PATH", "VLLM_CACHE_ROOT",
+    "JAX_COMPILATION_CACHE_DIR",
 )  # fmt: skip
 
 
