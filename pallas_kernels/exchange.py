@@ -23,17 +23,18 @@ DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
 @dataclass(frozen=True)
-class Link:
+class Peers:
     """Memory of each device that the others write into.
 
     Attributes:
-        table: uint32 [devices, 2 n + 3], a row on each device: addresses of the memory of the n
+        table: uint32 [devices, 2n + 3], a row on each device: addresses of the memory of the n
             devices of its group and of its own, in two words each, and its place in the group.
-        memory: what the addresses are of. It must live as long as anybody uses the table.
+        memory: what the addresses are of. It must live as long as anybody uses the table. None
+            where programs are only compiled.
     """
 
-    table: jax.Array
-    memory: jax.Array
+    table: jax.Array | jax.ShapeDtypeStruct
+    memory: jax.Array | None
 
 
 def connectable(mesh: Mesh) -> bool:
@@ -49,9 +50,14 @@ def memory_bytes(mesh: Mesh) -> int:
     return 4 * memory_words(mesh.devices.shape[-1])
 
 
-def connect(mesh: Mesh) -> Link:
+def table_shape(mesh: Mesh) -> tuple[int, int]:
+    """Of `Peers.table`."""
+    return mesh.size, 2 * mesh.devices.shape[-1] + 3
+
+
+def connect(mesh: Mesh) -> Peers:
     """Connects the devices along the last axis of a mesh. All must be this process's, GPUs that can
-    reach each other's memory. What uses the link must run in the same order on each of them."""
+    reach each other's memory. What uses the result must run in the same order on each of them."""
     axes, n = mesh.axis_names, mesh.devices.shape[-1]
     place = NamedSharding(mesh, PartitionSpec(axes))
     memory = jax.jit(
@@ -64,30 +70,30 @@ def connect(mesh: Mesh) -> Link:
         for group in mesh.devices.reshape(-1, n)
         for place, own in enumerate(group)
     ]
-    return Link(jax.device_put(np.array(rows, np.uint32), place), memory)
+    return Peers(jax.device_put(np.array(rows, np.uint32), place), memory)
 
 
 def _words(*addresses: int) -> list[int]:
     return [word for a in addresses for word in (a & 0xFFFFFFFF, a >> 32)]
 
 
-def exchange(x: jax.Array, axis: str, link: jax.Array | None = None) -> jax.Array:
+def exchange(x: jax.Array, axis: str, peers: jax.Array | None = None) -> jax.Array:
     """The sum of x over the devices of a mesh axis, under `shard_map`; the same on all of them.
 
     Summed in x's dtype and in the order of the devices, so that no size of a message changes bits.
 
     Args:
         x: a float type.
-        link: this device's row of `Link.table`, whose groups are along `axis`; None: by XLA.
+        peers: this device's row of `Peers.table`, whose groups are along `axis`; None: by XLA.
     """
     n = lax.axis_size(axis)
-    kernel = None if link is None else kernel_for(x)
-    if link is not None and kernel is not None:
+    kernel = None if peers is None else kernel_for(x)
+    if peers is not None and kernel is not None:
         # Importing Mosaic changes the environment.
         from pallas_kernels import exchange_large, exchange_small
 
         run = exchange_small.exchange if kernel == "small" else exchange_large.exchange
-        return run(x, link.reshape(-1), devices=n)
+        return run(x, peers.reshape(-1), devices=n)
     if n == 2:
         return lax.psum(x, axis)  # the order of two does not matter
     first, *others = lax.all_gather(x, axis)
