@@ -464,8 +464,8 @@ class StepCompiler:
             self._compiled[lookup] = self._finish(key, lowered)
             self._done()
             self.compile_seconds += time.perf_counter() - begin
-        params, draft = self._with_peers(params), self._with_peers(draft)
-        return self._compiled[lookup](params, cache, seq, plan, tables, draft)
+        weights, guessing = self._with_peers(params), self._with_peers(draft)
+        return self._compiled[lookup](weights, cache, seq, plan, tables, guessing)
 
     def forget(self, hook: Hook) -> None:
         """Lets go of the programs that have a hook in them."""

@@ -130,9 +130,9 @@ def arguments(case: Case, config: ModelConfig, key: StepKey, mesh: Mesh) -> tupl
     )  # fmt: skip
 
 
-def peers(mesh: Mesh) -> Peers | None:
+def peers(mesh: Mesh, arch: str) -> Peers | None:
     """As an engine has them."""
-    if mesh.size == 1:
+    if mesh.size == 1 or arch != "sm90":
         return None
     place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     return Peers(jax.ShapeDtypeStruct(table_shape(mesh), jnp.uint32, sharding=place), None)
@@ -144,7 +144,12 @@ def compiled(case: Case) -> Any:
     mesh = Mesh(np.array(devices), ("tensor",))
     how = Speculative("lookup", tokens=case.guesses or 1, rule=case.rule)  # type: ignore[arg-type]
     compiler = StepCompiler(
-        config, invariant=True, platform="gpu", drafter=Drafter(how), mesh=mesh, peers=peers(mesh)
+        config,
+        invariant=True,
+        platform="gpu",
+        drafter=Drafter(how),
+        mesh=mesh,
+        peers=peers(mesh, case.arch),
     )
     given = arguments(case, config, key, mesh)
     with jax.default_device(devices[0]), artificial_shared_memory_limit(shared_bytes):
