@@ -40,7 +40,7 @@ from jaxinfer.observe import (
 from jaxinfer.packing import Packed, flatten, send
 from jaxinfer.page_copies import PageCopies
 from jaxinfer.pages import page_keys, pages_for
-from jaxinfer.parallel import device_bytes, new_cache, replicate, sizes, stage_config
+from jaxinfer.parallel import connected, device_bytes, new_cache, replicate, sizes, stage_config
 from jaxinfer.plans import (
     Kind,
     SequenceSpec,
@@ -70,7 +70,6 @@ from jaxinfer.state import (
 )
 from jaxinfer.types import SamplingParams
 from jaxinfer.warmup import WarmUp
-from pallas_kernels.exchange import connect, connectable
 
 # How many later sequences a step of priority lets pass at most: nobody waits for ever.
 PRIORITY_ARRIVALS = 1000
@@ -119,10 +118,9 @@ class Engine:
         self._invariant = invariant
         self._buckets = make_buckets(limits, gpu=platform == "gpu")
         self._table_width = pages_for(limits.max_model_len, limits.page_size)
-        peers = connect(mesh) if mesh is not None and connectable(mesh) else None
         self.compiler = StepCompiler(
             stage_config(config, mesh), invariant=invariant, platform=platform,
-            drafter=of_stage(drafter, config, mesh), mesh=mesh, peers=peers,
+            drafter=of_stage(drafter, config, mesh), mesh=mesh, peers=connected(mesh),
             # A collective would wait for a process that still compiles, and not for ever.
             compiled=(lambda: None) if link is None else link.meet,
         )  # fmt: skip

@@ -7,9 +7,12 @@ collectives of XLA's, whose sums have the same bits.
 
 from __future__ import annotations
 
+import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import permutations
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -38,11 +41,27 @@ class Peers:
 
 
 def connectable(mesh: Mesh) -> bool:
-    """Whether `connect` can: GPUs of capability 9 or more, all of them this process's, and several
-    along the last axis."""
+    """Whether `connect` can: Hopper GPUs, several along the last axis, all of them this process's,
+    that reach each other's memory."""
     if mesh.devices.shape[-1] == 1 or mesh.is_multi_process:
         return False
-    return all(d.platform == "gpu" and float(d.compute_capability) >= 9 for d in mesh.devices.flat)
+    if any(d.platform != "gpu" or d.compute_capability != "9.0" for d in mesh.devices.flat):
+        return False
+    return all(map(_reach_each_other, mesh.devices.reshape(-1, mesh.devices.shape[-1]).tolist()))
+
+
+def _reach_each_other(group: Sequence[Any]) -> bool:
+    """Whether CUDA lets each of these GPUs write into the memory of the others."""
+    cuda, handles, yes = ctypes.CDLL("libcuda.so.1"), [], ctypes.c_int()
+    for device in group:
+        handle = ctypes.c_int()
+        if cuda.cuDeviceGet(ctypes.byref(handle), device.local_hardware_id):
+            return False
+        handles.append(handle)
+    return all(
+        cuda.cuDeviceCanAccessPeer(ctypes.byref(yes), one, other) == 0 and yes.value
+        for one, other in permutations(handles, 2)
+    )
 
 
 def memory_bytes(mesh: Mesh) -> int:
