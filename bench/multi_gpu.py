@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench import decode, parts, record, shapes, timing
+from bench import decode, parts, prefill, record, shapes, timing
 from bench.parts import Part, emit
 from bench.record import Record
 
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 SHAPE, LARGE = "llama-3.1-8b", "llama-3.1-70b"
 CONTEXT, BATCHES, REPEATS, SHORT, LONG = 1024, (1, 64), 3, 17, 145
-PROMPTS, PROMPT = 8, 4095  # of the prefill that is timed
 SHARE = 12 << 30  # bytes of KV cache, where settings share GPUs
 COPY = 3.0e12  # bytes/s that one H100 copies at; `ceilings` of other runs
 # XLA's options, one at a time; see docs/parallel.md for what came of them.
@@ -99,7 +98,10 @@ def speed(shape: str, options: dict[str, Any], batches: list[int]) -> Iterator[R
     """Decode and prefill of one setting. All settings start and compile at once, on the same GPUs,
     and are then timed in turns."""
     stem = f"multi_gpu.{shapes.short(shape)}.{name_of(options)}"
-    sizes = {"max_num_seqs": max(*batches, PROMPTS), "max_model_len": PROMPT + 1 + LONG}
+    sizes = {
+        "max_num_seqs": max(*batches, prefill.PROMPTS),
+        "max_model_len": prefill.PROMPT + 1 + LONG,
+    }
     llm = start(shape, {**sizes, "prefix_caching": False, "kv_cache_bytes": SHARE, **options})
 
     def steps_of(batch: int, repeats: int) -> list[float]:
@@ -108,28 +110,16 @@ def speed(shape: str, options: dict[str, Any], batches: list[int]) -> Iterator[R
 
     for batch in batches:
         steps_of(batch, 1)
-    prefill_seconds(llm, 0)
+    prefill.seconds(llm, 0)
     with parts.turn():
         for batch in batches:
             steps = steps_of(batch, REPEATS)
             detail = {"options": options, "context": CONTEXT, "memory_plan": str(llm.memory_plan)}
             detail["ms_of_each_repeat"] = [round(ms, 3) for ms in steps]
             yield Record(f"{stem}.decode.b{batch}.ms", statistics.median(steps), "ms", detail)
-        times = [prefill_seconds(llm, seed) for seed in range(1, 1 + REPEATS)]
-    rate = PROMPTS * PROMPT / statistics.median(times)
-    detail = {"prompts": PROMPTS, "tokens": PROMPT, "seconds_of_each_repeat": times}
+        rate, detail = prefill.rate(llm, REPEATS)
     yield Record(f"{stem}.prefill.tok_s", rate, "tok/s", detail)
     yield Record(f"{stem}.exchanges", float(sum(exchanges(llm).values())), "", exchanges(llm))
-
-
-def prefill_seconds(llm: LLM, seed: int) -> float:
-    """Of one token after each of several long prompts."""
-    from jaxinfer import SamplingParams
-
-    prompts = decode.random_prompts(50 + seed, PROMPTS, PROMPT, llm.config.vocab_size)
-    began = time.perf_counter()
-    llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
-    return time.perf_counter() - began
 
 
 def exchanges(llm: LLM) -> dict[str, int]:

@@ -87,7 +87,7 @@ def command_line(module: str) -> str:
     return shlex.join(["python", "-m", module, *words])
 
 
-def run_and_print(made: Sequence[Part], module: str, out: Path) -> None:
+def run_and_print(made: Sequence[Part | Sequence[Part]], module: str, out: Path) -> None:
     """Runs the parts of `module`, as it was called; writes their figures into the folder `out`, and
     prints them and the file's name."""
     run = record.start(command_line(module))

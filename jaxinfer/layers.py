@@ -41,10 +41,10 @@ def linear(x: jax.Array, weight: Matrix, bias: jax.Array | None = None) -> jax.A
 
 
 @jax.named_scope("collectives")
-def reduce_shards(x: jax.Array, axis: str | None, link: jax.Array | None = None) -> jax.Array:
-    """Sums a row-parallel projection's partial results over the shards, in rank order; `link`: see
+def reduce_shards(x: jax.Array, axis: str | None, peers: jax.Array | None = None) -> jax.Array:
+    """Sums a row-parallel projection's partial results over the shards, in rank order; `peers`: see
     `pallas_kernels.exchange`."""
-    return x if axis is None else exchange(x, axis, link)
+    return x if axis is None else exchange(x, axis, peers)
 
 
 @jax.named_scope("rope")
@@ -74,10 +74,10 @@ def down(
     hidden: jax.Array,
     layer: dict[str, Any],
     axis: str | None = None,
-    link: jax.Array | None = None,
+    peers: jax.Array | None = None,
 ) -> jax.Array:
     """What the neurons [..., F] of a gated MLP add to the residual stream: [..., E]."""
-    y = reduce_shards(linear(hidden, layer["down"]), axis, link)
+    y = reduce_shards(linear(hidden, layer["down"]), axis, peers)
     return y if "down_bias" not in layer else y + layer["down_bias"]
 
 

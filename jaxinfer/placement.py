@@ -236,8 +236,9 @@ def memory_of(
             StepShape(padded(rows), n, MOST_CHUNKS if n else 0, columns * size) for n in (0, tokens)
         ]
     how: dict[str, Any] = {
-        "dtype": stored.dtype, "kv_dtype": setting.kv_name, "shards": setting.tp,
-        "hopper": setting.gpu.hopper,
+        "dtype": stored.dtype, "kv_dtype": setting.kv_name, "hopper": setting.gpu.hopper,
+        # Kernels sum on Hopper; one device gathers nothing.
+        "gathered": 0 if setting.gpu.hopper or setting.tp == 1 else setting.tp,
     }  # fmt: skip
     phases = (hungriest(part, shape, dense=setting.dense, **how) for shape in shapes)
     step = max(phases, key=lambda phase: phase.bytes)

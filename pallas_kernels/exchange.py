@@ -7,9 +7,12 @@ collectives of XLA's, whose sums have the same bits.
 
 from __future__ import annotations
 
+import ctypes
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import permutations
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,25 +26,42 @@ DTYPES = (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16))
 
 
 @dataclass(frozen=True)
-class Link:
+class Peers:
     """Memory of each device that the others write into.
 
     Attributes:
-        table: uint32 [devices, 2 n + 3], a row on each device: addresses of the memory of the n
+        table: uint32 [devices, 2n + 3], a row on each device: addresses of the memory of the n
             devices of its group and of its own, in two words each, and its place in the group.
-        memory: what the addresses are of. It must live as long as anybody uses the table.
+        memory: what the addresses are of. It must live as long as anybody uses the table. None
+            where programs are only compiled.
     """
 
-    table: jax.Array
-    memory: jax.Array
+    table: jax.Array | jax.ShapeDtypeStruct
+    memory: jax.Array | None
 
 
 def connectable(mesh: Mesh) -> bool:
-    """Whether `connect` can: GPUs of capability 9 or more, all of them this process's, and several
-    along the last axis."""
+    """Whether `connect` can: Hopper GPUs, several along the last axis, all of them this process's,
+    that reach each other's memory."""
     if mesh.devices.shape[-1] == 1 or mesh.is_multi_process:
         return False
-    return all(d.platform == "gpu" and float(d.compute_capability) >= 9 for d in mesh.devices.flat)
+    if any(d.platform != "gpu" or d.compute_capability != "9.0" for d in mesh.devices.flat):
+        return False
+    return all(map(_reach_each_other, mesh.devices.reshape(-1, mesh.devices.shape[-1]).tolist()))
+
+
+def _reach_each_other(group: Sequence[Any]) -> bool:
+    """Whether CUDA lets each of these GPUs write into the memory of the others."""
+    cuda, handles, yes = ctypes.CDLL("libcuda.so.1"), [], ctypes.c_int()
+    for device in group:
+        handle = ctypes.c_int()
+        if cuda.cuDeviceGet(ctypes.byref(handle), device.local_hardware_id):
+            return False
+        handles.append(handle)
+    return all(
+        cuda.cuDeviceCanAccessPeer(ctypes.byref(yes), one, other) == 0 and yes.value
+        for one, other in permutations(handles, 2)
+    )
 
 
 def memory_bytes(mesh: Mesh) -> int:
@@ -49,9 +69,14 @@ def memory_bytes(mesh: Mesh) -> int:
     return 4 * memory_words(mesh.devices.shape[-1])
 
 
-def connect(mesh: Mesh) -> Link:
+def table_shape(mesh: Mesh) -> tuple[int, int]:
+    """Of `Peers.table`."""
+    return mesh.size, 2 * mesh.devices.shape[-1] + 3
+
+
+def connect(mesh: Mesh) -> Peers:
     """Connects the devices along the last axis of a mesh. All must be this process's, GPUs that can
-    reach each other's memory. What uses the link must run in the same order on each of them."""
+    reach each other's memory. What uses the result must run in the same order on each of them."""
     axes, n = mesh.axis_names, mesh.devices.shape[-1]
     place = NamedSharding(mesh, PartitionSpec(axes))
     memory = jax.jit(
@@ -64,30 +89,30 @@ def connect(mesh: Mesh) -> Link:
         for group in mesh.devices.reshape(-1, n)
         for place, own in enumerate(group)
     ]
-    return Link(jax.device_put(np.array(rows, np.uint32), place), memory)
+    return Peers(jax.device_put(np.array(rows, np.uint32), place), memory)
 
 
 def _words(*addresses: int) -> list[int]:
     return [word for a in addresses for word in (a & 0xFFFFFFFF, a >> 32)]
 
 
-def exchange(x: jax.Array, axis: str, link: jax.Array | None = None) -> jax.Array:
+def exchange(x: jax.Array, axis: str, peers: jax.Array | None = None) -> jax.Array:
     """The sum of x over the devices of a mesh axis, under `shard_map`; the same on all of them.
 
     Summed in x's dtype and in the order of the devices, so that no size of a message changes bits.
 
     Args:
         x: a float type.
-        link: this device's row of `Link.table`, whose groups are along `axis`; None: by XLA.
+        peers: this device's row of `Peers.table`, whose groups are along `axis`; None: by XLA.
     """
     n = lax.axis_size(axis)
-    kernel = None if link is None else kernel_for(x)
-    if link is not None and kernel is not None:
+    kernel = None if peers is None else kernel_for(x)
+    if peers is not None and kernel is not None:
         # Importing Mosaic changes the environment.
         from pallas_kernels import exchange_large, exchange_small
 
         run = exchange_small.exchange if kernel == "small" else exchange_large.exchange
-        return run(x, link.reshape(-1), devices=n)
+        return run(x, peers.reshape(-1), devices=n)
     if n == 2:
         return lax.psum(x, axis)  # the order of two does not matter
     first, *others = lax.all_gather(x, axis)

@@ -48,7 +48,7 @@ Attend = Callable[[jax.Array, Heads, int], jax.Array]
 Norm = Callable[[jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
 RopeTables = dict[RopeConfig, tuple[jax.Array, jax.Array]]
 Plans = dict[tuple[str, int | None], Any]
-LINK = "link"  # beside the weights, where devices reach each other's memory: see `exchange`
+PEERS = "peers"  # beside the weights, where devices reach each other's memory: see `exchange`
 
 
 @dataclass(frozen=True)
@@ -357,7 +357,7 @@ def _layers(
     axis: str | None,
 ) -> Residual:
     """All of them, unrolled; see `offload` for those that lie on the host."""
-    layers, link = params["layers"], params.get(LINK)
+    layers, peers = params["layers"], params.get(PEERS)
     ropes: RopeTables = {
         rope: rope_tables(positions, *rope_frequencies(rope, config.head_dim))
         # Not a set, whose order and with it the program differ from process to process.
@@ -367,7 +367,7 @@ def _layers(
     stream = Residual(x, None)
     near = fetch(layers, BUFFERS, x)
     for index, (far, layer) in enumerate(zip(layers, config.layers, strict=True)):
-        stream = _layer(stream, near[index], config, layer, ropes, ops, index, axis, link)
+        stream = _layer(stream, near[index], config, layer, ropes, ops, index, axis, peers)
         if any(map(on_host, jax.tree.leaves(far))):  # its buffers are free
             near = fetch(near, 1, stream.x if stream.delta is None else stream.delta)
     return stream
@@ -382,7 +382,7 @@ def _layer(
     ops: Ops,
     index: int,
     axis: str | None,
-    link: jax.Array | None,
+    peers: jax.Array | None,
 ) -> Residual:
     def at(name: str, x: jax.Array) -> jax.Array:
         return ops.at(layer_site(index, name), x)
@@ -403,14 +403,14 @@ def _layer(
     out = ops.attend(qkv, heads, index)
     out = at("attn_heads", out.reshape(*x.shape[:-1], -1))
     with jax.named_scope("o"):
-        out = reduce_shards(linear(out, w["o"]), axis, link)
+        out = reduce_shards(linear(out, w["o"]), axis, peers)
     out = out if "o_bias" not in w else out + w["o_bias"]
     if "attn_post_norm" in w:
         out = ops.norm(out, w["attn_post_norm"], None)[1]
     middle = stream_at("resid_mid", x, at("attn_out", out))
     x, h = ops.norm(middle.x, w["mlp_norm"], middle.delta)
     hidden = at("mlp_hidden", gated(at("mlp_norm", h), w, config.activation))
-    out = down(hidden, w, axis, link)
+    out = down(hidden, w, axis, peers)
     if "mlp_post_norm" in w:
         out = ops.norm(out, w["mlp_post_norm"], None)[1]
     return stream_at("resid", x, at("mlp_out", out))
