@@ -60,28 +60,10 @@ FLAGS = {
 LINK_ROWS = (8, 64, 4096)
 
 
-def weights(shape: str) -> Any:
-    """Random weights on the host, of a shape that no GPU may hold whole: one block of random
-    numbers again and again, for speed does not depend on them."""
-    import jax
-    import jax.numpy as jnp
-
-    from jaxinfer.models.weights import declare
-
-    block = np.asarray(jax.random.normal(jax.random.key(0), (1 << 24,), jnp.bfloat16) * 0.02)
-
-    def one(weight: Any) -> np.ndarray:
-        if len(weight.shape) == 1:
-            return np.ones(weight.shape, block.dtype)
-        return np.resize(block, weight.shape)
-
-    return jax.tree.map(one, declare(shapes.model_config(shape)))
-
-
 def start(shape: str, options: dict[str, Any]) -> LLM:
     from jaxinfer import LLM
 
-    return LLM.from_params(weights(shape), shapes.model_config(shape), **options)
+    return LLM.from_config(shapes.model_config(shape), **options)
 
 
 def name_of(options: dict[str, Any]) -> str:

@@ -55,14 +55,11 @@ def name_of(shape: str, kind: str, tokens: int) -> str:
 
 
 def measure(shape: str, kind: str, tokens: int) -> Iterator[Record]:
-    import jax.numpy as jnp
-
     from jaxinfer import LLM
 
     options: dict[str, Any] = {"invariant": KINDS[kind], "max_num_batched_tokens": tokens}
     options |= {"max_num_seqs": PROMPTS, "max_model_len": PROMPT + 1, "kv_cache_bytes": 5 << 30}
-    params, config = shapes.init_params(shape, jnp.bfloat16), shapes.model_config(shape)
-    llm = LLM.from_params(params, config, prefix_caching=False, **options)
+    llm = LLM.from_config(shapes.model_config(shape), prefix_caching=False, **options)
     seconds(llm, 0)
     with parts.turn():
         found, detail = rate(llm, REPEATS)
