@@ -8,8 +8,8 @@
 a process of its own, and how many times faster than one GPU. `large`: the 70B shape in bf16 on four
 GPUs, over its bandwidth limit. `replicas`: throughput of two replicas over that of one. `same`: of
 200 prompts of the demo's, how many have one GPU's greedy tokens, and the largest error of a
-log-probability of the 8B shape. `links`: what the exchanges of a layer take, alone, by kernels and by
-XLA's collectives. `bench/multi_gpu.md` says what to expect.
+log-probability of the 8B shape. `links`: what the exchanges of a layer take, alone, by kernels and
+by XLA. `bench/multi_gpu.md` says what to expect.
 """
 
 from __future__ import annotations
