@@ -57,8 +57,9 @@ lint: setup
 
 # Beside PyTorch engines, on one GPU; BENCH_TORCH_PYTHON names the interpreter that has torch.
 MODEL ?= llama-3.2-1b
+MINUTES ?= 7
 bench: setup
-	$(BIN)/python -m bench.compare --short --model $(MODEL) --minutes 7 --readme
+	$(BIN)/python -m bench.compare --short --model $(MODEL) --minutes $(MINUTES) --readme
 
 # The same harness on the demo model, in tiny sizes: whether it works, and no figure of note.
 bench-cpu: setup

@@ -28,6 +28,7 @@ UNITS = {
     "ms_per_step": "ms", "_ms": "ms", "tok_s": "tok/s", "req_s": "req/s", "_s": "s",
     "_bytes": "bytes", "agree": "ratio", "mfu": "ratio",
 }  # fmt: skip
+BRIEF = 16  # tokens of a call of which nothing is timed
 PREFIX, SUFFIX = 2000, 128  # tokens that all prompts of `prefix_repetition` begin with; at most own
 
 
@@ -68,6 +69,16 @@ class Case:
 def unit(figure: str) -> str:
     """Of a figure, by the end of its name."""
     return next((u for end, u in UNITS.items() if figure.endswith(end)), "")
+
+
+def brief(calls: Calls) -> Calls:
+    """The first call alone, all of it there at once and to BRIEF tokens each: enough to compile,
+    and to make caches, of the sizes that it has."""
+    return [[
+        r._replace(max_tokens=min(r.max_tokens, BRIEF), due=0.0,
+                   room=max(r.room, len(r.prompt) + r.max_tokens))
+        for r in calls[0]
+    ]]  # fmt: skip
 
 
 def fixed(seed: int, batch: int, prompt: int, new: int, vocab_size: int) -> list[Request]:

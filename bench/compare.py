@@ -7,7 +7,8 @@
 Each engine is a process of its own (`bench.engines`); all read one checkpoint, written with random
 weights where a shape is named. They take turns at every repeat (`bench.sessions`); outputs are
 counted, and greedy tokens compared. An engine that is not installed gets a line that says so.
-Ceilings are measured in the same run. Writes JSON, a table in Markdown and pictures
+Ceilings are measured in the same run. After `--minutes` it has ended, report included: what is not
+measured by then is cut off, and has a line. Writes JSON, a table in Markdown and pictures
 (`bench.report`); `--readme` puts table and pictures into README too, of a GPU only. Options are
 named as in `vllm bench`, where it has them.
 """
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +39,17 @@ from bench import (
 )
 from bench.cases import Case
 from bench.compare_options import FIXED, MIXED, parse
-from bench.engines import ENGINES, SPECULATIVE, Options
+from bench.engines import ENGINES, Options
+from bench.engines.client import Client
 from bench.parts import Part
 from bench.record import Record, Run
 from bench.sessions import Failure, Session, Trial
 from bench.sizes import Model, Sizes
+from bench.until import NEVER, Until
 
 DEMO = record.ROOT / "checkpoints" / "demo" / "target"
 GUESS_ROOM = 16  # tokens beyond the longest request, for guesses
+REPORT_S = 20.0  # of --minutes: to end processes, and for the table and the pictures
 
 
 @dataclass(frozen=True)
@@ -91,8 +96,9 @@ def make_sessions(
 ) -> list[Session]:
     """Of the workloads asked for, but for `startup` and `quantised`.
 
-    Those of one kind share a session; but cases that need so much memory that fewer engines fit
-    have one of their own. `memory`: of the device, None where any number of engines fits.
+    Those of one kind share a session, in a short run all: engines start once, and compile for all
+    of it at the same time. But cases that need so much memory that fewer engines fit have one of
+    their own. `memory`: of the device, None where any number of engines fits.
     """
 
     def session(own: list[Case], **options: Any) -> Session:
@@ -101,7 +107,8 @@ def make_sessions(
             dtype=args.dtype, max_num_seqs=cases.rows(own, args.max_num_seqs),
             max_model_len=longest, temperature=args.temperature, **options,
         )  # fmt: skip
-        return Session(checkpoint.path, most, tuple(own), args.engine_args, args.num_iters)
+        return Session(checkpoint.path, most, tuple(own), args.engine_args, args.num_iters,
+                       sizes.case_seconds)  # fmt: skip
 
     def wanted(names: tuple[str, ...]) -> list[Case]:
         return [
@@ -112,12 +119,17 @@ def make_sessions(
         ]
 
     found = []
-    kinds = ((FIXED, False), (MIXED, True), (("memory",), False))
-    if args.smoke:  # all of it in one
-        kinds = (((*FIXED, *MIXED, "memory"), False),)
-    for names, mixed in kinds:
+    kinds = (FIXED, MIXED, ("memory",))
+    if args.short:
+        kinds = ((*FIXED, *MIXED), ("memory",))
+    if args.smoke:
+        kinds = ((*FIXED, *MIXED, "memory"),)
+    for names in kinds:
+        mixed = not args.smoke and any(name in args.workloads for name in names if name in MIXED)
         for own in _by_fit(wanted(names), args, checkpoint, memory):
-            found.append(session(own, warm_up=mixed, prefix_caching=mixed))
+            # Not beside FIXED: a prompt that is timed again would be found in the cache.
+            caching = mixed and names == MIXED
+            found.append(session(own, warm_up=mixed, prefix_caching=caching))
     if "speculative" in args.workloads:
         kind = "lookup" if args.speculative == "lookup" else "draft"
         for name, how in (("plain", None), (kind, args.speculative)):
@@ -144,68 +156,79 @@ def _by_fit(
 
 
 class Harness:
-    """The run so far: its result file is written anew after every session."""
+    """The run so far: its result file is written anew after every case."""
 
-    def __init__(self, args: argparse.Namespace, run: Run, path: Path) -> None:
+    def __init__(self, args: argparse.Namespace, run: Run, path: Path, folder: Path) -> None:
+        """`folder`: of files that the run does not need afterwards."""
         self.args, self.run, self.path = args, run, path
+        # PyTorch's caches are the run's own: who is ended while it compiles leaves broken files.
+        self.env = {name: str(folder / name) for name in startup.TORCH_CACHES}
         self.missing: set[str] = set()  # engines that are not installed
-        minutes = args.minutes
-        self.deadline = float("inf") if minutes is None else time.monotonic() + 60 * minutes
+        self.until = NEVER
+        if args.minutes is not None:
+            self.until = Until(time.monotonic() + 60 * args.minutes - REPORT_S)
 
-    def late(self) -> bool:
-        return time.monotonic() > self.deadline
+    def run_parts(self, made: Sequence[Part]) -> None:
+        self.run = parts.run_parts(made, self.run, self.path, minutes=self.until.left / 60)
 
-    def add(self, found: list[Record]) -> None:
-        """Adds records, what follows from them, and the versions that engines told of."""
+    def add(self, before: Run, found: list[Record]) -> None:
+        """Makes the run `before`, the records, what follows from them, and the versions that
+        engines told of."""
         found = [
-            *found, *figures.shares(found, self.run.ceilings), *figures.over_hf(found)
+            *found, *figures.shares(found, before.ceilings), *figures.over_hf(found)
         ]  # fmt: skip
-        self.run = parts.add(self.run, found)
+        run = parts.add(before, found)
         told = {
             name: version
             for r in found
             for name, version in r.detail.get("versions", {}).items()
             if version
         }
-        self.run = replace(self.run, versions={**self.run.versions, **told})
+        self.run = replace(run, versions={**run.versions, **told})
         parts.keep(self.run, self.path)
 
     def run_session(self, session: Session, checkpoint: Checkpoint) -> None:
-        """One session, all groups of engines."""
-        args, memory = self.args, _gpu_memory(self.run)
-        engines = [name for name in args.engines if name not in self.missing]
-        if any(SPECULATIVE in case.needs for case in session.cases):
-            engines = [name for name in engines if SPECULATIVE in ENGINES[name].can]
-        if self.late() or not engines:
+        """One session, all groups of the engines that can do some of it."""
+        args, memory, before = self.args, _gpu_memory(self.run), self.run
+        engines = [
+            name
+            for name in args.engines
+            if name not in self.missing
+            and any(case.needs <= ENGINES[name].can for case in session.cases)
+        ]
+        if not engines:
             return
         fit = sessions.fitting(session.cases, session.options.max_num_seqs, checkpoint.kv_token,
                                memory, checkpoint.bytes, len(engines))  # fmt: skip
         groups = sessions.make_groups(engines, min(fit, args.together or fit))
         names = sorted({case.workload for case in session.cases})
         print(f"[{' '.join(names)}] groups: {groups}", flush=True)
-        events = []
-        for event in sessions.run(session, groups, self.late):
+        events: list[sessions.Event] = []
+
+        def add() -> None:
+            self.add(before, figures.summarise(
+                checkpoint.name, events, greedy=args.temperature == 0,
+                exact=args.dtype == "float32", reference=args.engines[0],
+            ))  # fmt: skip
+
+        start = partial(Client, env=self.env)
+        for event in sessions.run(session, groups, self.until, start=start):
+            if events and event.case is not events[-1].case:
+                add()  # what is there, if the run is ended from outside
             events.append(event)
             _tell(event)
             if isinstance(event, Failure) and event.missing and event.case is None:
                 self.missing.add(event.engine)
-        self.add(
-            figures.summarise(
-                checkpoint.name, events, greedy=args.temperature == 0,
-                exact=args.dtype == "float32", reference=args.engines[0],
-            )
-        )  # fmt: skip
+        add()
 
     def run_startup(self, checkpoint: Checkpoint, prompt: int) -> None:
         """Each engine alone, from the start of its process: with nothing compiled, then again."""
         for name in self.args.engines:
-            if self.late():
-                return
             options = Options(dtype=self.args.dtype, extra=self.args.engine_args.get(name, {}))
             of = checkpoint.name, checkpoint.path, checkpoint.model.vocab_size
-            found = list(startup.measure(name, *of, options, prompt))
+            found = list(startup.measure(name, *of, options, prompt, self.until))
             self.missing |= {name for r in found if r.name.endswith(".runs")}
-            self.add(found)
+            self.add(self.run, found)
 
 
 def _gpu_memory(run: Run) -> int | None:
@@ -228,20 +251,18 @@ def main(words: list[str] | None = None) -> Run:
     run = record.start(parts.command_line("bench.compare"))
     if args.readme:
         report.check_device(run)
-    harness = Harness(args, run, record.path_for(run, "compare", args.out))
     with tempfile.TemporaryDirectory(prefix="bench-model-") as folder:
+        harness = Harness(args, run, record.path_for(run, "compare", args.out), Path(folder))
         checkpoint, writing = find_checkpoint(args.model, Path(folder), args.dtype)
         tiny = run.device["kind"] == "cpu"
-        harness.run = parts.run_parts(
-            [*ceilings.make_parts(tiny=tiny)[: 1 if args.smoke else 2], *writing], run, harness.path
-        )
+        harness.run_parts([*ceilings.make_parts(tiny=tiny)[: 1 if args.smoke else 2], *writing])
         if "startup" in args.workloads:
             harness.run_startup(checkpoint, min(1024, max(sizes.input_lens)))
         for session in make_sessions(args, sizes, checkpoint, _gpu_memory(run)):
             harness.run_session(session, checkpoint)
         for kind in args.quantization if "quantised" in args.workloads else ():
             other, writing = find_checkpoint(f"{args.model}:{kind}", Path(folder), args.dtype)
-            harness.run = parts.run_parts(writing, harness.run, harness.path)
+            harness.run_parts(writing)
             own = tuple(cases.of_workload("quantised", other.model, sizes))
             most = Options(dtype=args.dtype, max_num_seqs=cases.rows(own),
                            max_model_len=cases.longest(own))  # fmt: skip

@@ -59,7 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     made.add_argument("--speculative", default="lookup", help="or a draft model's directory")
     made.add_argument("--engine-args", type=json.loads, default={}, help='{"jaxinfer": {…}}')
     made.add_argument("--together", type=int, help="engines loaded at once; as many as fit")
-    made.add_argument("--minutes", type=float, help="what would begin later is left out")
+    made.add_argument("--minutes", type=float, help="until all has ended; the rest is left out")
     made.add_argument("--readme", action="store_true", help="rewrite README's table")
     made.add_argument("--out", type=Path, default=record.RESULTS)
     return made

@@ -2,14 +2,14 @@
 
     python -m bench.multi_gpu --devices 1 2                # 2 GPUs
     python -m bench.multi_gpu --devices 1 2 4 --large      # 4 GPUs, the 70B shape too
-    python -m bench.multi_gpu --measure links,flags --devices 2
+    python -m bench.multi_gpu --measure links --devices 2
 
 `speed`: decode at batch 1 and 64 and prefill of the 8B shape by tensor parallelism, each degree in
 a process of its own, and how many times faster than one GPU. `large`: the 70B shape in bf16 on four
 GPUs, over its bandwidth limit. `replicas`: throughput of two replicas over that of one. `same`: of
 200 prompts of the demo's, how many have one GPU's greedy tokens, and the largest error of a
-log-probability of the 8B shape. `links`: what the exchanges of a layer take, alone. `flags`: decode
-at batch 1 with XLA's options, one at a time. `bench/multi_gpu.md` says what to expect.
+log-probability of the 8B shape. `links`: what the exchanges of a layer take, alone, by kernels and
+by XLA. `bench/multi_gpu.md` says what to expect.
 """
 
 from __future__ import annotations
@@ -20,68 +20,33 @@ import json
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bench import decode, parts, record, shapes, timing
+from bench import decode, parts, prefill, record, shapes, timing
 from bench.parts import Part, emit
 from bench.record import Record
 
 if TYPE_CHECKING:
+    import jax
+
     from jaxinfer.llm import LLM
 
 SHAPE, LARGE = "llama-3.1-8b", "llama-3.1-70b"
 CONTEXT, BATCHES, REPEATS, SHORT, LONG = 1024, (1, 64), 3, 17, 145
-PROMPTS, PROMPT = 8, 4095  # of the prefill that is timed
+SHARE = 12 << 30  # bytes of KV cache, where settings share GPUs
 COPY = 3.0e12  # bytes/s that one H100 copies at; `ceilings` of other runs
-# XLA's options, one at a time; see docs/parallel.md for what came of them.
-GRAPHS = (
-    "--xla_gpu_enable_command_buffer="
-    "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,COLLECTIVES,DYNAMIC_SLICE_FUSION "
-    "--xla_gpu_enable_collectives_command_buffer_filter=ALLCOLLECTIVES"
-)
-SYNC = "--xla_gpu_disable_async_collectives=ALLCOLLECTIVES"
-OWN_KERNELS = "--xla_gpu_experimental_use_collective_kernels="
-FLAGS = {
-    "none": "",
-    "sync": SYNC,
-    "nccl_only": OWN_KERNELS,
-    "own_kernels": OWN_KERNELS + "COLLECTIVE_KERNEL_ALL_REDUCE,COLLECTIVE_KERNEL_ALL_GATHER",
-    "graphs_off": "--xla_gpu_enable_command_buffer=",
-    "graphs_collectives": GRAPHS,
-    "graphs_collectives_sync": f"{GRAPHS} {SYNC} {OWN_KERNELS}",
-    "latency_hiding": "--xla_gpu_enable_latency_hiding_scheduler=true",
-    "nccl_user_buffers": "--xla_gpu_enable_nccl_user_buffers=true",
-}
-LINK_ROWS = (8, 64, 4096)
-
-
-def weights(shape: str) -> Any:
-    """Random weights on the host, of a shape that no GPU may hold whole: one block of random
-    numbers again and again, for speed does not depend on them."""
-    import jax
-    import jax.numpy as jnp
-
-    from jaxinfer.models.weights import declare
-
-    block = np.asarray(jax.random.normal(jax.random.key(0), (1 << 24,), jnp.bfloat16) * 0.02)
-
-    def one(weight: Any) -> np.ndarray:
-        if len(weight.shape) == 1:
-            return np.ones(weight.shape, block.dtype)
-        return np.resize(block, weight.shape)
-
-    return jax.tree.map(one, declare(shapes.model_config(shape)))
+LINK_ROWS = (8, 64, 256, 1024, 2048, 4096)
 
 
 def start(shape: str, options: dict[str, Any]) -> LLM:
     from jaxinfer import LLM
 
-    return LLM.from_params(weights(shape), shapes.model_config(shape), **options)
+    return LLM.from_config(shapes.model_config(shape), **options)
 
 
 def name_of(options: dict[str, Any]) -> str:
@@ -95,26 +60,30 @@ def name_of(options: dict[str, Any]) -> str:
 
 
 def speed(shape: str, options: dict[str, Any], batches: list[int]) -> Iterator[Record]:
-    """Decode and prefill of one setting."""
-    from jaxinfer import SamplingParams
-
+    """Decode and prefill of one setting. All settings start and compile at once, on the same GPUs,
+    and are then timed in turns."""
     stem = f"multi_gpu.{shapes.short(shape)}.{name_of(options)}"
-    sizes = {"max_num_seqs": max(*batches, PROMPTS), "max_model_len": PROMPT + 1 + LONG}
-    llm = start(shape, {**sizes, "prefix_caching": False, **options})
+    sizes = {
+        "max_num_seqs": max(*batches, prefill.PROMPTS),
+        "max_model_len": prefill.PROMPT + 1 + LONG,
+    }
+    llm = start(shape, {**sizes, "prefix_caching": False, "kv_cache_bytes": SHARE, **options})
+
+    def steps_of(batch: int, repeats: int) -> list[float]:
+        pairs = decode.timed_pairs(llm, batch, CONTEXT, repeats=repeats, short=SHORT, long=LONG)
+        return timing.step_ms(pairs, SHORT, LONG)
+
     for batch in batches:
-        pairs = decode.timed_pairs(llm, batch, CONTEXT, repeats=REPEATS, short=SHORT, long=LONG)
-        steps = timing.step_ms(pairs, SHORT, LONG)
-        detail = {"options": options, "context": CONTEXT, "memory_plan": str(llm.memory_plan)}
-        detail["ms_of_each_repeat"] = [round(ms, 3) for ms in steps]
-        yield Record(f"{stem}.decode.b{batch}.ms", statistics.median(steps), "ms", detail)
-    times = []
-    for seed in range(1 + REPEATS):
-        prompts = decode.random_prompts(50 + seed, PROMPTS, PROMPT, llm.config.vocab_size)
-        began = time.perf_counter()
-        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
-        times.append(time.perf_counter() - began)
-    rate = PROMPTS * PROMPT / statistics.median(times[1:])  # the first compiles
-    yield Record(f"{stem}.prefill.tok_s", rate, "tok/s", {"prompts": PROMPTS, "tokens": PROMPT})
+        steps_of(batch, 1)
+    prefill.seconds(llm, 0)
+    with parts.turn():
+        for batch in batches:
+            steps = steps_of(batch, REPEATS)
+            detail = {"options": options, "context": CONTEXT, "memory_plan": str(llm.memory_plan)}
+            detail["ms_of_each_repeat"] = [round(ms, 3) for ms in steps]
+            yield Record(f"{stem}.decode.b{batch}.ms", statistics.median(steps), "ms", detail)
+        rate, detail = prefill.rate(llm, REPEATS)
+    yield Record(f"{stem}.prefill.tok_s", rate, "tok/s", detail)
     yield Record(f"{stem}.exchanges", float(sum(exchanges(llm).values())), "", exchanges(llm))
 
 
@@ -188,42 +157,32 @@ def links(count: int) -> Iterator[Record]:
     from jax.sharding import NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    from jaxinfer.parallel import replica_meshes
-
-    def gather_and_add(x: jax.Array, axis: str) -> jax.Array:
-        first, *rest = jax.lax.all_gather(x, axis)
-        return functools.reduce(jax.lax.add, rest, first)
-
-    def scatter_and_gather(x: jax.Array, axis: str) -> jax.Array:
-        parts = jax.lax.all_to_all(x.reshape(count, -1), axis, 0, 0, tiled=True)
-        first, *rest = parts.reshape(count, -1)
-        whole = jax.lax.all_gather(functools.reduce(jax.lax.add, rest, first), axis, tiled=True)
-        return whole.reshape(x.shape)
+    from jaxinfer.parallel import connected, replica_meshes
 
     (mesh,) = replica_meshes(count)
     assert mesh is not None, "several devices"
-    kinds: dict[str, Any] = {
-        f.__name__: f for f in (gather_and_add, scatter_and_gather, jax.lax.psum)
-    }
+    peers = connected(mesh)
+    table = jnp.zeros((count, 1), jnp.uint32) if peers is None else peers.table
+    table = jax.device_put(table, NamedSharding(mesh, P("tensor")))
     for rows in LINK_ROWS:
-        for name, exchange in kinds.items():
+        for name, kind in exchange_kinds(count).items():
+            if name == "kernel" and peers is None:
+                continue
 
-            def many(x: jax.Array, exchange: Any = exchange) -> jax.Array:
+            def many(x: jax.Array, table: jax.Array, kind: Any = kind) -> jax.Array:
                 for _ in range(32):
-                    x = exchange(x * jnp.asarray(0.5, x.dtype), "tensor")
+                    x = kind(x * jnp.asarray(0.5, x.dtype), table)
                 return x
 
             # In place, as a step's state is: CUDA graphs are made anew for other addresses.
-            run = jax.jit(
-                jax.shard_map(many, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False),
-                donate_argnums=0,
-            )
+            specs: Any = {"in_specs": (P(), P("tensor")), "out_specs": P(), "check_vma": False}
+            run = jax.jit(jax.shard_map(many, mesh=mesh, **specs), donate_argnums=0)
             x = jax.device_put(jnp.ones((rows, 4096), jnp.bfloat16), NamedSharding(mesh, P()))
             times = []
             for _ in range(1 + 10):
                 began = time.perf_counter()
                 for _ in range(8):
-                    x = run(x)
+                    x = run(x, table)
                 jax.block_until_ready(x)
                 times.append(1e6 * (time.perf_counter() - began) / (8 * 32))
             times = times[1:]  # the first compiles
@@ -231,14 +190,40 @@ def links(count: int) -> Iterator[Record]:
             yield Record(stem, statistics.median(times), "us", {"of_each": times})
 
 
+def exchange_kinds(count: int) -> dict[str, Callable[[jax.Array, jax.Array], jax.Array]]:
+    """Ways to sum over the axis `tensor`: functions of a device's part and of its row of
+    `Peers.table`, which `kernel` alone needs."""
+    import jax
+
+    from pallas_kernels.exchange import exchange
+
+    def gather_and_add(x: jax.Array, _: jax.Array) -> jax.Array:
+        first, *rest = jax.lax.all_gather(x, "tensor")
+        return functools.reduce(jax.lax.add, rest, first)
+
+    def scatter_and_gather(x: jax.Array, _: jax.Array) -> jax.Array:
+        parts = jax.lax.all_to_all(x.reshape(count, -1), "tensor", 0, 0, tiled=True)
+        first, *rest = parts.reshape(count, -1)
+        total = functools.reduce(jax.lax.add, rest, first)
+        return jax.lax.all_gather(total, "tensor", tiled=True).reshape(x.shape)
+
+    def psum(x: jax.Array, _: jax.Array) -> jax.Array:
+        return jax.lax.psum(x, "tensor")
+
+    def kernel(x: jax.Array, table: jax.Array) -> jax.Array:
+        return exchange(x, "tensor", table)
+
+    return {f.__name__: f for f in (gather_and_add, scatter_and_gather, psum, kernel)}
+
+
 # -- processes ------------------------------------------------------------------------------------
 
 
-def make_parts(args: argparse.Namespace) -> list[Part]:
-    """What is asked for, each in a process of its own."""
-    made, wanted = [], args.measure.split(",")
+def make_parts(args: argparse.Namespace) -> list[Part | list[Part]]:
+    """What is asked for, each in a process of its own; those of an inner list run together."""
+    made: list[Part] = []
+    wanted, together = args.measure.split(","), []
     degrees = [{"tensor_parallel_size": n} if n > 1 else {} for n in args.devices]
-    most = max(args.devices)
     fraction = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.9"}
 
     def add(kind: str, options: Any, name: str, limit: float, env: dict[str, str]) -> None:
@@ -248,7 +233,9 @@ def make_parts(args: argparse.Namespace) -> list[Part]:
 
     if "speed" in wanted:
         for options in degrees:
-            add("speed", options, f"speed.{name_of(options)}", 240, {})
+            env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+            add("speed", options, f"speed.{name_of(options)}", 420, env)
+        together, made[:] = [made[:]], []
     if "replicas" in wanted:
         for options in ({}, {"data_parallel_size": 2}):
             add("replicas", options, f"replicas.{name_of(options)}", 240, {})
@@ -259,14 +246,10 @@ def make_parts(args: argparse.Namespace) -> list[Part]:
     if "links" in wanted:
         for n in (n for n in args.devices if n > 1):
             add("links", n, f"links.{n}", 120, {})
-    if "flags" in wanted:
-        for flag, words in FLAGS.items():
-            options = {"tensor_parallel_size": most}
-            add("flags", [flag, options], f"flags.{flag}", 150, {"XLA_FLAGS": words})
     if args.large:
         options = {"tensor_parallel_size": 4, "max_num_seqs": 1, "max_model_len": 2048}
         add("large", options, "large", 420, {})
-    return made
+    return [*together, *made]
 
 
 def run_part(args: argparse.Namespace) -> Iterator[Record]:
@@ -283,12 +266,8 @@ def run_part(args: argparse.Namespace) -> Iterator[Record]:
             yield from same(options)
         case "links":
             yield from links(options)
-        case _:
-            flag, options = options
-            llm = start(args.shape, {"max_num_seqs": 8, "max_model_len": CONTEXT + LONG, **options})
-            pairs = decode.timed_pairs(llm, 1, CONTEXT, repeats=2, short=SHORT, long=LONG)
-            ms = statistics.median(timing.step_ms(pairs, SHORT, LONG))
-            yield Record(f"multi_gpu.flags.{name_of(options)}.{flag}.ms", ms, "ms", {})
+        case kind:
+            raise ValueError(f"part {kind!r}")
 
 
 def large(options: dict[str, Any]) -> Iterator[Record]:
@@ -318,7 +297,7 @@ def compared(run: record.Run) -> Iterator[Record]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="tensor, pipeline and data parallelism on GPUs")
-    parser.add_argument("--measure", default="links,speed,replicas,same,flags")
+    parser.add_argument("--measure", default="links,speed,replicas,same")
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--shape", default=SHAPE)
     parser.add_argument("--batch", type=int, nargs="+", default=list(BATCHES))

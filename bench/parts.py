@@ -29,7 +29,7 @@ from bench.record import ROOT, Record, Run
 STARTED = "BENCH_PART_STARTED"  # environment: time.time() at which the part's process was made
 TURNS = "BENCH_TURNS"  # environment: a folder in which processes say that they are ready
 TURNS_OF = "BENCH_TURNS_OF"  # environment: how many there are
-PATIENCE_S = 150.0  # for the others to be ready
+PATIENCE_S = 300.0  # for the others to be ready
 TORCH_PYTHON = "BENCH_TORCH_PYTHON"  # environment: the interpreter that has torch
 ERROR_CHARS = 2000
 UNITS = {"ms": 1e-3, "us": 1e-6}  # seconds
@@ -87,7 +87,7 @@ def command_line(module: str) -> str:
     return shlex.join(["python", "-m", module, *words])
 
 
-def run_and_print(made: Sequence[Part], module: str, out: Path) -> None:
+def run_and_print(made: Sequence[Part | Sequence[Part]], module: str, out: Path) -> None:
     """Runs the parts of `module`, as it was called; writes their figures into the folder `out`, and
     prints them and the file's name."""
     run = record.start(command_line(module))

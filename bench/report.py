@@ -16,6 +16,7 @@ from typing import Any
 
 from bench import record
 from bench.record import ROOT, Record, Run
+from bench.until import OUT_OF_TIME
 
 README, IMAGES, ANCHORS = ROOT / "README.md", ROOT / "docs" / "images", ROOT / "bench" / "anchors"
 BEGIN, END = "<!-- bench.compare: begin -->", "<!-- bench.compare: end -->"
@@ -104,23 +105,28 @@ def _rows(
 
 
 def _cell(r: Record | None, figure: str) -> str:
-    """A median, with how far its repeats lie apart, where there are several."""
+    """A median, with how far its repeats lie apart, or that there was one only."""
     if r is None or r.value is None:
         return "–"
     value = r.value / 1e9 if figure in ("loaded_bytes", "peak_bytes") else r.value
     text = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    spread = r.detail.get("spread", 0) if len(r.detail.get("each", ())) > 1 else 0
+    if len(r.detail.get("each", ())) == 1:
+        return f"{text} (once)"
+    spread = r.detail.get("spread", 0)
     return f"{text} (±{50 * spread:.0f}%)" if spread >= 0.01 else text
 
 
 def _missing(run: Run) -> Iterable[str]:
-    """A line for each engine that did not run at all, and for each case that failed."""
+    """A line for each engine that did not run at all, for each case that failed or that there was
+    no time for, and for each part that failed."""
     seen: dict[str, list[str]] = {}
     for r in run.records:
-        why = r.detail.get("why")
+        stem, _, figure = r.name.rpartition(".")
+        why = r.detail.get("why") or (r.error if figure == "failed" else None)
         if why and not why.startswith("cannot"):
-            how = "failed" if r.error else "not run"
-            places = seen.setdefault(f"{r.detail['engine']}: {how}: {why}", [])
+            how = "failed" if r.error and why != OUT_OF_TIME else "not run"
+            said = why.partition("\n")[0]
+            places = seen.setdefault(f"{r.detail.get('engine', stem)}: {how}: {said}", [])
             if r.error and "case" in r.detail:
                 places.append(f"{r.detail['workload']} {r.detail['case']}")
     lines = [
@@ -133,8 +139,8 @@ def _conditions(run: Run) -> str:
     versions = ", ".join(f"{name} {v[:12]}" for name, v in run.versions.items() if v)
     ceilings = ", ".join(f"{name} {value:.3g}" for name, value in run.ceilings.items())
     return (
-        "Medians; ± is half of what the repeats lie apart; –: not measured (static batches take "
-        f"equal lengths only). {run.device['kind']}, {run.date[:10]}, "
+        "Medians; ± is half of what the repeats lie apart, if that is 1% or more; –: not measured "
+        f"(static batches take equal lengths only). {run.device['kind']}, {run.date[:10]}, "
         f"`{run.command}`. {versions}. Ceilings of this run: {ceilings or 'none'}."
     )
 
@@ -146,13 +152,14 @@ def draw(run: Run, picture: str, path: Path) -> bool:
     """One of PICTURES; False where the run has nothing for it."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     plot = {"throughput": _throughput, "roofline": _roofline, "itl": _itl}[picture]
     if not plot(run, axes):
         return False
-    axes.set_title(f"{run.device['kind']}, {run.date[:10]}")
-    axes.legend(fontsize="small")
+    models = ", ".join(dict.fromkeys(model for (model, *_), _, _ in placed(run)))
+    axes.set_title(f"{models} on {run.device['kind']}, {run.date[:10]}")
+    figure.legend(fontsize="small", loc="outside right upper")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
     return True
@@ -160,39 +167,48 @@ def draw(run: Run, picture: str, path: Path) -> bool:
 
 def _throughput(run: Run, axes: Any) -> bool:
     """Tokens a second over a step's time, by engine; a mark for each batch."""
-    points: dict[str, list[tuple[float, float, int]]] = {}
+    points: dict[tuple[str, int], list[tuple[float, float, int]]] = {}
     for (_, workload, _, figure), engine, r in placed(run):
         if workload == "latency" and figure == "ms_per_step" and r.value:
             batch = r.detail["batch"]
-            label = f"{engine}, input {r.detail['input_len']}"
-            points.setdefault(label, []).append((r.value, 1000 * batch / r.value, batch))
-    for label, own in points.items():
+            own = points.setdefault((engine, r.detail["input_len"]), [])
+            own.append((r.value, 1000 * batch / r.value, batch))
+    for (engine, length), own in points.items():
         own.sort(key=lambda point: point[2])
-        axes.plot([x for x, _, _ in own], [y for _, y, _ in own], "o-", label=label)
-        for x, y, batch in own:
-            axes.annotate(str(batch), (x, y), textcoords="offset points", xytext=(4, 4))
-    axes.set(xscale="log", yscale="log", xlabel="ms a token of a request", ylabel="tok/s of all")
+        (line,) = axes.plot([x for x, _, _ in own], [y for _, y, _ in own], "o-",
+                            label=f"{engine}, input {length}")  # fmt: skip
+        for i, (x, y, batch) in enumerate(own):  # beside the line, which rises
+            above = 1 if i else -1
+            axes.annotate(str(batch), (x, y), textcoords="offset points", xytext=(0, 10 * above),
+                          ha="center", va="center", color=line.get_color(),
+                          fontsize="small")  # fmt: skip
+    axes.margins(y=0.12)
+    axes.set(xscale="log", yscale="log", xlabel="ms a token of a request",
+             ylabel="tok/s of all requests; at each mark, their number")  # fmt: skip
     return bool(points)
 
 
 def _roofline(run: Run, axes: Any) -> bool:
-    """Every engine's steps under this run's ceilings; triangles are prompts."""
+    """Every engine's steps, and prompts, under this run's ceilings."""
     copy, matmul = (
         run.ceilings.get(name) for name in ("copy_bytes_per_s", "bf16_matmul_flops_per_s")
     )
     if not copy or not matmul:
         return False
     colours: dict[str, int] = {}
-    edges = [1.0, matmul / copy, 1e4]
-    axes.plot(edges, [copy, matmul, matmul], color="grey", label="ceilings of this run")
+    edges = [0.5, matmul / copy, 1e4]
+    axes.plot(edges, [edges[0] * copy, matmul, matmul], color="grey", label="ceilings of this run")
+    marks = {"latency": ("o", "a decode step"), "prefill": ("^", "a prompt")}
+    for mark, said in marks.values():
+        axes.plot([], [], mark, color="grey", label=said)
     for (_, workload, _, _), engine, r in placed(run):
         moved = r.detail.get("bytes_per_step") or r.detail.get("bytes_at_least")
-        if workload in ("latency", "prefill") and moved and "flops" in r.detail and r.value:
+        if workload in marks and moved and "flops" in r.detail and r.value:
             label = engine if engine not in colours else None
             colour = f"C{colours.setdefault(engine, len(colours))}"
             rate = r.detail["flops"] / (r.value / 1000)
-            mark = "o" if workload == "latency" else "^"
-            axes.plot(r.detail["flops"] / moved, rate, mark, color=colour, label=label)
+            axes.plot(r.detail["flops"] / moved, rate, marks[workload][0], color=colour,
+                      label=label, alpha=0.8)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte that must move", ylabel="FLOP/s")
     return bool(colours)
 

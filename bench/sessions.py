@@ -3,10 +3,15 @@
 Engines of a group are all loaded, and take turns at every repeat, in an order that rotates. Where
 not all fit in the device's memory there are several groups, the first engine in each of them, so
 that every other is compared with it within a group.
+
+Whatever an engine is asked for is cut off when time is up: its process is ended, what was measured
+is kept, and each case that it has no figure of is a `Failure`, `OUT_OF_TIME`. Engines that are not
+warm when a part of the time has passed are ended, so that the others can be measured.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +23,16 @@ from typing import NamedTuple
 from bench import cases
 from bench.cases import Calls, Case, Figures, Got
 from bench.engines import ENGINES, Memory, Options, Output
-from bench.engines.client import Client, EngineError, Missing, Reply
+from bench.engines.client import START_S, Client, EngineError, Missing, NoAnswer, Reply
 from bench.serving import Stream
+from bench.until import NEVER, OUT_OF_TIME, Until
 
 USABLE = 0.92  # of the device's memory, by all engines of a group
 SPARE_BYTES = 4 << 30  # of an engine, beside its weights and its keys and values
 MOST_WARM = 3  # calls that may compile, before what is timed
 TRIES = 3  # at a repeat, before times that make no sense are a failure
-CALL_S = 600.0
+CALL_S, MEMORY_S = 600.0, 60.0
+WARM_SHARE = 0.6  # of a group's time, at most, to load and to compile
 SEED = 5000
 
 
@@ -38,7 +45,7 @@ class Session:
         options: of all engines; each is given its share of memory.
         cases: in order.
         extra: by engine, arguments of its own.
-        repeats: of every case.
+        repeats: of every case; fewer by an engine that takes longer than `case_seconds` for them.
     """
 
     checkpoint: Path
@@ -46,6 +53,7 @@ class Session:
     cases: tuple[Case, ...]
     extra: dict[str, dict] = field(default_factory=dict)
     repeats: int = 3
+    case_seconds: float = math.inf
 
 
 class Trial(NamedTuple):
@@ -127,7 +135,7 @@ def fitting(
 def run(
     session: Session,
     groups: Sequence[Sequence[str]],
-    late: Callable[[], bool] = lambda: False,
+    until: Until = NEVER,
     *,
     start: Callable[[str, Path, Options], Client] = Client,
 ) -> Iterator[Event]:
@@ -136,108 +144,155 @@ def run(
     Args:
         session: what is run.
         groups: of `make_groups`.
-        late: whether time is up: then what is left is a failure each.
+        until: when it is over; groups have equal parts of the time.
         start: an engine's process.
     """
     for number, group in enumerate(groups):
-        share = USABLE / len(group)
+        own = until.part(1 / (len(groups) - number))
+        if own.over:
+            for name in group:
+                yield from _late(name, session.cases)
+            continue
         with ExitStack() as stack:
             clients: dict[str, Client] = {}
             for name in group:
                 options = replace(
-                    session.options, memory_share=share, extra=session.extra.get(name, {})
+                    session.options,
+                    memory_share=USABLE / len(group),
+                    extra=session.extra.get(name, {}),
                 )
                 clients[name] = stack.enter_context(start(name, session.checkpoint, options))
-            yield from _await(clients)
-            failures = _warm(session, clients, late)
-            yield from failures
-            for name in [name for name, client in clients.items() if not client.alive]:
-                del clients[name]
-            for case in session.cases:
-                cold = {failure.engine for failure in failures if failure.case is case}
-                yield from _run_case(session, number, case, clients, cold)
-            for name, client in clients.items():
-                try:
-                    yield Took(name, session.cases[-1], client.memory(), client.versions)
-                except EngineError as error:
-                    yield Failure(name, None, f"memory: {error}", error.tail)
+            yield from _measure(session, number, clients, own)
 
 
-def _await(clients: dict[str, Client]) -> Iterator[Event]:
-    """Waits until all have loaded, and takes out those that do not."""
-    for name, client in list(clients.items()):
+def _measure(
+    session: Session, number: int, clients: dict[str, Client], until: Until
+) -> Iterator[Event]:
+    """What one group has to say."""
+    failures = _warm(session, clients, until.part(WARM_SHARE))
+    yield from failures
+    none = {failure.engine for failure in failures if failure.case is None}  # not even loaded
+    for name in [name for name, client in clients.items() if name in none or not client.alive]:
+        del clients[name]
+    for case in session.cases:
+        cold = {failure.engine for failure in failures if failure.case is case}
+        yield from _run_case(session, number, case, clients, cold, until)
+    for name, client in clients.items():
+        if until.over:
+            return
         try:
-            client.wait()
+            memory = client.memory(min(MEMORY_S, until.left))
+            yield Took(name, session.cases[-1], memory, client.versions)
         except EngineError as error:
-            yield Failure(name, None, str(error), error.tail, isinstance(error, Missing))
-            del clients[name]
+            yield Failure(name, None, f"memory: {why(error, until)}", error.tail)
+
+
+def why(error: EngineError, until: Until) -> str:
+    """What an engine's failure is called: one that was cut off has done nothing wrong."""
+    return OUT_OF_TIME if isinstance(error, NoAnswer) and until.over else str(error)
 
 
 def _able(case: Case, name: str) -> bool:
     return case.needs <= ENGINES[name].can
 
 
-def _warm(session: Session, clients: dict[str, Client], late: Callable[[], bool]) -> list[Failure]:
-    """Has every engine compile what its cases need, all engines at once: nothing is timed."""
+def _late(name: str, own: Sequence[Case]) -> list[Failure]:
+    return [Failure(name, case, OUT_OF_TIME) for case in own if _able(case, name)]
+
+
+def _warm(session: Session, clients: dict[str, Client], until: Until) -> list[Failure]:
+    """Has every engine load, and compile what its cases need, all at once: nothing is timed."""
     with ThreadPoolExecutor(max(1, len(clients))) as pool:
-        found = pool.map(lambda one: _warm_one(one, session.cases, late), clients.values())
+        found = pool.map(lambda one: _warm_one(one, session, until), clients.values())
         return [failure for each in found for failure in each]
 
 
-def _warm_one(client: Client, own: Sequence[Case], late: Callable[[], bool]) -> list[Failure]:
-    failures = []
-    for case in (case for case in own if _able(case, client.name)):
-        if late():
-            failures.append(Failure(client.name, case, "not started: out of time"))
-            continue
+def _warm_one(client: Client, session: Session, until: Until) -> list[Failure]:
+    """One that is cut off cannot be measured at all, but one that only begins nothing more can."""
+    name, failures = client.name, []
+    own = [case for case in session.cases if _able(case, name)]
+    try:
+        client.wait(min(START_S, until.left))
+    except EngineError as error:
+        if why(error, until) == OUT_OF_TIME:
+            return _late(name, own)
+        return [Failure(name, None, str(error), error.tail, isinstance(error, Missing))]
+    for i, case in enumerate(own):
+        if until.over:
+            return failures + _late(name, own[i:])
         began = time.monotonic()
         try:
-            for i in range(MOST_WARM):
-                if not any(r.compiled for r in _ask(client, case.draw(SEED + i))):
-                    break
+            _until_warm(client, case, session.options.warm_up, until)
         except EngineError as error:
-            failures.append(Failure(client.name, case, str(error), error.tail))
+            if why(error, until) == OUT_OF_TIME:
+                left = [c for c in own if all(f.case is not c for f in failures)]
+                return failures + _late(name, left)
+            failures.append(Failure(name, case, str(error), error.tail))
             if not client.alive:
                 break
-        print(f"  {case.workload} {case.name} {client.name}: warm, "
+            continue
+        print(f"  {case.workload} {case.name} {name}: warm, "
               f"{time.monotonic() - began:.1f} s", flush=True)  # fmt: skip
     return failures
 
 
+def _until_warm(client: Client, case: Case, brief: bool, until: Until) -> None:
+    """`brief`: the engine has compiled for all lengths, or compiles for none."""
+    for i in range(MOST_WARM):
+        calls = case.draw(SEED + i)
+        replies = _ask(client, cases.brief(calls) if brief else calls, until)
+        if not any(reply.compiled for reply in replies):
+            break
+
+
 def _run_case(
-    session: Session, number: int, case: Case, clients: dict[str, Client], cold: set[str]
-) -> Iterator[Event]:
+    session: Session, number: int, case: Case, clients: dict[str, Client], cold: set[str],
+    until: Until,
+) -> Iterator[Event]:  # fmt: skip
     """`cold`: engines that could not be warmed up for it."""
     for name in [name for name in clients if not _able(case, name)]:
         lacks = ", ".join(sorted(case.needs - ENGINES[name].can))
         yield Failure(name, case, f"cannot: {lacks}", missing=True)
-    warm = [name for name in clients if _able(case, name) and name not in cold]
+    took: dict[str, list[float]] = {
+        name: [] for name in clients if _able(case, name) and name not in cold
+    }
     for turn in range(session.repeats):
-        at = turn % len(warm) if warm else 0
-        for name in warm[at:] + warm[:at]:
-            seed = SEED + MOST_WARM + number * session.repeats + turn
+        order = list(took)
+        at = turn % len(order) if order else 0
+        for name in order[at:] + order[:at]:
+            if not _has_time(took[name], session.case_seconds, until):
+                continue
             try:
-                yield _once(clients[name], case, seed, (number, turn))
+                if not took[name]:  # caches and graphs of another case's sizes are made anew
+                    _ask(clients[name], cases.brief(case.draw(SEED)), until)
+                began, seed = until.now(), SEED + MOST_WARM + number * session.repeats + turn
+                trial = _once(clients[name], case, seed, (number, turn), until)
             except EngineError as error:
-                warm.remove(name)
-                yield from _failed(clients, name, case, error)
+                if why(error, until) == OUT_OF_TIME:
+                    continue
+                yield Failure(name, case, str(error), error.tail)
+                del took[name]
+                if not clients[name].alive:  # else it goes on with the next case
+                    del clients[name]
+                continue
+            took[name].append(until.now() - began)
+            yield trial
+    for name in [name for name, each in took.items() if not each]:
+        yield from _late(name, [case])
 
 
-def _failed(
-    clients: dict[str, Client], name: str, case: Case, error: EngineError
-) -> Iterator[Event]:
-    """The engine goes on with the next case if its process has survived this one."""
-    yield Failure(name, case, str(error), error.tail)
-    if not clients[name].alive:
-        del clients[name]
+def _has_time(took: Sequence[float], most: float, until: Until) -> bool:
+    """Whether one more repeat ends in time, if it takes as long as the last; the first begins."""
+    last = took[-1] if took else 0.0
+    return until.left > last and sum(took) + last <= most
 
 
-def _ask(client: Client, calls: Calls) -> list[Reply]:
+def _ask(client: Client, calls: Calls, until: Until) -> list[Reply]:
     """All calls of one repeat, one after the other."""
-    return [client.generate(call, CALL_S) for call in calls]
+    return [client.generate(call, min(CALL_S, until.left)) for call in calls]
 
 
-def _once(client: Client, case: Case, seed: int, turn: tuple[int, int]) -> Trial:
+def _once(client: Client, case: Case, seed: int, turn: tuple[int, int], until: Until) -> Trial:
     """One repeat.
 
     Raises:
@@ -245,7 +300,7 @@ def _once(client: Client, case: Case, seed: int, turn: tuple[int, int]) -> Trial
     """
     calls, senseless = case.draw(seed), None
     for _ in range(TRIES):
-        replies = _ask(client, calls)
+        replies = _ask(client, calls, until)
         got = [Got(reply.outputs, reply.seconds) for reply in replies]
         try:
             figures = case.measure(calls, got)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ class Sizes:
         burstiness: of the gaps between requests; 1 is Poisson, less comes in bursts.
         goodput: limits in ms, by `ttft`, `tpot`, `e2el`.
         shrink: lengths of the lognormal list, and of the prefixes, are divided by it.
+        case_seconds: an engine repeats a case no more often than fits in these, but once.
     """
 
     batch_sizes: tuple[int, ...] = (1, 4, 16, 64)
@@ -37,12 +39,14 @@ class Sizes:
     burstiness: tuple[float, ...] = (1.0, 0.25)
     goodput: Mapping[str, float] = field(default_factory=lambda: {"ttft": 250.0, "tpot": 40.0})
     shrink: int = 1
+    case_seconds: float = math.inf
 
 
 FULL = Sizes()
+# What each of these costs, in seconds, is in docs/comparison.md.
 SHORT = Sizes(
     batch_sizes=(1, 64), input_lens=(1024,), output_lens=(33, 161), prefill_lens=(4096,),
-    num_prompts=128, datasets=("lognormal",), burstiness=(1.0,),
+    num_prompts=64, datasets=("lognormal",), burstiness=(1.0,), case_seconds=30.0,
 )  # fmt: skip
 SMOKE = Sizes(
     batch_sizes=(1, 2), input_lens=(16,), output_lens=(3, 35), prefill_lens=(32,), num_prompts=6,

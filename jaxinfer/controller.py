@@ -135,7 +135,7 @@ def choose(
     best, soonest = 0, load.left * plain / GAIN
     for k in choices:
         seconds = step_seconds(control, costs, load.rows, k)
-        end = reading + (load.left / _tokens(control, load, k) + load.overrun) * seconds
+        end = reading + (_steps(control, load, k) + load.overrun) * seconds
         if end < soonest:
             best, soonest = k, end
     again, tried = control.trying
@@ -221,10 +221,11 @@ def share(control: Control, sequence: int) -> float:
     return _smoothed(control.sequences.get(sequence, Held()), overall)
 
 
-def _tokens(control: Control, load: Load, guesses: int) -> float:
-    """That a step brings to each row, on average."""
-    found = sum(expected(share(control, i), guesses) for i in load.sequences)
-    return (found + load.others) / (len(load.sequences) + load.others)
+def _steps(control: Control, load: Load, guesses: int) -> float:
+    """That a row takes to its end, on average: those whose guesses do not hold take as many as
+    without, however many tokens others have a step."""
+    each = sum(1 / expected(share(control, i), guesses) for i in load.sequences) + load.others
+    return load.left * each / (len(load.sequences) + load.others)
 
 
 def _smoothed(found: Held, prior: float) -> float:

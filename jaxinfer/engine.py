@@ -40,7 +40,7 @@ from jaxinfer.observe import (
 from jaxinfer.packing import Packed, flatten, send
 from jaxinfer.page_copies import PageCopies
 from jaxinfer.pages import page_keys, pages_for
-from jaxinfer.parallel import device_bytes, new_cache, replicate, sizes, stage_config
+from jaxinfer.parallel import connected, device_bytes, new_cache, replicate, sizes, stage_config
 from jaxinfer.plans import (
     Kind,
     SequenceSpec,
@@ -120,7 +120,7 @@ class Engine:
         self._table_width = pages_for(limits.max_model_len, limits.page_size)
         self.compiler = StepCompiler(
             stage_config(config, mesh), invariant=invariant, platform=platform,
-            drafter=of_stage(drafter, config, mesh), mesh=mesh,
+            drafter=of_stage(drafter, config, mesh), mesh=mesh, peers=connected(mesh),
             # A collective would wait for a process that still compiles, and not for ever.
             compiled=(lambda: None) if link is None else link.meet,
         )  # fmt: skip

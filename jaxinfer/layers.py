@@ -21,6 +21,7 @@ from jax import lax
 
 from jaxinfer.quant import Matrix, matmul
 from jaxinfer.types import Axis
+from pallas_kernels.exchange import exchange
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -40,17 +41,10 @@ def linear(x: jax.Array, weight: Matrix, bias: jax.Array | None = None) -> jax.A
 
 
 @jax.named_scope("collectives")
-def reduce_shards(x: jax.Array, axis: str | None) -> jax.Array:
-    """Sums a row-parallel projection's partial results over the shards, in rank order."""
-    if axis is None:
-        return x
-    if lax.axis_size(axis) == 2:
-        return lax.psum(x, axis)  # the order of two does not matter
-    parts = lax.all_gather(x, axis)  # [n, ...]: a sum in an order that no message size changes
-    total = parts[0]
-    for part in parts[1:]:
-        total = total + part
-    return total
+def reduce_shards(x: jax.Array, axis: str | None, peers: jax.Array | None = None) -> jax.Array:
+    """Sums a row-parallel projection's partial results over the shards, in rank order; `peers`: see
+    `pallas_kernels.exchange`."""
+    return x if axis is None else exchange(x, axis, peers)
 
 
 @jax.named_scope("rope")
@@ -76,9 +70,14 @@ def gated(x: jax.Array, layer: dict[str, Any], activation: str) -> jax.Array:
 
 
 @jax.named_scope("down")
-def down(hidden: jax.Array, layer: dict[str, Any], axis: str | None = None) -> jax.Array:
+def down(
+    hidden: jax.Array,
+    layer: dict[str, Any],
+    axis: str | None = None,
+    peers: jax.Array | None = None,
+) -> jax.Array:
     """What the neurons [..., F] of a gated MLP add to the residual stream: [..., E]."""
-    y = reduce_shards(linear(hidden, layer["down"]), axis)
+    y = reduce_shards(linear(hidden, layer["down"]), axis, peers)
     return y if "down_bias" not in layer else y + layer["down_bias"]
 
 

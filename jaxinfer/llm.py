@@ -30,7 +30,7 @@ from jaxinfer.replicas import Replicas
 from jaxinfer.requests import Request, answer, finish, refused
 from jaxinfer.response_cache import Key, ResponseCache, response_key
 from jaxinfer.scoring import scoring_params, share_beginnings, token_logprobs
-from jaxinfer.sources import given, stored
+from jaxinfer.sources import drawn, given, stored
 from jaxinfer.speculative import parse
 from jaxinfer.starting import Started, start
 from jaxinfer.types import Delta, RequestOutput, SamplingParams, TokenLogprobs
@@ -193,6 +193,33 @@ class LLM:
             chosen = EngineOptions(speculative=how, **options)
             source = given(params, config, chosen, tokenizer=tokenizer, draft=draft)
             self._take(start(source, chosen, self._link), chosen)
+        return self
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ModelConfig,
+        *,
+        weights_seed: int = 0,
+        speculative: str | Mapping[str, Any] | Speculative | None = None,
+        **options: Any,
+    ) -> Self:
+        """An LLM of random dense weights, to time a shape without a checkpoint: each device draws
+        what it holds. Takes the options of `LLM`.
+
+        Args:
+            config: the model; `models.families` makes one of a Hugging Face config.
+            weights_seed: of the weights. Where several devices share a layer they are other ones.
+
+        Raises:
+            CapacityError, ValueError: as `LLM`.
+        """
+        self = cls.__new__(cls)
+        self._link = connect()
+        with together(self._link):
+            how = None if speculative is None else parse(speculative)
+            chosen = EngineOptions(speculative=how, **options)
+            self._take(start(drawn(config, weights_seed), chosen, self._link), chosen)
         return self
 
     def _take(self, started: Started, options: EngineOptions) -> None:

@@ -25,6 +25,7 @@ from jaxinfer.parallel import device_share
 from jaxinfer.roofline import LAYER_S, shard
 from jaxinfer.sizing import MemoryPlan, device_memory, plan_memory
 from pallas_kernels.device import capability
+from pallas_kernels.exchange import connectable, memory_bytes
 from pallas_kernels.scaled_matmul import has_kernel
 
 DEFAULT_BATCHED_TOKENS = 2048
@@ -77,6 +78,7 @@ def plan(
     limits, used = zip(*memories, strict=True)
     limit, in_use = None if None in limits else min(limits), max(used)
     dtype = jnp.dtype(options.dtype)
+    peers, size = _peer_bytes(meshes), options.tensor_parallel_size
     one, far = _host_pages(config, options, drafter, host_weights, devices)
     found = plan_memory(
         _local(config, options),
@@ -91,8 +93,8 @@ def plan(
         max_num_batched_tokens=batched_tokens(options),
         weights=weights,
         host_weights=host_weights,
-        buffers=buffers + (STAGED * one if far else 0),
-        shards=options.tensor_parallel_size,
+        buffers=buffers + (STAGED * one if far else 0) + peers,
+        gathered=0 if peers or size == 1 else size,
         hopper=has_kernel(capability()),
         **_guessing(drafter, options),
     )
@@ -129,6 +131,12 @@ def _host_pages(
             "before JAX starts)"
         )
     return one, budget // one
+
+
+def _peer_bytes(meshes: Sequence[Mesh | None]) -> int:
+    """Of each device, for exchanges of partial results; see `pallas_kernels.exchange`."""
+    connected = [mesh for mesh in meshes if mesh is not None and connectable(mesh)]
+    return max(map(memory_bytes, connected), default=0)
 
 
 def _local(config: ModelConfig, options: EngineOptions) -> ModelConfig:

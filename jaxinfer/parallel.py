@@ -8,6 +8,7 @@ replica of several (ADR 013) names its one device, by a mesh of that size.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,6 +24,9 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.models.weights import Piece, Weight, declare
 from jaxinfer.offload import host_places, local_bytes, on_host
 from jaxinfer.sharding import STAGE, TENSOR, degree, shardings
+from pallas_kernels.exchange import Peers, connect, connectable
+
+logger = logging.getLogger(__name__)
 
 # Options of `LLM`.
 TENSOR_SIZE, STAGES = "tensor_parallel_size", "pipeline_parallel_size"
@@ -60,6 +64,21 @@ def replica_meshes(size: int, stages: int = 1, replicas: int = 1) -> tuple[Mesh 
     shape, axes = ((size,), (TENSOR,)) if stages == 1 else ((stages, size), (STAGE, TENSOR))
     chosen = np.array(devices[: each * replicas]).reshape(replicas, *shape)
     return tuple(Mesh(own, axes) for own in chosen)
+
+
+def connected(mesh: Mesh | None) -> Peers | None:
+    """By what GPUs that share layers reach each other's memory. None: exchanges are XLA's, or there
+    are none."""
+    if mesh is None or mesh.shape[TENSOR] == 1:
+        return None
+    if connectable(mesh):
+        return connect(mesh)
+    if mesh.devices.flat[0].platform == "gpu":
+        logger.info(
+            "exchanges between GPUs are XLA's: those by kernels need Hopper GPUs of one process "
+            "that reach each other's memory"
+        )
+    return None
 
 
 def reading_mesh(meshes: Sequence[Mesh | None]) -> Mesh | None:

@@ -31,6 +31,7 @@ from jaxinfer.roofline import (
 )
 from jaxinfer.sizing import most_step_bytes
 from jaxinfer.temporaries import StepShape, hungriest
+from pallas_kernels.exchange_layout import memory_words
 
 HOST_GPUS, MOST_GPUS = 8, 64  # most that share a layer; most that `search` looks at
 MOST_ROWS = 1 << 20
@@ -236,20 +237,23 @@ def memory_of(
             StepShape(padded(rows), n, MOST_CHUNKS if n else 0, columns * size) for n in (0, tokens)
         ]
     how: dict[str, Any] = {
-        "dtype": stored.dtype, "kv_dtype": setting.kv_name, "shards": setting.tp,
-        "hopper": setting.gpu.hopper,
+        "dtype": stored.dtype, "kv_dtype": setting.kv_name, "hopper": setting.gpu.hopper,
+        # Kernels sum on Hopper; one device gathers nothing.
+        "gathered": 0 if setting.gpu.hopper or setting.tp == 1 else setting.tp,
     }  # fmt: skip
     phases = (hungriest(part, shape, dense=setting.dense, **how) for shape in shapes)
     step = max(phases, key=lambda phase: phase.bytes)
     # Log-probabilities are of whole rows of logits.
     whole = replace(part, vocab_size=config.vocab_size)
+    # What GPUs write into each other's memory.
+    peers = 4 * memory_words(setting.tp) if setting.gpu.hopper and setting.tp > 1 else 0
     most, margin = most_step_bytes(whole, rows=rows, tokens=tokens, max_kv=columns * size, **how)
     return Memory(
         weights=round(count_sizes(part).bytes(stored)),
         kv=(rows * columns + 1) * page_bytes(part, size, setting.kv_name),
         activations=step.activations,
         temporaries=step.bytes - step.activations,
-        margin=max(0, most - step.bytes) + margin,
+        margin=max(0, most - step.bytes) + margin + peers,
         usable=int(setting.utilization * setting.gpu.visible_bytes),
     )
 

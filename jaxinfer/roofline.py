@@ -29,9 +29,11 @@ LAYER_S = 36e-6  # a layer's kernels: launches, beginnings and ends, what is sma
 KV_READ, KV8_READ = 0.957, 0.88  # of the copy bandwidth: decode attention, 16- and 8-bit pages
 ROWS = 8  # a step has a multiple of them (ADR 003)
 CHUNK_TOKENS = 2048  # of prompts in one step, by the engine's default
-# Two H200s, 2026-11-28 (bench/multi_gpu.md); more of them, and other links, are assumed alike.
+# Two and four H200s, 2026-11-28 (bench/multi_gpu.md); other links are assumed alike.
 LINK_SHARE = 0.53  # of a link's rate one way, by an all-reduce of 34 MB: 161 us
 MESSAGE_S = 25e-6  # of any message between GPUs, however small: 20 to 37 us
+# The same by Hopper's kernel, and for each GPU: 6 us between two, 10 between four.
+KERNEL_S, KERNEL_EACH_S = 1.5e-6, 2e-6
 
 
 @dataclass(frozen=True)
@@ -300,7 +302,8 @@ def all_reduce_time(message: float, gpu: Gpu, gpus: int) -> float:
     if gpus == 1:
         return 0.0
     sent = all_reduce_bytes(message, gpus)
-    return MESSAGE_S + sent / (gpu.link_bandwidth(gpus) * LINK_SHARE)
+    least = KERNEL_S + KERNEL_EACH_S * gpus if gpu.hopper else MESSAGE_S
+    return least + sent / (gpu.link_bandwidth(gpus) * LINK_SHARE)
 
 
 def send_time(message: float, gpu: Gpu, gpus: int) -> float:

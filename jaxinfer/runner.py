@@ -26,12 +26,13 @@ from jaxinfer.config import ModelConfig
 from jaxinfer.drafting import Drafter, catch_up, speculate_rows
 from jaxinfer.hooked import change_logits, changes, faults, hook_up
 from jaxinfer.hooks import Hook, Rows, wanted_sites
-from jaxinfer.models.decoder import NO_CHANGE, AttentionOptions, Params, logits
+from jaxinfer.models.decoder import NO_CHANGE, PEERS, AttentionOptions, Params, logits
 from jaxinfer.packing import Packed, pack, unpack
 from jaxinfer.pipeline import decode, forward
 from jaxinfer.sharding import mesh_axes
 from jaxinfer.speculate import Drawing
 from jaxinfer.types import Axis
+from pallas_kernels.exchange import Peers
 from pallas_kernels.paged_attention import Backend
 
 logger = logging.getLogger(__name__)
@@ -387,6 +388,8 @@ class StepCompiler:
         mesh: devices along one axis, or along that of stages and another; each runs the step on
             its part of what is split. Of one device: that one, with the program of one. None: the
             default device.
+        peers: by what those along the last axis reach each other's memory; None: exchanges are
+            XLA's.
         compiled: called when steps have been compiled, before they run.
 
     Attributes:
@@ -402,11 +405,13 @@ class StepCompiler:
         platform: str,
         drafter: Drafter | None = None,
         mesh: Mesh | None = None,
+        peers: Peers | None = None,
         compiled: Callable[[], None] = lambda: None,
     ) -> None:
         self._config, self._drafter, self._done = config, drafter, compiled
         self._mesh = None if mesh is None or mesh.size == 1 else mesh
         self.everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        self._peers = peers
         self.options: dict[str, Any] = INVARIANT_OPTIONS if invariant and platform == "gpu" else {}
         self._compiled: dict[tuple[StepKey, bool], Any] = {}
         self.compile_seconds = 0.0
@@ -485,15 +490,23 @@ class StepCompiler:
             self._compiled[lookup] = self._finish(key, lowered)
             self._done()
             self.compile_seconds += time.perf_counter() - begin
-        return self._compiled[lookup](params, cache, seq, plan, tables, draft)
+        weights, guessing = self._with_peers(params), self._with_peers(draft)
+        return self._compiled[lookup](weights, cache, seq, plan, tables, guessing)
 
     def forget(self, hook: Hook) -> None:
         """Lets go of the programs that have a hook in them."""
         for key in [key for key in self._compiled if hook in key[0].hooks]:
             del self._compiled[key]
 
+    def _with_peers(self, params: Params | None) -> Params | None:
+        """Weights, and beside them what the exchanges of their products need."""
+        if params is None or self._peers is None:
+            return params
+        return {**params, PEERS: self._peers.table}
+
     def _lower(self, key: StepKey, *args: Any) -> Any:
-        mesh = self._mesh
+        mesh, (params, *rest, draft) = self._mesh, args
+        args = (self._with_peers(params), *rest, self._with_peers(draft))
         how = {"config": self._config, "key": key, "drafter": self._drafter}
         if mesh is None and not key.hooks:
             return _shared_step.lower(*args, **how)

@@ -123,7 +123,7 @@ def plan_memory(
     guessing: tuple[int, int] = (0, 0),
     host_weights: int = 0,
     buffers: int = 0,
-    shards: int = 1,
+    gathered: int = 0,
     hopper: bool = True,
 ) -> MemoryPlan:
     """Sizes the KV cache: what is asked for, or what is left, and no more than can be used.
@@ -143,7 +143,7 @@ def plan_memory(
         page_extra: bytes of a page beside the model's keys and values: a draft's, and the text.
         guessing: see `most_step_bytes`.
         host_weights, buffers: bytes of weights on the host, and of what steps need for them.
-        shards, hopper: see `temporaries.hungriest`.
+        gathered, hopper: see `temporaries.hungriest`.
 
     Raises:
         CapacityError: the weights do not fit, not even one page is left, or a sequence of
@@ -160,7 +160,7 @@ def plan_memory(
         held = max(room // one - 1, 1) * page_size
         most, margin = most_step_bytes(
             config, rows=max_num_seqs, tokens=max_num_batched_tokens, max_kv=min(longest, held),
-            guessing=guessing, dtype=dtype, kv_dtype=kv_dtype, shards=shards, hopper=hopper,
+            guessing=guessing, dtype=dtype, kv_dtype=kv_dtype, gathered=gathered, hopper=hopper,
         )  # fmt: skip
         steps = most + margin + buffers
     useful = (max_num_seqs * pages_for(longest, page_size) + 1) * one

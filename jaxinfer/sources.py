@@ -1,7 +1,9 @@
-"""Where the weights of an `LLM` come from: a checkpoint, or the caller, who has them in memory."""
+"""Where the weights of an `LLM` come from: a checkpoint, the caller, who has them in memory, or
+chance."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +24,10 @@ from jaxinfer.loading import (
 )
 from jaxinfer.memory import split_within
 from jaxinfer.models.decoder import Params
+from jaxinfer.models.weights import declare, init_params
 from jaxinfer.offload import Split
+from jaxinfer.parallel import declared_on
+from jaxinfer.sharding import shardings
 
 if TYPE_CHECKING:
     from jaxinfer.tokenizer import Tokenizer
@@ -102,3 +107,24 @@ def given(
         in_memory=True,
         draft=draft,
     )
+
+
+def drawn(config: ModelConfig, seed: int) -> Source:
+    """A model of random weights, dense; each device draws its own."""
+
+    def split(options: EngineOptions, mesh: Mesh | None) -> Split:
+        width = jnp.dtype(options.dtype).itemsize
+        sizes = jax.tree.map(lambda w: width * math.prod(w.shape), declare(config))
+        if options.device_weight_bytes is None:
+            return Split((), sum(jax.tree.leaves(sizes)), 0, 0)
+        return split_within(sizes, config, options.device_weight_bytes, mesh)
+
+    def load(dtype: Any, mesh: Mesh | None, layers: Sequence[int]) -> Params:
+        key = jax.random.key(seed)
+        if mesh is None or layers:  # drawn whole, as one device would
+            return place(init_params(config, key, dtype), config, mesh, layers)
+        declared = declared_on(config, mesh)
+        places = shardings(declared, mesh)
+        return init_params(config, key, dtype, declared=declared, places=places)
+
+    return Source(config, tokenizer=lambda: None, split=split, load=load)

@@ -100,7 +100,7 @@ def hungriest(
     dtype: Any,
     kv_dtype: Any = None,
     dense: bool = True,
-    shards: int = 1,
+    gathered: int = 0,
     hopper: bool = True,
 ) -> Phase:
     """The phase that needs most.
@@ -111,7 +111,8 @@ def hungriest(
         dtype: of the activations.
         kv_dtype: of the pages; None: `dtype`.
         dense: whether the layers' matrices are; others have kernels that need no workspace.
-        shards: devices that share each layer.
+        gathered: devices whose partial results are gathered to be summed; 0: a kernel sums them
+            in place of those of one, or there is one device.
         hopper: on other GPUs the workspace is smaller, and partial results are few.
     """
     width = jnp.dtype(dtype).itemsize
@@ -121,7 +122,12 @@ def hungriest(
     if not hopper:
         partials = min(partials, SCRATCH_BYTES)
     layers = _layers(
-        config, shape, width, partials=partials, workspace=workspace if dense else 0, shards=shards
+        config,
+        shape,
+        width,
+        partials=partials,
+        workspace=workspace if dense else 0,
+        gathered=gathered,
     )
     found = layers | _outputs(config, shape, width, workspace)
     return max((Phase(name, terms) for name, terms in found.items()), key=lambda p: p.bytes)
@@ -134,7 +140,7 @@ def _layers(
     *,
     partials: int,
     workspace: int,
-    shards: int,
+    gathered: int,
 ) -> dict[str, Terms]:
     """Phases of a layer: what the layers need by turns takes the same places."""
     c, T = config, shape.width
@@ -149,7 +155,7 @@ def _layers(
         "attention": every | {"queries": heads, "attended": heads, "partial results": partials},
         # Summed in the order of the devices. One of the sums lies where no gap is large enough.
         "sum over devices": every | {
-            "product": stream, "sums": 2 * stream, "gathered": (shards > 1) * shards * stream,
+            "product": stream, "sums": 2 * stream, "gathered": gathered * stream,
         },
         "gate_up": normed | dense | {"gate_up": 2 * neurons},
         "activation": every | {"gate_up": 2 * neurons, "neurons": neurons},

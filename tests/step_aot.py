@@ -39,6 +39,7 @@ from jaxinfer.quant.packing import pack_matrix
 from jaxinfer.quantise import Method, quantise_params
 from jaxinfer.runner import StepCompiler, StepKey
 from jaxinfer.sharding import shardings
+from pallas_kernels.exchange import Peers, table_shape
 from tests.pallas_kernels.aot import topology
 
 PAGE = 32
@@ -129,12 +130,27 @@ def arguments(case: Case, config: ModelConfig, key: StepKey, mesh: Mesh) -> tupl
     )  # fmt: skip
 
 
+def peers(mesh: Mesh, arch: str) -> Peers | None:
+    """As an engine has them."""
+    if mesh.size == 1 or arch != "sm90":
+        return None
+    place = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return Peers(jax.ShapeDtypeStruct(table_shape(mesh), jnp.uint32, sharding=place), None)
+
+
 def compiled(case: Case) -> Any:
     config, key = config_of(case), step_key(case)
     devices, shared_bytes = topology(case.arch, case.devices)
     mesh = Mesh(np.array(devices), ("tensor",))
     how = Speculative("lookup", tokens=case.guesses or 1, rule=case.rule)  # type: ignore[arg-type]
-    compiler = StepCompiler(config, invariant=True, platform="gpu", drafter=Drafter(how), mesh=mesh)
+    compiler = StepCompiler(
+        config,
+        invariant=True,
+        platform="gpu",
+        drafter=Drafter(how),
+        mesh=mesh,
+        peers=peers(mesh, case.arch),
+    )
     given = arguments(case, config, key, mesh)
     with jax.default_device(devices[0]), artificial_shared_memory_limit(shared_bytes):
         return compiler._finish(key, compiler._lower(key, *given))

@@ -30,6 +30,7 @@ from jaxinfer import (
     UnsupportedModel,
 )
 from jaxinfer.models import decoder
+from jaxinfer.models.weights import init_params
 from jaxinfer.tokenizer import Tokenizer
 from tests.conftest import TinyModel, of_kinds
 
@@ -844,6 +845,23 @@ def test_a_quantised_cache(tiny: TinyModel, llm: LLM, kv_cache_dtype: str) -> No
         greedy = SamplingParams(temperature=0, max_tokens=8)
         first, second = (quantised.generate([prompt], greedy)[0].outputs[0] for _ in range(2))
         assert first.token_ids == second.token_ids
+
+
+def test_random_weights(tiny: TinyModel) -> None:
+    """They are those of `init_params`, and of the seed."""
+    greedy = SamplingParams(temperature=0, max_tokens=4)
+    params = init_params(tiny.config, jax.random.key(3), jnp.float32)
+    with LLM.from_params(params, tiny.config, **OPTIONS) as given:
+        want = given.logprobs([[5, 6, 7]])[0].logprobs
+    found = {}
+    for seed in (3, 4):
+        with LLM.from_config(tiny.config, weights_seed=seed, **OPTIONS) as llm:
+            found[seed] = llm.logprobs([[5, 6, 7]])[0].logprobs
+            assert len(llm.generate([[5, 6, 7]], greedy)[0].outputs[0].token_ids) == 4
+    np.testing.assert_array_equal(found[3], want)
+    assert not np.array_equal(found[4], want)
+    with pytest.raises(CapacityError):
+        LLM.from_config(tiny.config, **{**OPTIONS, "device_weight_bytes": 1})
 
 
 def test_nothing_works_after_close(tiny: TinyModel) -> None:

@@ -175,13 +175,14 @@ tokens = st.integers(0, V - 1)
     prompts=st.lists(st.lists(tokens, min_size=2, max_size=9), min_size=S, max_size=S),
     how=st.lists(hows, min_size=S, max_size=S),
     more=st.lists(st.integers(1, 14), min_size=S, max_size=S),
-    k=st.sampled_from([1, 3]),
     unlike=st.sampled_from([0.0, 0.4, 3.0]),
-    name=st.sampled_from(PROPOSERS),
+    # Each is a program: one guess at a time with one of them alone.
+    proposed=st.sampled_from([("draft", 1), *((name, 3) for name in PROPOSERS)]),
 )
 def test_tokens_are_those_without_speculation(
-    prompts: Any, how: Any, more: Any, k: int, unlike: float, name: str
+    prompts: Any, how: Any, more: Any, unlike: float, proposed: tuple[str, int]
 ) -> None:
+    name, k = proposed
     params = models(1, unlike=unlike)
     limits = [len(p) + n for p, n in zip(prompts, more, strict=True)]
     state = begin(prompts, stack(how), limits, k, penalised=True)

@@ -33,6 +33,10 @@ class Missing(EngineError):  # noqa: N818
     """Its package is not installed."""
 
 
+class NoAnswer(EngineError):  # noqa: N818
+    """It took too long, and its process was ended."""
+
+
 class Reply(NamedTuple):
     """Of one call of `generate`.
 
@@ -72,7 +76,7 @@ class Client:
         """Until the engine is loaded; when that was, `time.time()`.
 
         Raises:
-            Missing, EngineError.
+            Missing, NoAnswer, EngineError.
         """
         answer = self._answer(timeout_s)
         if "missing" in answer:
@@ -95,9 +99,9 @@ class Client:
             raise EngineError(f"wrong output: {error}") from error
         return Reply(outputs, answer["seconds"], answer["began"], answer["compiled"])
 
-    def memory(self) -> Memory:
+    def memory(self, timeout_s: float) -> Memory:
         """See `bench.engines.Memory`."""
-        return Memory(**self._ask({"memory": True}, 60.0)["memory"])
+        return Memory(**self._ask({"memory": True}, timeout_s)["memory"])
 
     @property
     def alive(self) -> bool:
@@ -129,7 +133,7 @@ class Client:
             left = latest - time.monotonic()
             if left <= 0 or not select.select([self._process.stdout], [], [], left)[0]:
                 parts.end(self._process)
-                raise EngineError(f"no answer after {timeout_s:.0f} s", self._tail())
+                raise NoAnswer(f"no answer after {timeout_s:.0f} s", self._tail())
             if not (piece := os.read(self._process.stdout.fileno(), STEP)):
                 raise EngineError("its process has ended", self._tail())
             pieces.append(piece)

@@ -1,15 +1,16 @@
 """The strongest simple baseline: a decoder in plain PyTorch, compiled, in the manner of gpt-fast.
 
 Static keys and values, one decode step under `torch.compile(mode="reduce-overhead",
-fullgraph=True)` (CUDA graphs), a compiled prefill, fused matrices for q, k, v and for gate and up.
-Decode attention is grouped: keys and values are read once for all heads that share them. Llama,
-Mistral and Qwen3 as far as they are plain; anything else is refused.
+fullgraph=True)` (CUDA graphs), a prefill compiled layer by layer, fused matrices for q, k, v and
+for gate and up. Decode attention is grouped: keys and values are read once for all heads that share
+them. Llama, Mistral and Qwen3 as far as they are plain; anything else is refused.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from bench.engines.static_batches import StaticBatches, allocated, sample, start
 FAMILIES = ("llama", "mistral", "qwen3")
 STRANGE = ("attention_bias", "mlp_bias", "sliding_window", "quantization_config")
 Tensor = Any
+Part = Callable[..., Any]
 
 
 class Config(NamedTuple):
@@ -35,6 +37,14 @@ class Config(NamedTuple):
     D: int
     eps: float
     rotations: Tensor
+
+
+class At(NamedTuple):
+    """Positions, int64 [T], and cosine and sine of their rotations, float32 [T, D/2]."""
+
+    positions: Tensor
+    cos: Tensor
+    sin: Tensor
 
 
 def read_config(hf: dict[str, Any]) -> Config:
@@ -109,35 +119,48 @@ def _holder(tensors: dict[str, Tensor | None]) -> nn.Module:
     return made
 
 
-def forward(c: Config, model: Any, ids: Tensor) -> Tensor:
-    """Logits [B, V] after the last of `ids` [B, T]. One token each is decode; more are a prompt,
-    from position 0 on. Writes keys and values, [B, K, S, D] of each layer, and moves `position`,
-    int64 [1], that of the next token."""
-    B, T = ids.shape
-    x = F.embedding(ids, model.embed)
-    positions = model.position + torch.arange(T, device=ids.device)
+def begin(c: Config, model: Any, ids: Tensor) -> tuple[Tensor, At]:
+    """Embeddings [B, T, E] of `ids` [B, T], and where they are: from `model.position` on."""
+    positions = model.position + torch.arange(ids.shape[1], device=ids.device)
     angles = positions[:, None].float() * c.rotations
-    turn = angles.cos(), angles.sin()
+    return F.embedding(ids, model.embed), At(positions, angles.cos(), angles.sin())
+
+
+def layer(c: Config, w: Any, x: Tensor, keys: Tensor, values: Tensor, at: At) -> Tensor:
+    """Of x [B, T, E]. One token each is decode; more are a prompt, from position 0 on. Writes
+    `keys` and `values`, [B, K, S, D]; a prompt reads nothing from them."""
+    B, T, _ = x.shape
+    h = _norm(x, w.norm, c.eps)
+    q, k, v = F.linear(h, w.qkv).split([c.H * c.D, c.K * c.D, c.K * c.D], -1)
+    q, k, v = (t.view(B, T, -1, c.D) for t in (q, k, v))
+    if w.q_norm is not None:
+        q, k = _norm(q, w.q_norm, c.eps), _norm(k, w.k_norm, c.eps)
+    q, k = _rotate(q, at).transpose(1, 2), _rotate(k, at).transpose(1, 2)
+    v = v.transpose(1, 2)
+    keys.index_copy_(2, at.positions, k)
+    values.index_copy_(2, at.positions, v)
+    if T == 1:
+        y = _grouped(q.reshape(B, c.K, c.H // c.K, c.D), keys, values, at.positions)
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        y = y.transpose(1, 2)
+    x = x + F.linear(y.reshape(B, T, c.H * c.D), w.out)
+    gate, up = F.linear(_norm(x, w.mlp_norm, c.eps), w.up).chunk(2, -1)
+    return x + F.linear(F.silu(gate) * up, w.down)
+
+
+def end(c: Config, model: Any, x: Tensor, temperature: float) -> Tensor:
+    """Tokens [B, 1] after the last of x [B, T, E]. Moves `position`, int64 [1], to the next one."""
+    model.position.add_(x.shape[1])
+    return sample(F.linear(_norm(x[:, -1], model.norm, c.eps), model.head), temperature)
+
+
+def forward(model: Any, ids: Tensor, start: Part, middle: Part, finish: Part) -> Tensor:
+    """The tokens [B, 1] after `ids` [B, T], by `begin`, `layer` and `end`, compiled or not."""
+    x, at = start(ids)
     for w in model.layers:
-        h = _norm(x, w.norm, c.eps)
-        q, k, v = F.linear(h, w.qkv).split([c.H * c.D, c.K * c.D, c.K * c.D], -1)
-        q, k, v = (t.view(B, T, -1, c.D) for t in (q, k, v))
-        if w.q_norm is not None:
-            q, k = _norm(q, w.q_norm, c.eps), _norm(k, w.k_norm, c.eps)
-        q, k = _rotate(q, turn).transpose(1, 2), _rotate(k, turn).transpose(1, 2)
-        v = v.transpose(1, 2)
-        w.keys.index_copy_(2, positions, k)
-        w.values.index_copy_(2, positions, v)
-        if T == 1:
-            y = _grouped(q.reshape(B, c.K, c.H // c.K, c.D), w.keys, w.values, positions)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            y = y.transpose(1, 2)
-        x = x + F.linear(y.reshape(B, T, c.H * c.D), w.out)
-        gate, up = F.linear(_norm(x, w.mlp_norm, c.eps), w.up).chunk(2, -1)
-        x = x + F.linear(F.silu(gate) * up, w.down)
-    model.position.add_(T)
-    return F.linear(_norm(x[:, -1], model.norm, c.eps), model.head)
+        x = middle(w, x, w.keys, w.values, at)
+    return finish(x)
 
 
 def _grouped(q: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
@@ -153,9 +176,9 @@ def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y.to(x.dtype) * weight
 
 
-def _rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+def _rotate(x: Tensor, at: At) -> Tensor:
     """Of [B, T, heads, D]: the first half of D turns with the second."""
-    cos, sin = (t[:, None, :] for t in turn)
+    cos, sin = at.cos[:, None, :], at.sin[:, None, :]
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).to(x.dtype)
 
@@ -177,22 +200,35 @@ class _Steps:
         self.token = 2 * c.L * c.K * c.D * model.embed.itemsize
         self.size: tuple[int, int] | None = None  # of the cache: rows, tokens
 
-        def run(ids: Tensor) -> Tensor:
-            return sample(forward(c, model, ids), temperature)
+        def start(ids: Tensor) -> tuple[Tensor, At]:
+            return begin(c, model, ids)
 
-        # A prompt is long enough to hide its launches, and its sizes vary: no graphs.
-        self._prefill = torch.compile(run, dynamic=True, fullgraph=True)
-        self._decode = torch.compile(run, mode="reduce-overhead", fullgraph=True, dynamic=False)
+        def middle(w: Any, x: Tensor, keys: Tensor, values: Tensor, at: At) -> Tensor:
+            return layer(c, w, x, keys, values, at)
+
+        def finish(x: Tensor) -> Tensor:
+            return end(c, model, x, temperature)
+
+        def step(tokens: Tensor) -> Tensor:
+            return forward(model, tokens, start, middle, finish)
+
+        # A prompt is long enough to hide its launches: no graphs. Its layers share one program,
+        # for any length of prompt and cache. Whole, 16 layers took ten times as long to compile,
+        # and again for each cache: shapes of a module's buffers are constants to the compiler.
+        self._prompt = [
+            torch.compile(part, dynamic=True, fullgraph=True) for part in (start, middle, finish)
+        ]
+        self._decode = torch.compile(step, mode="reduce-overhead", fullgraph=True, dynamic=False)
 
     def prefill(self, ids: Tensor, length: int) -> Tensor:
         if self.size != (len(ids), length):
             self.size = len(ids), length
             shape = len(ids), self.c.K, length, self.c.D
-            for layer in self.model.layers:
-                layer.keys, layer.values = None, None  # the old ones make room first
-                layer.keys, layer.values = (self.model.embed.new_zeros(shape) for _ in range(2))
+            for w in self.model.layers:
+                w.keys, w.values = None, None  # the old ones make room first
+                w.keys, w.values = (self.model.embed.new_zeros(shape) for _ in range(2))
         self.model.position.zero_()
-        return self._prefill(ids)
+        return forward(self.model, ids, *self._prompt)
 
     def step(self, tokens: Tensor) -> Tensor:
         return self._decode(tokens)

@@ -48,6 +48,7 @@ Attend = Callable[[jax.Array, Heads, int], jax.Array]
 Norm = Callable[[jax.Array, jax.Array, jax.Array | None], tuple[jax.Array, jax.Array]]
 RopeTables = dict[RopeConfig, tuple[jax.Array, jax.Array]]
 Plans = dict[tuple[str, int | None], Any]
+PEERS = "peers"  # beside the weights, where devices reach each other's memory: see `exchange`
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def forward(
     if change:
         ops = ops._replace(attend=partial(_finite, ops.attend))
     x = ops.at(EMBED, embedded(params, config, batch.tokens, axis))
-    last = _layers(params["layers"], config, x, batch.positions, ops, axis)
+    last = _layers(params, config, x, batch.positions, ops, axis)
 
     def finish(stream: Residual) -> jax.Array:
         return ops.norm(stream.x, params["final_norm"], stream.delta)[1]
@@ -161,7 +162,7 @@ def forward_stage(
     after them. Arguments as of `forward`; text beside the pages stays as it is."""
     pools = split_layers(cache)
     ops = _paged(config, batch, pools, attention, visit((), NO_CHANGE)[0], frozenset())
-    last = _layers(params["layers"], config, x, batch.positions, ops, axis)
+    last = _layers(params, config, x, batch.positions, ops, axis)
     # The norm that follows would add the same, rounded alike.
     after = last.x if last.delta is None else last.x + last.delta
     return after, join_layers(pools, cache.tokens)
@@ -311,7 +312,7 @@ def apply(
         positions = jnp.arange(tokens.shape[-1], dtype=jnp.int32)
     ops = Ops(attend, norm, at, frozenset((*wanted, *changed)))
     x = ops.at(EMBED, embedded(params, config, tokens, axis))
-    last = _layers(params["layers"], config, x, positions, ops, axis)
+    last = _layers(params, config, x, positions, ops, axis)
     hidden = at(FINAL_NORM, norm(last.x, params["final_norm"], last.delta)[1])
     return ForwardOutput(logits(params, config, hidden, axis=axis).astype(jnp.float32), kept)
 
@@ -348,7 +349,7 @@ def embedded(params: Params, config: ModelConfig, tokens: jax.Array, axis: Axis)
 
 
 def _layers(
-    layers: Sequence[Params],
+    params: Params,
     config: ModelConfig,
     x: jax.Array,
     positions: jax.Array,
@@ -356,6 +357,7 @@ def _layers(
     axis: str | None,
 ) -> Residual:
     """All of them, unrolled; see `offload` for those that lie on the host."""
+    layers, peers = params["layers"], params.get(PEERS)
     ropes: RopeTables = {
         rope: rope_tables(positions, *rope_frequencies(rope, config.head_dim))
         # Not a set, whose order and with it the program differ from process to process.
@@ -365,7 +367,7 @@ def _layers(
     stream = Residual(x, None)
     near = fetch(layers, BUFFERS, x)
     for index, (far, layer) in enumerate(zip(layers, config.layers, strict=True)):
-        stream = _layer(stream, near[index], config, layer, ropes, ops, index, axis)
+        stream = _layer(stream, near[index], config, layer, ropes, ops, index, axis, peers)
         if any(map(on_host, jax.tree.leaves(far))):  # its buffers are free
             near = fetch(near, 1, stream.x if stream.delta is None else stream.delta)
     return stream
@@ -380,6 +382,7 @@ def _layer(
     ops: Ops,
     index: int,
     axis: str | None,
+    peers: jax.Array | None,
 ) -> Residual:
     def at(name: str, x: jax.Array) -> jax.Array:
         return ops.at(layer_site(index, name), x)
@@ -400,14 +403,14 @@ def _layer(
     out = ops.attend(qkv, heads, index)
     out = at("attn_heads", out.reshape(*x.shape[:-1], -1))
     with jax.named_scope("o"):
-        out = reduce_shards(linear(out, w["o"]), axis)
+        out = reduce_shards(linear(out, w["o"]), axis, peers)
     out = out if "o_bias" not in w else out + w["o_bias"]
     if "attn_post_norm" in w:
         out = ops.norm(out, w["attn_post_norm"], None)[1]
     middle = stream_at("resid_mid", x, at("attn_out", out))
     x, h = ops.norm(middle.x, w["mlp_norm"], middle.delta)
     hidden = at("mlp_hidden", gated(at("mlp_norm", h), w, config.activation))
-    out = down(hidden, w, axis)
+    out = down(hidden, w, axis, peers)
     if "mlp_post_norm" in w:
         out = ops.norm(out, w["mlp_post_norm"], None)[1]
     return stream_at("resid", x, at("mlp_out", out))

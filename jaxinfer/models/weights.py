@@ -169,21 +169,49 @@ def abstract_params(config: ModelConfig, dtype: Any, shards: int = 1) -> dict[st
     return jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.shape, dtype), declare(config, shards))
 
 
-def init_params(config: ModelConfig, key: jax.Array, dtype: Any = jnp.bfloat16) -> dict[str, Any]:
+def init_params(
+    config: ModelConfig,
+    key: jax.Array,
+    dtype: Any = jnp.bfloat16,
+    *,
+    declared: Any = None,
+    places: Any = None,
+) -> dict[str, Any]:
     """Random parameters: matrices N(0, 1/fan_in), embeddings N(0, 0.02²), norms 1, biases 0 (as
-    are norms that scale by 1 + weight)."""
-    specs, treedef = jax.tree.flatten_with_path(declare(config))
-    keys = jax.random.split(key, len(specs))
+    are norms that scale by 1 + weight).
+
+    Args:
+        config: the model.
+        key: of the random numbers.
+        dtype: of all of them.
+        declared: a tree of `Weight`; None: `declare(config)`.
+        places: a sharding for each: every device draws what it holds. None: the default device.
+    """
+    specs, treedef = jax.tree.flatten_with_path(declare(config) if declared is None else declared)
+    where = [None] * len(specs) if places is None else jax.tree.leaves(places)
+    drawers: dict[tuple[Any, ...], Any] = {}  # of alike weights one program
+
+    def normal(key: jax.Array, shape: tuple[int, ...], scale: float, place: Any) -> jax.Array:
+        def draw(key: jax.Array) -> jax.Array:
+            return (jax.random.normal(key, shape, dtype) * scale).astype(dtype)
+
+        if place is None:
+            return draw(key)
+        if (shape, scale, place) not in drawers:
+            drawers[shape, scale, place] = jax.jit(draw, out_shardings=place)
+        return drawers[shape, scale, place](key)
+
     leaves = []
-    for (path, weight), k in zip(specs, keys, strict=True):
+    for (path, weight), k, place in zip(
+        specs, jax.random.split(key, len(specs)), where, strict=True
+    ):
         name = jax.tree_util.keystr(path[-1:], simple=True)
-        if name.endswith("norm"):
-            leaves.append(jnp.full(weight.shape, 0 if config.norm_plus_one else 1, dtype))
-        elif name.endswith("bias"):
-            leaves.append(jnp.zeros(weight.shape, dtype))
+        if name.endswith(("norm", "bias")):
+            value = 1 if name.endswith("norm") and not config.norm_plus_one else 0
+            leaves.append(jax.device_put(jnp.full(weight.shape, value, dtype), place))
         else:
             scale = 0.02 if name == "embed" else weight.shape[-1] ** -0.5
-            leaves.append((jax.random.normal(k, weight.shape, dtype) * scale).astype(dtype))
+            leaves.append(normal(k, weight.shape, scale, place))
     return jax.tree.unflatten(treedef, leaves)
 
 

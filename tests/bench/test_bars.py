@@ -49,6 +49,21 @@ def test_other_gpu_is_judged_by_the_scaled_threshold() -> None:
     assert verdict(TIME, run(H200, "a.ms", 4.1, copy=4.5e12)) == "short (scaled)"
 
 
+def test_a_ratio_of_one_run_counts_on_any_gpu_and_the_newest_decides() -> None:
+    ratio = Bar("a.times", "times", 1.4, ">=", "ratio", H100, 11, "nothing")
+    far = [run(H200, "a.times", value, day=2, copy=9e12) for value in (1.4, 1.3)]
+    assert [verdict(ratio, one) for one in far] == ["met (elsewhere)", "short (elsewhere)"]
+    assert verdict(ratio, run(H100, "a.times", 1.5, day=1), far[1]) == "short (elsewhere)"
+    assert verdict(ratio, far[1], run(H100, "a.times", 1.5, day=3)) == "met"
+    assert verdict(ratio, run("cpu", "a.times", 1.5)) == "missing"
+
+
+def test_a_figure_may_have_several_bars() -> None:
+    more = Bar("gap.a.tok_s", "rate", 182, ">=", "tok/s", H100, 10, "copy_bandwidth", "a.tok_s")
+    found = run(H100, "a.tok_s", 170)
+    assert (verdict(RATE, found), verdict(more, found)) == ("met", "short")
+
+
 def test_asked_device_outweighs_newer_results_elsewhere() -> None:
     here = run(H100, "a.tok_s", 100, day=1)
     there = run(H200, "a.tok_s", 900, day=2, copy=4.5e12)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,34 +19,16 @@ from bench import (
     parts,
     record,
     report,
-    sessions,
     timing,
 )
-from bench.cases import Got
-from bench.engines import RAGGED, Memory, Options, Output, Request
-from bench.engines.client import EngineError, Missing, Reply
+from bench.engines import RAGGED, Memory, Output
 from bench.record import Record, Run
-from bench.sessions import Failure, Session, Took, Trial
-from bench.sizes import SMOKE, Model
-from tests.bench.test_engines import DEMO, STUBS
-
-TINY = Model({
-    "vocab_size": 100, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 1,
-})  # fmt: skip
-GPU = {"kind": "NVIDIA H100 80GB HBM3", "count": 1, "memory": 80 << 30}
-
+from bench.sessions import Took, Trial
+from bench.sizes import SMOKE
+from tests.bench.test_engines import STUBS
+from tests.bench.test_sessions import GPU, TINY, Fake, one_case, replies, run_fakes
 
 # -- cases ----------------------------------------------------------------------------------------
-
-
-def replies(calls: cases.Calls, first: float, step: float) -> list[Got]:
-    """Of an engine that takes `first` seconds to each first token, and `step` for each other."""
-    return [
-        Got([Output([7] * r.max_tokens, [r.due + first + step * i for i in range(r.max_tokens)])
-             for r in call], first + step * (max(r.max_tokens for r in call) - 1))
-        for call in calls
-    ]  # fmt: skip
 
 
 def test_figures_of_each_workload_are_those_of_the_clock() -> None:
@@ -104,134 +85,6 @@ def test_an_unknown_dataset_is_refused() -> None:
     for name in ("sharegpt", "random:5", "random:5:x", "random:0:5"):
         with pytest.raises((ValueError, SystemExit)):
             compare_options.parse(["--dataset-name", name])
-
-
-# -- turns ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("fit", "groups"),
-    [
-        (4, [["a", "b", "c", "d"]]),
-        (3, [["a", "b", "c"], ["a", "d"]]),
-        (2, [["a", "b"], ["a", "c"], ["a", "d"]]),
-        (1, [["a"], ["b"], ["c"], ["d"]]),
-    ],
-)
-def test_the_first_engine_is_in_every_group(fit: int, groups: list[list[str]]) -> None:
-    assert sessions.make_groups("abcd", fit) == groups
-
-
-def one_case(repeats: int = 3, **options: Any) -> Session:
-    case = cases.latency(TINY, 2, 4, (2, 6))
-    ragged = replace(case, name="ragged", needs=frozenset({RAGGED}))
-    return Session(DEMO, Options(**options), (case, ragged), repeats=repeats)
-
-
-def test_as_many_engines_share_a_device_as_fit() -> None:
-    session = one_case(max_num_seqs=2)
-    held = 2 * (4 + 6)  # tokens
-    fits = [
-        sessions.fitting(session.cases, 2, kv, memory, weights, 5)
-        for kv, memory, weights in (
-            (0, 80 << 30, 16 << 30),
-            (1 << 30, 80 << 30, 16 << 30),
-            (1, None, 1),
-        )
-    ]
-    assert fits == [3, 1, 5]
-    huge = sessions.fitting(session.cases, 2, 10 << 30, 80 << 30, 16 << 30, 5)
-    assert huge == 0
-    assert cases.concurrent_tokens(session.cases, 2) == held
-    assert cases.concurrent_tokens(session.cases, 1) == held // 2
-
-
-class Fake:
-    """An engine whose clock is made up; `log` has whose turn it was."""
-
-    log: list[tuple[str, int]]
-
-    def __init__(self, name: str, step: float, *, token: int = 1, fails: str = "") -> None:
-        self.name, self.step, self.token, self.fails = name, step, token, fails
-        self.alive, self.versions, self.cold = True, {"torch": "2"}, 1
-
-    def __enter__(self) -> Fake:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def wait(self) -> float:
-        if self.fails == "missing":
-            raise Missing("it is not installed")
-        return 0.0
-
-    def generate(self, requests: list[Request], timeout_s: float) -> Reply:
-        self.log.append((self.name, len(requests[0].prompt)))
-        if self.fails == "call":
-            self.alive = False
-            raise EngineError("it broke", "tail")
-        (got,) = replies([requests], 0.1, self.step)
-        outputs = [out._replace(tokens=[self.token] * len(out.tokens)) for out in got.outputs]
-        cold, self.cold = self.cold, 0
-        return Reply(outputs, got.seconds, 0.0, cold)
-
-    def memory(self) -> Memory:
-        return Memory(10, 20, 3)
-
-
-def run_fakes(*fakes: Fake, session: Session | None = None, late: bool = False) -> list[Any]:
-    log: list[tuple[str, int]] = []
-    by = {fake.name: fake for fake in fakes}
-    for fake in fakes:
-        fake.log = log
-    groups = [list(by)]
-    start: Any = lambda name, path, options: by[name]  # noqa: E731
-    found = list(sessions.run(session or one_case(), groups, lambda: late, start=start))
-    return [found, log]
-
-
-def test_engines_take_turns_in_an_order_that_rotates() -> None:
-    found, log = run_fakes(Fake("jaxinfer", 0.01), Fake("hf-eager", 0.02), Fake("vllm", 0.03))
-    trials = [e for e in found if isinstance(e, Trial) and e.case.name == "b2.in4"]
-    order = ["jaxinfer", "hf-eager", "vllm"]
-    assert [t.engine for t in trials] == order + order[1:] + order[:1] + order[2:] + order[:2]
-    assert not any(t.compiled for t in trials)
-    # Two calls to a repeat: each engine compiled in its first, and was warm after the second one.
-    # Then the other case, warm after one, which not all can do; all before anything is timed.
-    assert Counter(name for name, _ in log[:16]) == {"jaxinfer": 6, "hf-eager": 4, "vllm": 6}
-    cannot = [e for e in found if isinstance(e, Failure)]
-    assert [(e.engine, e.error) for e in cannot] == [("hf-eager", "cannot: ragged")]
-    assert [e.engine for e in found if isinstance(e, Took)] == order
-
-
-def test_one_that_breaks_leaves_and_the_others_go_on() -> None:
-    found, _ = run_fakes(
-        Fake("jaxinfer", 0.01), Fake("vllm", 0.02, fails="call"), Fake("sglang", 1, fails="missing")
-    )
-    failed = [(e.engine, e.error, e.missing) for e in found if isinstance(e, Failure)]
-    assert failed == [("sglang", "it is not installed", True), ("vllm", "it broke", False)]
-    trials = [e for e in found if isinstance(e, Trial)]
-    assert {(t.engine, t.case.name) for t in trials} == {
-        ("jaxinfer", "b2.in4"), ("jaxinfer", "ragged")
-    }  # fmt: skip
-    records = figures.summarise("m", found, greedy=True, exact=True, reference="jaxinfer")
-    told = {r.name: r for r in records}
-    assert told["compare.m.sglang.runs"].value == 0
-    broken = told["compare.m.latency.b2.in4.vllm.failed"]
-    assert (broken.error, broken.detail["output_tail"]) == ("it broke", "tail")
-
-
-def test_times_that_make_no_sense_are_taken_again_and_then_are_a_failure() -> None:
-    found, log = run_fakes(Fake("jaxinfer", 0.0), session=one_case(repeats=1))
-    failed = {e.error for e in found if isinstance(e, Failure)}
-    assert failed == {"3 times: 6 tokens took no longer than 2: use longer outputs"}
-    assert len(log) == (4 + 6) + (2 + 6)  # calls of both cases: until warm, then three tries of two
-
-
-def test_without_time_nothing_is_measured() -> None:
-    found, log = run_fakes(Fake("jaxinfer", 0.01), late=True)
-    assert log == []
-    assert {e.error for e in found if isinstance(e, Failure)} == {"not started: out of time"}
 
 
 # -- figures --------------------------------------------------------------------------------------
@@ -437,6 +290,18 @@ def test_a_small_run_of_jaxinfer_beside_a_stub(
     assert json.loads(path.read_text())["command"].startswith("python -m bench.compare")
 
 
+def test_a_run_without_time_says_of_everything_that_it_did_not_run(tmp_path: Path) -> None:
+    words = ["--smoke", "--engines", "jaxinfer,hf-static", "--minutes", "0"]
+    run = compare.main([*words, "--out", str(tmp_path)])
+    assert {r.value for r in run.records} <= {None, 0}
+    (text,) = (path.read_text() for path in tmp_path.glob("*.md"))
+    lines = {line.partition(":")[0]: line for line in text.splitlines() if line.startswith("- ")}
+    assert "not run: out of time (startup in16, latency b1.in16, " in lines["- jaxinfer"]
+    assert "throughput 8x4-6" in lines["- hf-static"]
+    assert "lognormal" not in lines["- hf-static"]  # which it cannot do
+    assert "- ceilings.jax" in lines
+
+
 @pytest.mark.slow
 def test_start_is_timed_with_and_without_programs_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -471,6 +336,13 @@ def test_cases_that_leave_room_for_fewer_engines_have_a_session_of_their_own(
         assert session.options.max_model_len == cases.longest(session.cases)
         mixed = session.cases[0].workload == "throughput"
         assert session.options.warm_up == mixed
+    args, sizes = compare_options.parse(["--short"])
+    (short,) = compare.make_sessions(args, sizes, checkpoint, None)
+    assert [case.workload for case in short.cases] == [
+        "latency", "latency", "prefill", "throughput", "serve"
+    ]  # fmt: skip
+    assert short.options.warm_up
+    assert not short.options.prefix_caching
     assert compare.find_checkpoint("demo", tmp_path, "float32")[1] == []
     with pytest.raises(ValueError, match="unknown shape"):
         compare.find_checkpoint("gpt", tmp_path, "bfloat16")

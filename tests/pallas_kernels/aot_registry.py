@@ -8,6 +8,7 @@ from tests.pallas_kernels import (
     aot_cases,
     cases_sm80,
     cases_sm90,
+    exchange_cases,
     norm_cases,
     quant_cases,
     threshold_cases,
@@ -30,6 +31,7 @@ def everything(arch: str) -> list[Any]:
     """
     attention = cases_sm80.cases("sm80") if arch == "sm80" else cases_sm90.cases()
     others = threshold_cases.cases(arch) + norm_cases.cases(arch) + quant_cases.cases(arch)
+    others += exchange_cases.cases(arch)
     return aot_cases.cases(arch) + attention + others
 
 
@@ -41,7 +43,7 @@ def cases(arch: str) -> list[Any]:
     """
     quick = QUICK_SM80 if arch == "sm80" else QUICK_SM90
     small = aot_cases.cases(arch)[:1] + threshold_cases.cases(arch)[::3] + norm_cases.cases(arch)
-    small += quant_cases.cases(arch)[::9]
+    small += quant_cases.cases(arch)[::9] + exchange_cases.cases(arch)
     quick += tuple(case.name for case in small)
     found = [case for case in everything(arch) if case.name in quick]
     if len(found) < len(quick):
