@@ -350,32 +350,6 @@ def _score(
     return jax.tree.map(lambda x: x.reshape(C, *x.shape[2:]), out)
 
 
-def step(
-    params: Params,
-    cache: PagedCache,
-    seq: SeqState,
-    plan: Packed,
-    tables: tuple[Any, ...],
-    draft: Params | None,
-    *,
-    config: ModelConfig,
-    key: StepKey,
-    drafter: Drafter | None,
-    axis: Axis = None,
-) -> tuple[PagedCache, SeqState, Sampled]:
-    """`run_step` of a plan that is packed: what is compiled."""
-    return run_step(
-        params, cache, seq, unpack(plan), tables, draft,
-        config=config, key=key, drafter=drafter, axis=axis,
-    )  # fmt: skip
-
-
-# JAX keeps what it traced and compiled by the function and its static arguments: engines of one
-# process that compute alike share their programs, also with those that were closed. Not users'
-# functions, which would never be let go of.
-_shared_step = jax.jit(step, static_argnames=("config", "key", "drafter"), donate_argnums=(1, 2))
-
-
 class StepCompiler:
     """Compiles steps ahead of time and keeps them.
 
@@ -507,15 +481,22 @@ class StepCompiler:
     def _lower(self, key: StepKey, *args: Any) -> Any:
         mesh, (params, *rest, draft) = self._mesh, args
         args = (self._with_peers(params), *rest, self._with_peers(draft))
-        how = {"config": self._config, "key": key, "drafter": self._drafter}
-        if mesh is None and not key.hooks:
-            return _shared_step.lower(*args, **how)
-        run = partial(step, **how, axis=mesh_axes(mesh))
+
+        def step(
+            params: Params, cache: PagedCache, seq: SeqState, plan: Packed, tables: Any, draft: Any
+        ) -> Any:
+            return run_step(
+                params, cache, seq, unpack(plan), tables, draft,
+                config=self._config, key=key, drafter=self._drafter,
+                axis=mesh_axes(mesh),
+            )  # fmt: skip
+
+        run = step
         if mesh is not None:
             specs = jax.tree.map(lambda x: x.sharding.spec, args)
             out = (specs[1], specs[2], PartitionSpec())
             # Gathered values are the same on every device, which their types do not say.
-            run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+            run = jax.shard_map(step, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
         return jax.jit(run, donate_argnums=(1, 2)).lower(*args)
 
     def _finish(self, key: StepKey, lowered: Any) -> Any:
