@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from jaxinfer.tokenizer import Tokenizer, load_tokenizer
 
 NO_GPU = "no GPU here"
 ROOT = Path(__file__).parents[1]
+MOST_MAPS = 30_000  # of 65530
 QUICK = "--xla_backend_optimization_level=0"
 
 settings.register_profile("ci", max_examples=25, derandomize=True, deadline=None, database=None)
@@ -60,6 +62,16 @@ def env_of_devices(count: int) -> dict[str, str]:
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
     here = {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     return {**os.environ, **here}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def let_go_of_programs() -> Iterator[None]:
+    """JAX keeps the programs of single operations, each in memory mapped in several pieces, and
+    Linux maps so many a process at most: beyond them it crashes."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
 
 
 @dataclass(frozen=True)
