@@ -30,7 +30,7 @@ from jaxinfer.replicas import Replicas
 from jaxinfer.requests import Request, answer, finish, refused
 from jaxinfer.response_cache import Key, ResponseCache, response_key
 from jaxinfer.scoring import scoring_params, share_beginnings, token_logprobs
-from jaxinfer.sources import drawn, given, stored
+from jaxinfer.sources import Source, drawn, given, stored
 from jaxinfer.speculative import parse
 from jaxinfer.starting import Started, start
 from jaxinfer.types import Delta, RequestOutput, SamplingParams, TokenLogprobs
@@ -186,14 +186,11 @@ class LLM:
             CheckpointError: `params` is not the tree of `config` and `dtype`; lists what differs.
             CapacityError, ValueError: as `LLM`.
         """
-        self = cls.__new__(cls)
-        self._link = connect()
-        with together(self._link):
-            how = None if speculative is None else parse(speculative)
-            chosen = EngineOptions(speculative=how, **options)
-            source = given(params, config, chosen, tokenizer=tokenizer, draft=draft)
-            self._take(start(source, chosen, self._link), chosen)
-        return self
+
+        def source(chosen: EngineOptions) -> Source:
+            return given(params, config, chosen, tokenizer=tokenizer, draft=draft)
+
+        return cls._from_source(source, speculative, options)
 
     @classmethod
     def from_config(
@@ -214,12 +211,22 @@ class LLM:
         Raises:
             CapacityError, ValueError: as `LLM`.
         """
+        return cls._from_source(lambda _: drawn(config, weights_seed), speculative, options)
+
+    @classmethod
+    def _from_source(
+        cls,
+        source: Callable[[EngineOptions], Source],
+        speculative: str | Mapping[str, Any] | Speculative | None,
+        options: Mapping[str, Any],
+    ) -> Self:
+        """An LLM over weights that are no checkpoint's."""
         self = cls.__new__(cls)
         self._link = connect()
         with together(self._link):
             how = None if speculative is None else parse(speculative)
             chosen = EngineOptions(speculative=how, **options)
-            self._take(start(drawn(config, weights_seed), chosen, self._link), chosen)
+            self._take(start(source(chosen), chosen, self._link), chosen)
         return self
 
     def _take(self, started: Started, options: EngineOptions) -> None:

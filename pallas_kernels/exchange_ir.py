@@ -1,9 +1,12 @@
-"""What the kernels of `exchange` have in common, in MLIR: addresses of 64 bits."""
+"""What the kernels of `exchange` have in common: their launch, and in MLIR addresses of 64 bits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax.experimental.mosaic.gpu import utils
 from jaxlib.mlir import ir
@@ -14,6 +17,24 @@ from pallas_kernels.sm90_ir import add, bits_and, const
 THREADS = 128
 PATIENCE = 1 << 27  # polls, a minute or so: then the kernel fails, for a device is gone
 ADD = {jnp.dtype(jnp.bfloat16): "add.rn.bf16x2", jnp.dtype(jnp.float16): "add.rn.f16x2"}
+
+
+def launch(
+    body: Callable[..., None], x: jax.Array, link: jax.Array, *, blocks: int, name: str
+) -> jax.Array:
+    """Runs body(x flat, link, result flat) in so many blocks of one warpgroup; the result is as
+    x."""
+    found = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct((x.size,), x.dtype),
+        grid=(blocks,),
+        grid_names=("block",),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
+        ),
+        kernel_name=name,
+    )(x.reshape(-1), link)
+    return found.reshape(x.shape)
 
 
 def i32() -> Any:

@@ -40,17 +40,8 @@ PARTS, SUMS = 0, 1
 
 def exchange(x: jax.Array, link: jax.Array, *, devices: int) -> jax.Array:
     """As `exchange.exchange`, whose checks have passed."""
-    found = plgpu.kernel(
-        partial(_block, devices=devices, vectors=x.size // VECTOR, op=xi.ADD[x.dtype]),
-        out_type=jax.ShapeDtypeStruct((x.size,), x.dtype),
-        grid=(LARGE_BLOCKS,),
-        grid_names=("block",),
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane, unsafe_no_auto_barriers=True
-        ),
-        kernel_name="exchange_large",
-    )(x.reshape(-1), link)
-    return found.reshape(x.shape)
+    body = partial(_block, devices=devices, vectors=x.size // VECTOR, op=xi.ADD[x.dtype])
+    return xi.launch(body, x, link, blocks=LARGE_BLOCKS, name="exchange_large")
 
 
 def _block(x_ref: Any, link_ref: Any, y_ref: Any, *, devices: int, vectors: int, op: str) -> None:
